@@ -1,0 +1,34 @@
+# Everything a person needs: make train, make test, make check, make bench.
+# EXTRAS=tpu (or cuda) adds optional dependencies, for example `make test EXTRAS=tpu`.
+PYTHON ?= python3
+EXTRAS ?=
+comma := ,
+BIN := .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
+PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
+
+.PHONY: train test test-all check bench
+train: .venv/examples
+	$(BIN)/python examples/language_model.py --compare $(ARGS)
+
+test: .venv/test$(EXTRAS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/test$(EXTRAS)
+	$(PYTEST) $(ARGS)
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/examples
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# One stamp per set of extras: made anew when pyproject.toml changes.
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -e ".[$(if $(filter test%,$*),test$(WITH),$*)]"
+	touch $@

@@ -1,0 +1,1 @@
+"""Stable embeddings and 8-bit optimizers for JAX."""
