@@ -1,0 +1,265 @@
+"""A small language model with a stable embedding and 8-bit optimizer states, beside the same in fp32.
+
+What it shows: a decoder-only transformer in NNX with `fse.nnx.StableEmbed` in place of `nnx.Embed` and
+`fse.adamw8bit` in place of `optax.adamw`; the rest is what it would be without them. The text is the source
+code of the running Python's standard library, so nothing is downloaded.
+
+    python examples/language_model.py                                       one run with 8-bit states
+    python examples/language_model.py --resume                              goes on where it was interrupted
+    python examples/language_model.py --compare                             fp32 and 8-bit, a table and a plot
+    python examples/language_model.py --compare --seeds 3 --codec root linear
+    python examples/language_model.py --text mine.txt                       learns from your own text
+
+Everything that it writes is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and
+comparison.{md,png,json}; `python examples/report.py runs/comparison.json` prints the table again.
+"""
+
+import argparse
+import functools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import corpus
+import jax
+import jax.numpy as jnp
+import optax
+import report
+from flax import nnx
+from run_folder import RunFolder
+from tqdm import tqdm
+
+import flax_stable_embed as fse
+
+EMBEDDINGS = {"embed": fse.nnx.Embed, "stable": fse.nnx.StableEmbed}
+CODECS = ["root", "dynamic", "linear"]
+HEAD_FEATURES = 64
+VALIDATION_WINDOWS, VALIDATION_GROUPS = 64, 8  # the groups pass one at a time, to need less memory
+
+# --- model ---
+
+
+class Attention(nnx.Module):
+    """Causal self-attention, queries and keys turned by position (RoPE, arXiv:2104.09864)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        q, k, v = jnp.split(self.qkv(x).reshape(*x.shape[:2], -1, HEAD_FEATURES), 3, axis=2)
+        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return self.out(y.reshape(x.shape))
+
+
+def rotate(x):
+    """Turns every pair of features by an angle that grows with the position, faster for the first pairs."""
+    position = jnp.arange(x.shape[1])[:, None]
+    angle = position / 10_000 ** jnp.linspace(0, 1, x.shape[-1] // 2, endpoint=False)[None]
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class Block(nnx.Module):
+    """Attention, then a two-layer network, each on the normalised stream and added to it."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attention = Attention(width, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
+
+
+class LanguageModel(nnx.Module):
+    """Token ids in, logits for the next token out; the embedding's table serves at both ends."""
+
+    def __init__(self, vocab: int, width: int, layers: int, *, embedding: str, rngs: nnx.Rngs):
+        self.tokens = EMBEDDINGS[embedding](vocab, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.tokens.attend(self.norm(x))
+
+
+# --- optimizer and step ---
+
+
+def make_optimizer(args) -> optax.GradientTransformation:
+    """AdamW with warmup and cosine decay behind gradient clipping: fp32, or with moments in 8 bits."""
+    warmup, peak = max(1, args.steps // 10), args.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=0.1 * peak)
+    settings = {"b2": 0.99, "weight_decay": 0.1, "mask": decayed}
+    if args.optimizer == "adamw":
+        adamw = optax.adamw(schedule, **settings)
+    else:
+        adamw = fse.adamw8bit(schedule, **settings, state_format=fse.StateFormat(codec=args.codec[0]))
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def decayed(params):
+    """Weight decay is for matrices: norms and embeddings go without."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and not report.is_embedding(path), params)
+
+
+def loss_of(params, graphdef, windows):
+    """Mean cross-entropy of each window's tokens after the first, in nats."""
+    logits = nnx.merge(graphdef, params)(windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def make_steps(graphdef, tx):
+    """The two compiled functions: one training step, and the loss on the validation text."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))  # parameters and state are updated in place
+    def train_step(params, opt_state, windows):
+        loss, grads = jax.value_and_grad(loss_of)(params, graphdef, windows)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def validation_loss(params, groups):
+        return jax.lax.map(lambda windows: loss_of(params, graphdef, windows), groups).mean()
+
+    return train_step, validation_loss
+
+
+# --- loop ---
+
+
+def train(args) -> dict:
+    """One run, from its start or its last checkpoint to its end; returns its report."""
+    text = corpus.load(args.dir, args.vocab, args.text)
+    settings = settings_of(args, text.key)
+    folder = RunFolder(args.dir / settings["name"], settings, resume=args.resume)
+    if report.is_complete(folder.path):
+        return report.read_run(folder.path)
+
+    rngs = nnx.Rngs(args.seed)
+    model = LanguageModel(args.vocab, args.width, args.layers, embedding=args.embedding, rngs=rngs)
+    graphdef, params = nnx.split(model)
+    tx = make_optimizer(args)
+    opt_state = jax.jit(tx.init)(params)
+    if args.optimizer == "adamw8bit" and not args.quiet:
+        print(fse.describe(tx, params))
+    start, saved = folder.restore({"params": params, "opt_state": opt_state})
+    params, opt_state = saved["params"], saved["opt_state"]
+
+    length = args.context + 1  # a window's last token is only a target
+    held_out = corpus.evenly_spaced(text.validation, windows=VALIDATION_WINDOWS, length=length)
+    held_out = held_out.reshape(VALIDATION_GROUPS, -1, length)
+    state_megabytes = sum(report.state_bytes(opt_state).values()) / 1e6
+    train_step, validation_loss = make_steps(graphdef, tx)
+    metrics = folder.open_metrics(after=start)
+    bar = tqdm(initial=start, total=args.steps, desc=settings["name"], mininterval=0.5)
+    for step in range(start + 1, args.steps + 1):
+        # The data are a function of (seed, step), so a checkpoint holds no place in the text.
+        windows = corpus.batch(text.train, args.seed, step, batch_size=args.batch, length=length)
+        began = time.perf_counter()
+        params, opt_state, loss = train_step(params, opt_state, windows)
+        line = {"step": step, "loss": float(loss), "ms": 1e3 * (time.perf_counter() - began)}
+        if step % args.validate_every == 0 or step == args.steps:
+            line["validation_loss"] = float(validation_loss(params, held_out))
+        print(json.dumps(line), file=metrics, flush=True)
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            folder.save(step, {"params": params, "opt_state": opt_state})
+        speed = 1e3 * args.batch * args.context / line["ms"]
+        shown = f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s, state {state_megabytes:.1f} MB"
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update()
+    bar.close()
+    metrics.close()
+    return report.write_run(folder.path, settings, params, opt_state)
+
+
+def settings_of(args, text_key: str) -> dict:
+    """Everything that the result of a run depends on, and the run's name."""
+    codec = args.codec[0] if args.optimizer == "adamw8bit" else "fp32"
+    name = f"{args.optimizer}-{codec}-{args.embedding}-seed{args.seed}"
+    same = ("embedding", "seed", "steps", "batch", "context", "vocab", "width", "layers", "learning_rate")
+    return {
+        "name": name,
+        "optimizer": args.optimizer,
+        "codec": codec,
+        "text": text_key,
+        **{option: getattr(args, option) for option in same},
+    }
+
+
+def compare(args) -> list[dict]:
+    """fp32 and every 8-bit codec from the same seeds and data, each run in a process of its own."""
+    key = corpus.load(args.dir, args.vocab, args.text).key
+    given = [argument for argument in sys.argv[1:] if argument != "--compare"]
+    variants = [("adamw", "root"), *(("adamw8bit", codec) for codec in args.codec)]
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for optimizer, codec in variants:
+            own = ["--optimizer", optimizer, "--codec", codec, "--seed", str(seed), "--quiet"]
+            if subprocess.run([sys.executable, __file__, *given, *own]).returncode:
+                sys.exit("The comparison was interrupted; with --resume it goes on.")
+            settings = settings_of(arguments().parse_args([*given, *own]), key)
+            runs.append(report.read_run(args.dir / settings["name"]))
+    return runs
+
+
+# --- report ---
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    option = parser.add_argument
+    option("--optimizer", choices=["adamw", "adamw8bit"], default="adamw8bit")
+    option("--embedding", choices=EMBEDDINGS, default="stable")
+    option("--codec", choices=CODECS, nargs="+", default=["root"], help="several for --compare")
+    option("--compare", action="store_true", help="fp32 AdamW and adamw8bit (of every codec), side by side")
+    option("--resume", action="store_true", help="go on after the last checkpoint")
+    option("--text", type=Path, nargs="+", metavar="FILE", help="text to learn from")
+    option("--dir", type=Path, default=Path("runs"), help="folder for everything that is written")
+    option("--steps", type=int, default=350)
+    option("--batch", type=int, default=8, help="windows a step")
+    option("--seed", type=int, default=0)
+    option("--seeds", type=int, default=1, help="how many seeds to compare with")
+    option("--context", type=int, default=128, help="tokens a window")
+    option("--vocab", type=int, default=4096)
+    option("--width", type=int, default=256, help=f"features, a multiple of {HEAD_FEATURES}")
+    option("--layers", type=int, default=3)
+    option("--learning-rate", type=float, default=2e-3)
+    option("--validate-every", type=int, default=50, metavar="STEPS")
+    option("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    option("--quiet", action="store_true", help="no table at the end")
+    return parser
+
+
+def main() -> None:
+    """Trains once or compares, and reports."""
+    args = arguments().parse_args()
+    if len(args.codec) > 1 and not args.compare:
+        sys.exit("One run has one codec; several are for --compare.")
+    command = shlex.join(["python", "examples/language_model.py", *sys.argv[1:]])
+    began = time.perf_counter()
+    runs = compare(args) if args.compare else [train(args)]
+    if not args.quiet:
+        name = "comparison" if args.compare else f"{runs[0]['name']}/summary"
+        report.write(runs, args.dir, name, command)
+        minutes, seconds = divmod(round(time.perf_counter() - began), 60)
+        print(f"Done in {minutes} min {seconds} s.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; with --resume the run goes on after its last checkpoint.")

@@ -1,0 +1,264 @@
+"""What is left of a training run: its state in bytes by class, one table, one plot, one summary for programs.
+
+python examples/report.py runs/comparison.json      prints the table of a comparison again, as Markdown
+"""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from statistics import mean, median
+
+import jax
+import numpy as np
+import run_folder
+
+LIMIT = 0.002  # validation loss of a compared run may differ by this part of the reference's
+SMOOTHED_OVER = 20  # steps: the standard deviation of the weights of the smoothed curve
+STATE_CLASSES = {
+    "embeddings": "state: embeddings, fp32",
+    "codes": "state: 8-bit codes",
+    "scales": "state: scales of the codes (absmax)",
+    "others": "state: everything else, fp32",
+}
+# Okabe and Ito's palette: blue, vermillion, green, purple can be told apart with any kind of colour vision.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
+
+
+# --- numbers of one run ---
+
+
+def state_bytes(opt_state) -> dict[str, int]:
+    """Bytes of an optimizer state by class, told from path and dtype alone: any optax state will do."""
+    classes = dict.fromkeys(STATE_CLASSES, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if "absmax" in jax.tree_util.keystr(path):
+            classes["scales"] += leaf.nbytes
+        elif leaf.dtype.itemsize == 1 and leaf.ndim > 1:
+            classes["codes"] += leaf.nbytes
+        elif is_embedding(path):
+            classes["embeddings"] += leaf.nbytes
+        else:
+            classes["others"] += leaf.nbytes
+    return classes
+
+
+def digest(tree) -> str:
+    """A hash of every bit of every array: two runs that agree here are the same run."""
+    hasher = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        hasher.update(np.asarray(leaf).tobytes())
+    return hasher.hexdigest()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at once, code and compiler included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def is_embedding(path) -> bool:
+    """Whether a leaf of a tree belongs to an embedding's table."""
+    return "'embedding'" in jax.tree_util.keystr(path)
+
+
+def write_run(folder: Path, settings: dict, params, opt_state) -> dict:
+    """The report of a finished run, also kept in its folder."""
+    metrics = run_folder.read_metrics(folder / "metrics.jsonl")
+    sizes = [(is_embedding(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    codec = settings["codec"]
+    run = {
+        **settings,
+        "label": f"{settings['optimizer']}, {codec}",
+        "parameters": sum(size for _, size in sizes),
+        "embedding_parameters": sum(size for embedding, size in sizes if embedding),
+        "first_loss": metrics[0]["loss"],
+        "validation_loss": metrics[-1]["validation_loss"],
+        "state_bytes": state_bytes(opt_state),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "median_ms": median(line["ms"] for line in metrics),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "digest": digest((params, opt_state)),
+    }
+    run_folder.write(folder / "run.json", run)
+    return run
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run has reached its end."""
+    return (folder / "run.json").exists()
+
+
+def read_run(folder: Path) -> dict:
+    """The report that a finished run left."""
+    return json.loads((folder / "run.json").read_text())
+
+
+# --- several runs side by side ---
+
+
+def by_label(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of every optimizer, which differ in their seeds only, in the order they were made."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["label"], []).append(run)
+    return groups
+
+
+def validation_loss(runs: list[dict]) -> float:
+    """The mean over the seeds."""
+    return mean(run["validation_loss"] for run in runs)
+
+
+def summarise(runs: list[dict], command: str) -> dict:
+    """The comparison for programs: every run, and how far each group's mean is from the first group's."""
+    (reference, *_), *others = groups = list(by_label(runs).values())
+    reference_loss = validation_loss(groups[0])
+    first_loss = mean(run["first_loss"] for run in groups[0])
+    differences = {}
+    for group in others:
+        relative = validation_loss(group) / reference_loss - 1
+        passes = abs(relative) <= LIMIT  # NaN fails
+        differences[group[0]["label"]] = {"relative_difference": relative, "within_limit": passes}
+    return {
+        "command": command,
+        "reference": reference["label"],
+        "reference_fell_by": 1 - reference_loss / first_loss,
+        "limit": LIMIT,
+        "differences": differences,
+        "runs": runs,
+    }
+
+
+def markdown(summary: dict) -> str:
+    """The table: one column an optimizer, one row a measure, padded so that it reads well as text too."""
+    groups = by_label(summary["runs"])
+    rows = [["", *groups]]
+
+    def row(name, cell):
+        rows.append([name, *(cell(group) for group in groups.values())])
+
+    def loss(group):
+        difference = summary["differences"].get(group[0]["label"])
+        text = f"{validation_loss(group):.4f}"
+        return text + (f" ({difference['relative_difference']:+.3%})" if difference else "")
+
+    def megabytes(count):
+        return f"{count / 1e6:.3f} MB" if count else "-"
+
+    seeds = len(next(iter(groups.values())))
+    row(f"validation loss, nats a token{f' (mean of {seeds} seeds)' if seeds > 1 else ''}", loss)
+    row("first training loss", lambda g: f"{mean(run['first_loss'] for run in g):.4f}")
+    for key, name in STATE_CLASSES.items():
+        row(name, lambda g, key=key: megabytes(g[0]["state_bytes"][key]))
+    row("state: all", lambda g: megabytes(sum(g[0]["state_bytes"].values())))
+    row("state: bytes a parameter outside embeddings", lambda g: f"{bytes_a_parameter(g[0]):.2f}")
+    row("peak memory of the process", lambda g: f"{max(run['peak_memory_bytes'] for run in g) / 1e6:.0f} MB")
+    row("one step, median", lambda g: f"{median(run['median_ms'] for run in g):.0f} ms")
+
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
+        f"| {name:<{widths[0]}} | " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths[1:])) + " |"
+        for name, *cells in rows
+    )
+
+
+def bytes_a_parameter(run: dict) -> float:
+    """State bytes of everything but embeddings, by the parameters that they belong to."""
+    held = sum(run["state_bytes"].values()) - run["state_bytes"]["embeddings"]
+    return held / (run["parameters"] - run["embedding_parameters"])
+
+
+def verdict(summary: dict) -> str:
+    """The comparison in sentences."""
+    lines = [f"{summary['reference']} fell {summary['reference_fell_by']:.0%} below its first loss."]
+    for label, difference in summary["differences"].items():
+        judged = "within" if difference["within_limit"] else "NOT within"
+        relative = f"{difference['relative_difference']:+.3%}"
+        lines.append(f"{label}: validation loss {relative}, {judged} {summary['limit']:.1%} of {summary['reference']}.")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict], metrics: list[list[dict]], path: Path) -> None:
+    """Loss curves and, where groups are compared, how far each one's validation loss is from the first's."""
+    from matplotlib.figure import Figure
+
+    groups = [[metrics[runs.index(run)] for run in group] for group in by_label(runs).values()]
+    compared = len(groups) > 1
+    figure = Figure(figsize=(8, 6 if compared else 4.5), layout="constrained")
+    curves = figure.add_subplot(4, 1, (1, 3)) if compared else figure.add_subplot()
+    for i, (label, group) in enumerate(zip(by_label(runs), groups)):
+        style = {"color": COLOURS[i % len(COLOURS)], "zorder": 3 + i}
+        for k, lines in enumerate(group):
+            steps, losses = zip(*((line["step"], line["loss"]) for line in lines))
+            curves.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
+            name = f"{label}, training" if k == 0 else None
+            curves.plot(steps, smooth(losses), label=name, linewidth=1.2 if i else 3.5, **style)
+        curves.plot(*validation_points(group), label=f"{label}, validation", linestyle="", **marker(i), **style)
+    reference = [line["loss"] for lines in groups[0] for line in lines]
+    curves.set_ylim(min(reference) - 0.2, max(reference) + 0.2)  # a run that diverges leaves the picture
+    curves.set_ylabel("loss, nats per token")
+    seeds = f", mean of {len(groups[0])} seeds" if len(groups[0]) > 1 else ""
+    curves.set_title(f"Language model with {runs[0]['parameters'] / 1e6:.1f} million parameters{seeds}")
+    curves.legend(frameon=False, ncols=len(groups))
+    if compared:
+        curves.tick_params(labelbottom=False)
+        plot_differences(figure.add_subplot(4, 1, 4, sharex=curves), groups, next(iter(by_label(runs))))
+    for axes in figure.axes:
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[-1].set_xlabel("training step")
+    figure.savefig(path, dpi=150)
+
+
+def plot_differences(axes, groups: list[list[list[dict]]], reference: str) -> None:
+    """Every group's validation losses in percent from the first group's, and the limit as a grey band."""
+    steps, losses = validation_points(groups[0])
+    axes.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.92", label=f"±{LIMIT:.1%}")
+    axes.axhline(0, color=COLOURS[0], linewidth=2)
+    for i, group in enumerate(groups[1:], start=1):
+        difference = 100 * (np.array(validation_points(group)[1]) / losses - 1)
+        axes.plot(steps, difference, color=COLOURS[i % len(COLOURS)], **marker(i))
+    axes.set_ylim(-250 * LIMIT, 250 * LIMIT)
+    axes.set_ylabel(f"validation loss,\n% from {reference}")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def marker(i: int) -> dict:
+    """The first group's points are large, so that those that cover them leave a rim."""
+    return {"marker": "os^D"[i % 4], "markersize": 5 if i else 9, "markeredgecolor": "white"}
+
+
+def smooth(values) -> np.ndarray:
+    """A mean over the neighbourhood of each point, weighted by a bell curve that ends where the data end."""
+    distance = np.arange(len(values))
+    weights = np.exp(-0.5 * ((distance[:, None] - distance[None]) / SMOOTHED_OVER) ** 2)
+    return weights @ np.asarray(values) / weights.sum(axis=1)
+
+
+def validation_points(runs: list[list[dict]]) -> tuple[list[int], list[float]]:
+    """Steps and losses where validation ran, the mean over runs."""
+    points = {}
+    for line in (line for run in runs for line in run if "validation_loss" in line):
+        points.setdefault(line["step"], []).append(line["validation_loss"])
+    return list(points), [mean(values) for values in points.values()]
+
+
+def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
+    """Summary, table and plot of runs in `folder`, written beside them; the table is also printed."""
+    summary = summarise(runs, command)
+    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown(summary) + "\n")
+    metrics = [run_folder.read_metrics(folder / run["name"] / "metrics.jsonl") for run in runs]
+    plot(runs, metrics, folder / f"{name}.png")
+    print(f"\n{markdown(summary)}\n\n{verdict(summary)}")
+    print(f"Plot, table and summary: {folder / name}.png, .md, .json")
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,245 @@
+"""Embeddings for Flax NNX: `Embed` with torch's options, and `StableEmbed`, which normalises what it looks
+up.
+
+Both are subclasses of `flax.nnx.Embed`: same arguments, same `embedding` Param, same `attend`. The arithmetic
+is in `ops/embedding.py`, and `linen.py` gives the same numbers, bit for bit.
+
+Differences from `flax.nnx.Embed`: the table starts Xavier uniform (as in bitsandbytes), and it is cast to
+`dtype` after the rows are gathered, not before, so that the gradient of a frequent token does not stall at
+256 in bfloat16.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
+
+from .ops import embedding as maths
+from .ops.embedding import NORM_EPSILON, Sharding
+
+_xavier_uniform = nnx.initializers.xavier_uniform()
+
+
+class Embed(nnx.Embed):
+    """`flax.nnx.Embed` with the options of `torch.nn.Embedding`.
+
+        y = promote_dtype(renorm(embedding[inputs]))
+
+    Ids -1 .. -num_embeddings count from the end and ids outside the table give rows of NaN, as in Flax. With
+    max_norm, only the rows that are returned are scaled: the stored table keeps its length, so that training
+    is not torch's trajectory, where the scaled rows are written back.
+
+    State: `embedding`, a Param of shape (num_embeddings, features) and dtype param_dtype.
+
+    Args:
+      num_embeddings: the number of rows.
+      features: the length of a row.
+      dtype: dtype of the output; by default param_dtype.
+      param_dtype: dtype of the table. Its gradient is summed in at least float32 and has this dtype.
+      embedding_init: initializer of the table.
+      promote_dtype: casts the rows to `dtype` (`(query, embedding)` in `attend`).
+      padding_idx: a row that starts at zero (but a pretrained one is kept as given) and whose gradient in the
+      lookup
+        is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from the
+        end.
+      max_norm: looked-up rows with a larger norm are scaled down to it, and the gradient ignores the scaling.
+      norm_type: the p of that p-norm: 0, any positive number or infinity.
+      scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
+      global
+        batch under jit, in one example under a vmap over examples.
+      sparse: True raises NotImplementedError.
+      embedding_metadata: metadata of the Param, for example its sharding.
+      rngs: the stream `params` draws the table.
+
+    Raises:
+      ValueError, TypeError: an option outside its range, or inputs that are not an array of integers.
+
+    >>> from flax_stable_embed import nnx as fse_nnx
+    >>> embed = fse_nnx.Embed(num_embeddings=5, features=3, padding_idx=-1, rngs=nnx.Rngs(0))
+    >>> embed(jnp.array([4]))
+    Array([[0., 0., 0.]], dtype=float32)
+
+    Source: torch.nn.Embedding; bitsandbytes.nn.Embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: maths.Initializer = _xavier_uniform,
+        promote_dtype: Any = _promote_dtype,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
+        rngs: nnx.Rngs,
+    ):
+        self.padding_idx = maths.check_options(
+            num_embeddings=num_embeddings,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            sparse=sparse,
+        )
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        super().__init__(
+            num_embeddings,
+            features,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=embedding_init,
+            promote_dtype=promote_dtype,
+            embedding_metadata=embedding_metadata,
+            rngs=rngs,
+        )
+        if not maths.is_pretrained(embedding_init):
+            self._zero_padding_row()
+
+    @classmethod
+    def from_pretrained(cls, table: Any, *, rngs: nnx.Rngs, **options: Any) -> Self:
+        """A module that starts from `table`, (num_embeddings, features), its padding row as given.
+
+        `options` are the keyword arguments of the class; `param_dtype` is by default the table's dtype. The
+        table is copied and trainable, unlike that of torch's `from_pretrained(freeze=True)`: leave it out of
+        the optimizer's `wrt` to freeze it.
+
+        >>> from flax_stable_embed import nnx as fse_nnx
+        >>> embed = fse_nnx.Embed.from_pretrained([[1.0, 2.0], [3.0, 4.0]], padding_idx=0, rngs=nnx.Rngs(0))
+        >>> embed(jnp.array([0]))
+        Array([[1., 2.]], dtype=float32)
+        """
+        init = maths.pretrained(table)
+        num_embeddings, features = init.table.shape
+        options = {"param_dtype": jax.dtypes.canonicalize_dtype(init.table.dtype), **options}
+        return cls(num_embeddings, features, embedding_init=init, rngs=rngs, **options)
+
+    def reset_parameters(self, rngs: nnx.Rngs) -> None:
+        """Draw the table anew, Xavier uniform with a zero padding row, in place; dtype and metadata stay.
+
+        As in torch and bitsandbytes: whatever `embedding_init` was, and without touching the norm of
+        StableEmbed.
+        """
+        table = self.embedding[...]
+        self.embedding[...] = _xavier_uniform(rngs.params(), table.shape, table.dtype)
+        self._zero_padding_row()
+
+    def _zero_padding_row(self) -> None:
+        if self.padding_idx is not None:
+            self.embedding[...] = maths.zero_padding_row(self.embedding[...], self.padding_idx)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
+        """Rows of the table: (*batch, features) for integer `inputs` of shape (*batch).
+
+        `out_sharding`: sharding of the result under a mesh with Explicit axes, ignored elsewhere. By default
+        that of the inputs, then that of the table's features.
+        """
+        (rows,) = self.promote_dtype((self._rows(inputs, out_sharding),), dtype=self.dtype, inexact=False)
+        return rows
+
+    def _rows(self, inputs: jax.Array, out_sharding: Sharding, dtype: Any = None) -> jax.Array:
+        return maths.lookup(
+            self.embedding[...],
+            inputs,
+            padding_idx=self.padding_idx,
+            max_norm=self.max_norm,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            dtype=dtype,
+            out_sharding=out_sharding,
+        )
+
+
+class StableEmbed(Embed):
+    """`Embed`, then a LayerNorm in float32: bitsandbytes' StableEmbedding.
+
+        x = renorm(embedding[inputs]);    y = (x - mean) / sqrt(var + norm_epsilon) * scale + bias
+
+    Statistics, scale and bias are float32 whatever the other dtypes (float64 with a float64 table); the
+    output is cast once. A padding token gives `norm.bias`, not zeros, as in bitsandbytes. The output has
+    about unit variance: drop a following multiplication by sqrt(features), and add positions after it.
+
+    `attend` uses the table as stored, without the norm.
+
+    State: `embedding`, a Param of shape (num_embeddings, features) and dtype param_dtype; `norm.scale` and
+    `norm.bias`, (features,), float32. The optimizers of this package keep the state of all three in 32 bits
+    by their default rules.
+
+    Args:
+      norm_epsilon: added to the variance. torch's 1e-5, not Flax's 1e-6.
+      Every other one as in `Embed`.
+
+    >>> from flax_stable_embed import nnx as fse_nnx
+    >>> embed = fse_nnx.StableEmbed(num_embeddings=5, features=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    >>> embed.embedding.shape, embed.norm.scale.shape, embed.norm.bias.shape
+    ((5, 4), (4,), (4,))
+    >>> embed(jnp.array([[0, 1, 2]])).dtype
+    dtype(bfloat16)
+
+    Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 2.3,
+    https://arxiv.org/abs/2110.02861
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: maths.Initializer = _xavier_uniform,
+        promote_dtype: Any = _promote_dtype,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        norm_epsilon: float = NORM_EPSILON,
+        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
+        rngs: nnx.Rngs,
+    ):
+        maths.check_norm_options(norm_epsilon, param_dtype, dtype)
+        super().__init__(
+            num_embeddings,
+            features,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=embedding_init,
+            promote_dtype=promote_dtype,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+            embedding_metadata=embedding_metadata,
+            rngs=rngs,
+        )
+        self.norm = _Norm(features, norm_epsilon, maths.at_least_float32(param_dtype))
+
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
+        """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
+        rows = self._rows(inputs, out_sharding, maths.at_least_float32(self.embedding.dtype))
+        (rows,) = self.promote_dtype((self.norm(rows),), dtype=self.dtype, inexact=False)
+        return rows
+
+
+class _Norm(nnx.Module):
+    """The parameters of a LayerNorm around the arithmetic that both APIs share."""
+
+    def __init__(self, features: int, epsilon: float, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return maths.normalise(x, self.scale[...], self.bias[...], self.epsilon)

@@ -1,0 +1,129 @@
+"""Runs a step that is written for one device's own array on every device of a mesh, with nothing gathered.
+
+A `custom_partitioning` with a sharding rule works under Auto and Explicit meshes, in scan and cond, and asks the user for
+no mesh. Every device gets its piece of the parameter, whole blocks and their scales, and the piece's place in the whole,
+which the stochastic hash needs. Where a block would straddle two shards the blocked axis is gathered first.
+A custom partitioner knows neither vmap nor differentiation: there the reference takes over.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .blocks import Blocks
+from .step import Step
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """An implementation as a hashable function of flat arrays, which is what JAX's custom calls want."""
+
+    implementation: Callable  # (step, operands) -> (out, codes, absmax)
+    step: Step
+    tree: Any  # of the operands
+    shape: tuple[int, ...]  # of the parameter
+
+    def __call__(self, *flat):
+        return self.implementation(self.step, self.tree.unflatten(flat))
+
+
+@cache
+def per_shard(local: Callable, reference: FlatStep) -> Callable:
+    """`local(step, operands, origin, global_shape)` on every device's piece, as a function of flat operands."""
+    step, tree = reference.step, reference.tree
+
+    def partition(mesh, arguments, results):
+        operands = tree.unflatten(arguments)
+        shape = operands.codes[0].shape
+        spec = _whole_blocks(_spec_of(operands.codes[0]), mesh, shape, step.blocks)
+        ways = [prod(mesh.shape[name] for name in names) for names in spec]
+
+        def run(*flat):
+            origin = tuple(
+                lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, ways)
+            )
+            return local(step, tree.unflatten(flat), origin, shape)
+
+        sharded, scalar = (NamedSharding(mesh, PartitionSpec(*s)) for s in ([names or None for names in spec], ()))
+
+        def place(x):
+            return sharded if len(x.shape) == len(shape) else scalar
+
+        return mesh, run, jax.tree.map(place, results), jax.tree.map(place, arguments)
+
+    rule = _sharding_rule(reference)
+
+    @cache
+    def partitioned(traced: FlatStep):
+        call = custom_partitioning(lambda *flat: traced(*flat))
+        call.def_partition(partition, sharding_rule=rule)
+        return call
+
+    @custom_vmap
+    def batched(*flat):
+        # Under an Explicit mesh the types carry shardings, which the reference keeps and a loop over pieces would not.
+        explicit = any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in flat)
+        return partitioned(reference if explicit else replace(reference, implementation=local))(*flat)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *flat):
+        out = jax.vmap(reference, [0 if b else None for b in in_batched], axis_size=axis_size)(*flat)
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_jvp
+    def differentiable(*flat):
+        return batched(*flat)
+
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(reference, primals, tangents))
+    return differentiable
+
+
+def _spec_of(x) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each axis of `x`; none where XLA does not tell."""
+    spec = getattr(x.sharding, "spec", None) or ()
+    spec = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
+    return spec + [()] * (len(x.shape) - len(spec))
+
+
+def _whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
+    """`spec` without the cuts that would leave unequal pieces or straddle a block."""
+    unit = [blocks.size if axis == blocks.axis else 1 for axis in range(len(shape))]
+    return [
+        names if d % (u * prod(mesh.shape[name] for name in names)) == 0 else ()
+        for names, d, u in zip(spec, shape, unit)
+    ]
+
+
+def _sharding_rule(reference: FlatStep) -> SdyShardingRule:
+    """How shardings travel: axis by axis between all arrays; along the blocked axis by whole blocks, or not at all."""
+    shape, blocks = reference.shape, reference.step.blocks
+    count, rest = divmod(shape[blocks.axis], blocks.size)
+    axes = [f"axis{k}" for k in range(len(shape))]
+    whole, scales = list(axes), list(axes)
+    if rest or count < 2:
+        whole[blocks.axis], scales[blocks.axis], sizes, fixed = "inside", "count", {}, ("inside", "count")
+    else:
+        whole[blocks.axis], scales[blocks.axis] = CompoundFactor("count", "inside"), "count"
+        sizes, fixed = {"inside": blocks.size}, ("inside",)
+
+    whole, scales = ArrayMapping(*whole), ArrayMapping(*scales)
+    leaves = range(reference.tree.num_leaves)
+    operands = reference.tree.unflatten(leaves)
+    mapping = dict.fromkeys(leaves, ArrayMapping())  # scalars
+    mapping |= dict.fromkeys([operands.g, operands.p, *operands.codes], whole) | dict.fromkeys(operands.absmax, scales)
+    results = (whole, *[whole for _ in operands.codes], *[scales for _ in operands.absmax])
+    return SdyShardingRule(tuple(mapping[i] for i in leaves), results, need_replication_factors=fixed, **sizes)

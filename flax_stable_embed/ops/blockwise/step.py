@@ -1,0 +1,106 @@
+"""One optimizer step on one array whose moments are stored in blocks of bytes.
+
+    m_k = decode(codes_k) * absmax_k;   u, m' = rule(g, *m);   out = finish(u, p);   codes_k, absmax_k = encode(m'_k)
+
+The rule knows no storage and this file knows no rule. The update is computed from the fresh moments, before they are
+rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is static, so that every implementation
+(`xla.py`, one file each) has the same two arguments: what to do, and the arrays.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .blocks import Blocks
+from .codecs import CODECS, Code
+
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+
+
+class Moment(NamedTuple):
+    """How one moment is stored."""
+
+    signed: bool
+    codec: str
+    stochastic: bool = False
+
+    @property
+    def code(self) -> Code:
+        return CODECS[self.codec](self.signed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything static about the step of one array; hashable, so it can be a static argument.
+
+    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function in float32. Then, where they are among the
+    hyper-parameters: `u += weight_decay * p`, and `u *= step_size`. `fused` gives `p + u` in the dtype of `p`, otherwise
+    the output is `u` in `dtype`. With `skip_nonfinite`, elements whose gradient is not finite keep moments and parameter.
+    """
+
+    rule: Callable
+    hyper: tuple[tuple[str, float], ...] = ()
+    moments: tuple[Moment, ...] = ()
+    blocks: Blocks = Blocks(0, 1)
+    fused: bool = False
+    skip_nonfinite: bool = False
+    dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def stochastic(self) -> bool:
+        return any(moment.stochastic for moment in self.moments)
+
+
+class Operands(NamedTuple):
+    """The arrays of one step. `codes` and `absmax` have one entry a moment; `hyper` holds traced scalars by name."""
+
+    g: Array
+    p: Array | None
+    codes: tuple[Array, ...]
+    absmax: tuple[Array, ...]
+    hyper: dict[str, Array]
+    key: Array | None = None  # uint32 (), for stochastic rounding
+
+
+def apply_rule(step: Step, g: Array, p: Array | None, moments: tuple[Array, ...], hyper: dict[str, Array]):
+    """The arithmetic of a step, in the dtype of the moments: `(output, new moments)`."""
+    hyper = dict(step.hyper) | hyper
+    weight_decay, step_size = hyper.pop("weight_decay", None), hyper.pop("step_size", None)
+    compute = moments[0].dtype
+    g_in, p_in = g.astype(compute), None if p is None else p.astype(compute)
+    u, new = step.rule(g_in, *moments, **hyper)
+    if weight_decay is not None:
+        u = u + weight_decay * p_in
+    if step_size is not None:
+        u = step_size * u
+    if step.skip_nonfinite:
+        finite = jnp.isfinite(g_in)
+        u = jnp.where(finite, u, jnp.zeros_like(u))
+        new = tuple(jnp.where(finite, after, before) for after, before in zip(new, moments))
+    return ((p_in + u).astype(p.dtype) if step.fused else u.astype(step.dtype)), new
+
+
+def step_blockwise(step: Step, operands: Operands, implementation: Implementation | None = None):
+    """Runs the step and returns `(output, codes, absmax)`; `implementation=None` works everywhere.
+
+    Raises:
+        NotImplementedError: an implementation that is still to be built.
+    """
+    check_implementation(implementation)
+    from . import xla
+
+    return xla.step(step, operands)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises unless `implementation` is None or the name of one that exists."""
+    if implementation in ("pallas_tpu", "pallas_gpu"):
+        raise NotImplementedError(
+            f"`implementation={implementation!r}` is not built yet. Use None or 'xla', which run on every backend."
+        )
+    if implementation not in (None, "xla"):
+        raise ValueError(f"`implementation` must be None, 'xla', 'pallas_tpu' or 'pallas_gpu', got {implementation!r}.")

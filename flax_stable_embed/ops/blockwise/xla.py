@@ -1,0 +1,193 @@
+"""The step in plain jax.numpy: the reference, which defines the answer, and the same in chunks for CPU.
+
+Reference (`plain`): the whole array at once, in its own shape, so that XLA can partition it on any mesh.
+CPU (`chunked`): a loop over pieces of about 1 MB that stay in the cache, in place on the parameter, the codes and the
+scales. A loop over a sharded axis would gather it, so the loop runs on each device's own piece (`per_shard.py`).
+What limits it on CPU: arithmetic (the codecs), not memory; XLA splits each chunk over the cores.
+"""
+
+import dataclasses
+import itertools
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .blocks import Blocks
+from .codecs import hashed_uniform
+from .per_shard import FlatStep, per_shard
+from .quantize import dequantize_view, linear_index, merge, quantize_view, split
+from .step import Operands, Step, apply_rule
+
+PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
+
+
+def step(step: Step, operands: Operands):
+    """The step for the platform that the program is lowered for: chunks on CPU, the reference elsewhere."""
+    if operands.g.shape:
+        return _step(step, operands)
+    arrays = jax.tree.map(lambda x: x.reshape(1), (operands.g, operands.p, operands.codes, operands.absmax))
+    return jax.tree.map(lambda x: x.reshape(()), _step(step, Operands(*arrays, operands.hyper, operands.key)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(step: Step, operands: Operands):
+    flat, tree = jax.tree.flatten(operands)
+    reference = FlatStep(plain, step, tree, operands.g.shape)
+    return lax.platform_dependent(*flat, cpu=per_shard(chunked, reference), default=reference)
+
+
+def plain(step: Step, operands: Operands, index: Array | None = None):
+    """The reference. `index` is the global row-major position of each element, where it is not the array's own."""
+    blocks, shape = step.blocks, operands.g.shape
+    old = tuple(
+        dequantize_view(split(codes, blocks), absmax, blocks.axis, moment.code)
+        for codes, absmax, moment in zip(operands.codes, operands.absmax, step.moments)
+    )
+    p = None if operands.p is None else split(operands.p, blocks)
+    out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
+    uniform = None
+    if step.stochastic:
+        index = linear_index(shape) if index is None else index
+        uniform = hashed_uniform(split(index, blocks), operands.key)
+    stored = [
+        quantize_view(x, blocks.axis, moment.code, uniform if moment.stochastic else None)
+        for x, moment in zip(new, step.moments)
+    ]
+    codes = tuple(merge(codes, blocks, shape) for codes, _ in stored)
+    return merge(out, blocks, shape), codes, tuple(absmax for _, absmax in stored)
+
+
+# --- in chunks, on one device's own piece ------------------------------------------------------------------------------
+
+
+def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
+    """`plain` in a loop over pieces, in place; the array lies at `origin` of a global array of `shape`.
+
+    A piece is copied out, computed, and copied back. The computation sits in a conditional that is always true (no
+    scale is negative), because
+    XLA does not fuse across one: else it fuses reads of the old codes into writes of the new ones, cannot order the two,
+    and copies whole arrays on every turn (measured: ten times slower).
+    """
+    axis, size = step.blocks
+    local = operands.g.shape
+    if not operands.g.size:
+        return plain(step, operands)
+    view = (prod(local[:axis]), local[axis], prod(local[axis + 1 :]))
+    row_major = np.cumprod((1, *(shape or local)[:0:-1]))[::-1]
+
+    def position(start, length, dims):
+        """The share of axes `dims` in the global position of elements `start`.. of these axes, merged."""
+        flat, share = lax.iota(jnp.uint32, length) + start.astype(jnp.uint32), 0
+        for k in reversed(dims):
+            index = flat % np.uint32(local[k]) + (origin[k].astype(jnp.uint32) if origin else np.uint32(0))
+            share, flat = share + index * np.uint32(row_major[k] % 2**32), flat // np.uint32(local[k])
+        return share if dims else jnp.zeros((length,), jnp.uint32)
+
+    def on_piece(piece: _Arrays, at):
+        index = None
+        if step.stochastic:
+            groups = range(axis), (axis,), range(axis + 1, len(local))
+            rows, inside, columns = (position(a, n, dims) for a, n, dims in zip(at, piece.g.shape, groups))
+            index = rows[:, None, None] + inside[None, :, None] + columns[None, None, :]
+        return plain(
+            dataclasses.replace(step, blocks=Blocks(1, size)),
+            Operands(*piece, operands.hyper, operands.key),
+            index,
+        )
+
+    in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
+    scales = (view[0], step.blocks.count(local), view[2])
+    whole = _Arrays(
+        operands.g.reshape(view),
+        None if operands.p is None else operands.p.reshape(view),
+        tuple(c.reshape(view) for c in operands.codes),
+        tuple(a.reshape(scales) for a in operands.absmax),
+    )
+    out = whole.p if step.fused else whole.g if in_place else jnp.zeros(view, step.dtype)
+
+    def one(at, lengths, carry):
+        out, codes, absmax = carry
+        g = out if in_place else whole.g
+        p = out if step.fused else whole.p
+        piece = _Arrays(g, p, codes, absmax).slice(at, lengths, size)
+        before = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
+        always = ~(piece.absmax[0][0, 0, 0] < 0)
+        after = lax.cond(always, lambda piece: on_piece(piece, at), lambda piece: before, piece)
+        return _write(carry, after, at, size)
+
+    out, codes, absmax = _loop(view, size, one, (out, whole.codes, whole.absmax))
+    return (
+        out.reshape(local),
+        tuple(c.reshape(local) for c in codes),
+        tuple(a.reshape(step.blocks.absmax_shape(local)) for a in absmax),
+    )
+
+
+class _Arrays(NamedTuple):
+    g: Array
+    p: Array | None
+    codes: tuple[Array, ...]
+    absmax: tuple[Array, ...]
+
+    def slice(self, at, lengths, size):
+        cut = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
+        at_scale, n = (at[0], at[1] // size, at[2]), (lengths[0], -(-lengths[1] // size), lengths[2])
+        return _Arrays(
+            cut(self.g),
+            None if self.p is None else cut(self.p),
+            tuple(cut(c) for c in self.codes),
+            tuple(lax.dynamic_slice(a, at_scale, n) for a in self.absmax),
+        )
+
+
+def _write(carry, results, at, size):
+    (out, codes, absmax), (new_out, new_codes, new_absmax) = carry, results
+    at_scale = (at[0], at[1] // size, at[2])
+    return (
+        lax.dynamic_update_slice(out, new_out, at),
+        tuple(lax.dynamic_update_slice(c, x, at) for c, x in zip(codes, new_codes)),
+        tuple(lax.dynamic_update_slice(a, x, at_scale) for a, x in zip(absmax, new_absmax)),
+    )
+
+
+def _loop(view, size, one, carry):
+    """`carry = one(start, lengths, carry)` for pieces of about `PIECE` elements that cover `view`."""
+    for starts, lengths, counts in _cut(view, size):
+
+        def body(i, carry, starts=starts, lengths=lengths, counts=counts):
+            steps = jnp.unravel_index(i, counts)
+            at = tuple(np.int32(s) + k.astype(jnp.int32) * np.int32(l) for s, k, l in zip(starts, steps, lengths))
+            return one(at, lengths, carry)
+
+        carry = lax.fori_loop(0, prod(counts), body, carry) if prod(counts) > 1 else body(jnp.int32(0), carry)
+    return carry
+
+
+def _cut(view: tuple[int, int, int], size: int):
+    """Cuts (outer, blocked axis, inner) into grids of equal pieces of whole blocks: (starts, lengths, counts) each."""
+    outer, d, inner = view
+    if size * inner >= PIECE:
+        lengths = (1, size, _near_divisor(inner, max(1, PIECE // size)))
+    elif d * inner >= PIECE:
+        lengths = (1, size * _near_divisor(d // size, max(1, PIECE // (size * inner))), inner)
+    else:
+        lengths = (_near_divisor(outer, max(1, PIECE // max(1, d * inner))), d, inner)
+    return [
+        tuple(zip(*grid)) for grid in itertools.product(*(_segments(n, length) for n, length in zip(view, lengths)))
+    ]
+
+
+def _near_divisor(n: int, limit: int) -> int:
+    """The largest divisor of `n` in [limit / 2, limit], else `limit`: a last piece of its own costs a second loop."""
+    return next((k for k in range(min(n, limit), limit // 2, -1) if n % k == 0), max(1, min(n, limit)))
+
+
+def _segments(n: int, length: int) -> list[tuple[int, int, int]]:
+    """`n` elements as (start, length, count): the whole pieces, then what is left."""
+    whole, rest = divmod(n, length)
+    return [s for s in ((0, length, whole), (whole * length, rest, 1)) if s[1] and s[2]]

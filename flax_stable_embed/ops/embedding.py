@@ -1,0 +1,287 @@
+"""The arithmetic of an embedding, shared by the Linen and the NNX modules.
+
+    rows = table[ids]                    NaN rows for ids outside the table
+    rows <- renorm(rows)                 with max_norm
+    y = normalise(rows, scale, bias)     StableEmbed only
+
+Below: what both modules need when they are built (`pretrained`, the zero padding row, checks of options).
+
+Source: torch.nn.Embedding (padding_idx, max_norm, scale_grad_by_freq) and bitsandbytes.nn.StableEmbedding.
+"""
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._gather import GatherOptions, Sharding, gather, row_numbers_of, row_sharding
+from ._gather import at_least_float32 as at_least_float32
+
+RENORM_GUARD = 1e-7  # torch adds it to the norm before it divides
+NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
+
+Initializer = Callable[..., Any]
+
+
+def lookup(
+    table: jax.Array,
+    ids: jax.Array,
+    *,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    dtype: Any = None,
+    out_sharding: Sharding = None,
+) -> jax.Array:
+    """Rows of `table` at `ids`, with torch's embedding options.
+
+        y_i = renorm(table[ids_i]);      dL/dtable[k] = s_k * (sum of dL/dy_i over the i with ids_i = k)
+        s_k = 1 / count(k) with scale_grad_by_freq, else 1;      s_k = 0 at padding_idx
+
+    The renormalised rows are not written back to the table. The gradient is taken at them, not through
+    the renormalisation. `count` is over the ids of this one call: the global batch under jit, one
+    example under a vmap over examples.
+
+    The gradient is summed in float32 (float64 for such a table) and rounded to the table's dtype once. A
+    token that appears 65536 times with cotangent 1 gets exactly 65536 from a float32 and from a bfloat16
+    table; a sum in bfloat16 stops at 256. A 16-bit table pays for it with one float32 buffer of its size in
+    the backward pass.
+
+    Args:
+      table: (num_embeddings, features), any dtype.
+      ids: (*batch), integers of any width. -1 .. -num_embeddings count from the end. Ids outside the
+        table give rows of NaN (integer tables: the fill value of `jnp.take`) and no gradient.
+      padding_idx: the row without a gradient, 0 .. num_embeddings - 1.
+      max_norm: looked-up rows longer than this are scaled down to it.
+      norm_type: the p of that p-norm.
+      scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
+      dtype: dtype of the result, by default the table's. The gradient's terms arrive in it, so to look up in
+        bfloat16 and compute in float32, ask for float32 here and not afterwards.
+      out_sharding: sharding of the result under a mesh with Explicit axes; ignored elsewhere, as in Flax. By
+        default the ids' own, then that of the table's features, less the mesh axes that the ids use already.
+
+    Returns:
+      (*batch, features) in `dtype`. A table of one row, with no option set, ignores ids as in Flax.
+
+    Raises:
+      TypeError: ids are not an array, or max_norm is set and the table is not floating.
+      ValueError: ids are not integers.
+
+    >>> table = jnp.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
+    >>> lookup(table, jnp.array([1, -1, 0]), max_norm=5.0)
+    Array([[3., 4.],
+           [3., 4.],
+           [0., 0.]], dtype=float32)
+    >>> jax.grad(lambda t: lookup(t, jnp.array([1, 1, 2]), padding_idx=2).sum())(table)
+    Array([[0., 0.],
+           [2., 2.],
+           [0., 0.]], dtype=float32)
+    """
+    _check_ids(ids)
+    table = jnp.asarray(table)
+    row_numbers = row_numbers_of(ids, table.shape[0])
+    if table.shape[0] == 1 and padding_idx is None and max_norm is None and not scale_grad_by_freq:
+        row_numbers = jnp.zeros_like(row_numbers)
+    sharding = row_sharding(table, row_numbers, out_sharding)
+    dtype = jnp.dtype(dtype or table.dtype)
+    rows = gather(GatherOptions(padding_idx, scale_grad_by_freq, sharding, dtype), table, row_numbers)
+    return rows if max_norm is None else _as_if_stored(rows, table.dtype, max_norm, norm_type)
+
+
+def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Array:
+    """Scale the rows whose p-norm exceeds `max_norm` down to it, and leave the others as they are.
+
+        n = (sum |x|^p)^(1/p);      x <- x * max_norm / (n + 1e-7) where n > max_norm
+
+    p = inf is the largest magnitude, p = 0 the number of non-zeros. Zero rows stay zero and NaN rows NaN.
+    Norms are computed in float32 for narrower rows (torch rounds the norm of a half-precision row to half
+    precision).
+
+    Args:
+      rows: (..., features), floating.
+      max_norm: the largest norm that is left alone.
+      norm_type: p, zero or more.
+
+    Returns:
+      The same shape and dtype.
+
+    Raises:
+      TypeError: rows are not floating.
+
+    >>> renorm(jnp.array([[3.0, 4.0], [0.25, 0.5]]), max_norm=1.0, norm_type=jnp.inf)
+    Array([[0.75, 1.  ],
+           [0.25, 0.5 ]], dtype=float32)
+    """
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
+        raise TypeError(f"`max_norm` needs a floating table, got {rows.dtype}. Set param_dtype=float32.")
+    x = rows.astype(at_least_float32(rows.dtype))
+    norm = jnp.linalg.norm(x, ord=norm_type, axis=-1, keepdims=True)
+    scaled = x * (max_norm / (norm + RENORM_GUARD))
+    return jnp.where(norm > max_norm, scaled.astype(rows.dtype), rows)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _as_if_stored(rows: jax.Array, table_dtype: Any, max_norm: float, norm_type: float) -> jax.Array:
+    """Rows renormalised as torch does: in the table, in its dtype, before the gradient is taken."""
+    return renorm(rows.astype(table_dtype), max_norm, norm_type).astype(rows.dtype)
+
+
+@_as_if_stored.defjvp
+def _as_if_stored_jvp(table_dtype, max_norm, norm_type, primals, tangents):
+    return _as_if_stored(primals[0], table_dtype, max_norm, norm_type), tangents[0]
+
+
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
+    """LayerNorm over the last axis, in float32, with the exact variance.
+
+        y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias
+
+    The variance takes a second pass, so that a row far from zero keeps its digits. The result is not cast
+    back. A zero row gives `bias`, and finite gradients.
+
+    Args:
+      x: (..., features), real floating of any width.
+      scale: (features,).
+      bias: (features,).
+      epsilon: added to the variance.
+
+    Returns:
+      (..., features) in float32, or float64 if x or a parameter has it.
+
+    Raises:
+      TypeError: x is not real floating.
+
+    >>> normalise(jnp.array([[1.0, 3.0], [0.0, 0.0]]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
+    Array([[0. , 1. ],
+           [0.5, 0.5]], dtype=float32)
+
+    Source: Ba et al. 2016, Layer Normalization, https://arxiv.org/abs/1607.06450
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"LayerNorm needs real floating rows, got {x.dtype}. Set param_dtype=float32.")
+    x = x.astype(at_least_float32(x.dtype))
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    along_last = (1,) * (x.ndim - 1) + (-1,)
+    return centred * jax.lax.rsqrt(variance + epsilon) * scale.reshape(along_last) + bias.reshape(along_last)
+
+
+def pretrained(table: Any) -> Initializer:
+    """An initializer that returns `table`: torch's `_weight` and `from_pretrained`.
+
+    The table is used as given: cast to `param_dtype`, its padding row not zeroed, also inside a wrapper such
+    as `nn.with_partitioning`. It stays trainable: mask it out of the optimizer to freeze it. Under `jax.jit`
+    the table becomes a constant of the compiled initialisation, so initialise outside of it with a large one.
+
+    Args:
+      table: (num_embeddings, features), a jax or numpy array or nested lists.
+
+    Raises:
+      ValueError: the table is not 2-D, or (when a module initialises its parameter) not of the module's
+      shape.
+
+    >>> pretrained([[1.0, 2.0]])(jax.random.key(0), (1, 2), jnp.float32)
+    Array([[1., 2.]], dtype=float32)
+    """
+    return _Pretrained(table if hasattr(table, "shape") else np.asarray(table))
+
+
+class _Pretrained:
+    """A class and not a closure: it can be recognised, and pickled together with the module that holds it."""
+
+    def __init__(self, table: Any):
+        if len(table.shape) != 2:
+            raise ValueError(f"`table` must be of shape (num_embeddings, features), got {tuple(table.shape)}.")
+        self.table = table
+
+    def __call__(self, key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        if tuple(self.table.shape) != tuple(shape):
+            raise ValueError(
+                f"`table` has shape {tuple(self.table.shape)}, but the module wants {tuple(shape)}. "
+                "Give it the table's own num_embeddings and features."
+            )
+        return jnp.array(self.table, dtype)  # a copy: a training step may donate it
+
+    def __repr__(self) -> str:
+        return f"pretrained(<table of shape {tuple(self.table.shape)}>)"
+
+
+def is_pretrained(initializer: Initializer) -> bool:
+    """Whether an initializer is `pretrained(...)`, looking through Flax's wrappers that add metadata."""
+    return isinstance(inspect.unwrap(initializer), _Pretrained)
+
+
+def zero_padding_row(table: jax.Array, padding_idx: int) -> jax.Array:
+    """The table with row `padding_idx` set to zero (a scatter would refuse a sharded table)."""
+    is_padding = jnp.arange(table.shape[0]) == padding_idx
+    return jnp.where(is_padding[:, None], jnp.zeros((), table.dtype), table)
+
+
+def check_options(
+    *, num_embeddings: int, padding_idx: int | None, max_norm: float | None, norm_type: float, sparse: bool
+) -> int | None:
+    """Check a module's options when it is built, and return `padding_idx` counted from the start.
+
+    Raises:
+      TypeError, ValueError: naming the option, its value and the values that it can have.
+      NotImplementedError: `sparse=True`.
+    """
+    if sparse:
+        raise NotImplementedError(
+            "`sparse=True` is not built: a gradient in JAX has the shape of its table. Use sparse=False: the "
+            "gradient is then dense, zero in the rows not looked up, and every optax optimizer takes it."
+        )
+    if max_norm is not None:
+        _check_number("max_norm", max_norm)
+        if not max_norm > 0:
+            raise ValueError(f"`max_norm` must be positive, got {max_norm}. None leaves the rows as they are.")
+    _check_number("norm_type", norm_type)
+    if not norm_type >= 0:
+        raise ValueError(f"`norm_type`, the p of a p-norm, must be 0 or more, got {norm_type}. Try 2.0.")
+    return None if padding_idx is None else _count_from_start(padding_idx, num_embeddings)
+
+
+def check_norm_options(norm_epsilon: float, param_dtype: Any, dtype: Any) -> None:
+    """Check what only StableEmbed asks for: an epsilon, and real floating numbers to normalise."""
+    for name, value in (("param_dtype", param_dtype), ("dtype", dtype)):
+        if value is not None and not jnp.issubdtype(value, jnp.floating):
+            raise TypeError(f"`{name}` of a StableEmbed must be a real floating dtype, got {jnp.dtype(value)}.")
+    _check_number("norm_epsilon", norm_epsilon)
+    if not (norm_epsilon > 0 and math.isfinite(norm_epsilon)):
+        raise ValueError(
+            f"`norm_epsilon` must be positive and finite, got {norm_epsilon}: a padding row has variance 0. "
+            f"Try {NORM_EPSILON}."
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a Python number, got {value!r}.")
+
+
+def _count_from_start(padding_idx: int, num_embeddings: int) -> int:
+    if isinstance(padding_idx, bool) or not hasattr(padding_idx, "__index__"):
+        raise TypeError(f"`padding_idx` must be an integer or None, got {padding_idx!r}.")
+    if not -num_embeddings <= operator.index(padding_idx) < num_embeddings:
+        raise ValueError(
+            f"`padding_idx` must be within -num_embeddings .. num_embeddings - 1 = {-num_embeddings} .. "
+            f"{num_embeddings - 1}, got {padding_idx}."
+        )
+    return operator.index(padding_idx) % num_embeddings
+
+
+def _check_ids(ids: Any) -> None:
+    if not hasattr(ids, "dtype"):
+        raise TypeError(f"`inputs` must be an array of integer ids, got {ids!r:.80}. Try jnp.asarray(inputs).")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"Input type must be an integer or unsigned integer. Got {ids.dtype}; cast it, "
+            "for example with inputs.astype(jnp.int32)."
+        )
