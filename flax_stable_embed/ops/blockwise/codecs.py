@@ -180,15 +180,16 @@ def decode(codes: Array, code: Code) -> Array:
     return jnp.where(level < 0, -magnitude, magnitude)
 
 
-def hashed_uniform(index: Array, key: Array) -> Array:
-    """Uniform float32 of [0, 1) from a uint32 counter, the same on every device and mesh.
-
-    An affine map by the key, then the 32-bit finaliser with the constants of C. Wellons' hash-prospector (lowbias32).
-    """
-    x = index * (key | np.uint32(1)) + key
+def mix(x: Array) -> Array:
+    """Scrambles uint32: the 32-bit finaliser with the constants of C. Wellons' hash-prospector (lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
-    return ((x ^ (x >> 16)) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+    return x ^ (x >> 16)
+
+
+def hashed_uniform(index: Array, key: Array) -> Array:
+    """Uniform float32 of [0, 1) from a uint32 counter and key, the same on every device and mesh."""
+    return (mix(index * (key | np.uint32(1)) + key) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def table(codec: str, signed: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -49,6 +49,10 @@ class Step:
     fused: bool = False
     skip_nonfinite: bool = False
     dtype: np.dtype = np.dtype(np.float32)
+
+    def with_storage(self, moments: tuple[Moment, ...], blocks: Blocks) -> "Step":
+        """The same step on moments that are stored in bytes."""
+        return replace(self, moments=moments, blocks=blocks)
 
     @property
     def stochastic(self) -> bool:

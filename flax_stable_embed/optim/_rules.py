@@ -1,0 +1,255 @@
+"""Which moments are stored in 8 bits, and how: user rules, then metadata, then the defaults below.
+
+A decision depends on the parameter's path, global shape and dtype alone: never on a mesh, a process, an object's identity
+or its position among the parameters.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..ops.blockwise.blocks import SMALLEST, Blocks, choose_blocks
+from ..ops.blockwise.quantize import check_block_size, check_codec
+
+EMBEDDING = re.compile(r"(^|/)([^/]*_)?embeddings?$")
+NORM_OR_BIAS = re.compile(r"(^|/)(scale|bias)$")
+LIKE_AN_EMBEDDING = re.compile(r"emb|wte|vocab", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How 8-bit moments are stored. Frozen and static, so that `optax.inject_hyperparams` leaves it alone.
+
+    Args:
+        codec: "root" (default), "dynamic" (bitsandbytes' map) or "linear"; see `ops/blockwise/README.md`.
+        rounding: "nearest", or "stochastic" for the second moment, which then cannot stall where gradients shrink.
+        block_size: elements that share a scale; None chooses 32 to 256 per parameter, so that no block straddles shards.
+        block_axis: the axis that blocks lie in; None chooses per parameter. Vectors always use their only one.
+        shards: the most ways that any axis of a parameter will ever be cut. Fixes the state's shapes, so it is a promise
+            about every mesh that will open the checkpoint, not about this one.
+        min_size: parameters with fewer elements, or a blocked axis shorter than 32, keep fp32 moments; 0 switches both
+            rules off.
+
+    Raises:
+        ValueError: an unknown codec or rounding, or a number that cannot be.
+
+    >>> StateFormat(codec="dynamic", block_size=256, block_axis=-1)  # the blocks and the map of bitsandbytes
+    StateFormat(codec='dynamic', rounding='nearest', block_size=256, block_axis=-1, shards=8, min_size=4096)
+    """
+
+    codec: Literal["root", "dynamic", "linear"] = "root"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    block_size: int | None = None
+    block_axis: int | None = None
+    shards: int = 8
+    min_size: int = 4096
+
+    def __post_init__(self):
+        check_codec(self.codec)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {self.rounding!r}.")
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        if self.block_axis is not None and not _is_int(self.block_axis):
+            raise ValueError(f"`block_axis` must be an integer or None, got {self.block_axis!r}; try -1.")
+        if not _is_int(self.shards) or self.shards < 1:
+            raise ValueError(f"`shards` must be an integer of at least 1, got {self.shards!r}; the default is 8.")
+        if not _is_int(self.min_size) or self.min_size < 0:
+            raise ValueError(
+                f"`min_size` must be an integer of at least 0, got {self.min_size!r}; the default is 4096."
+            )
+
+    def blocks(self, path: str, shape: tuple[int, ...]) -> Blocks:
+        """The blocks of a parameter. Rows of an embedding table differ in frequency and do not share scales."""
+        try:
+            return choose_blocks(
+                shape,
+                shards=self.shards,
+                block_size=self.block_size,
+                block_axis=self.block_axis,
+                along_rows=bool(EMBEDDING.search(path)),
+            )
+        except ValueError as error:
+            raise ValueError(f"parameter {path!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a rule sets for the parameters that it matches; None leaves the matter to what comes next.
+
+    Args:
+        bits: 32 keeps fp32 moments, 8 asks for bytes (the size rules of `StateFormat` still hold).
+        state_format: how the bytes are stored, in place of the optimizer's `state_format`.
+
+    Raises:
+        ValueError: other bits, or a format for moments that are not in 8 bits.
+    """
+
+    bits: Literal[32, 8] | None = None
+    state_format: StateFormat | None = None
+
+    def __post_init__(self):
+        if self.bits not in (None, 8, 32) or isinstance(self.bits, bool):
+            raise ValueError(f"`bits` must be 8 or 32, got {self.bits!r}.")
+        if self.state_format is not None and not isinstance(self.state_format, StateFormat):
+            raise TypeError(f"`state_format` must be a StateFormat, got {self.state_format!r}.")
+        if self.bits == 32 and self.state_format is not None:
+            raise ValueError(f"`state_format` says how 8-bit moments are stored, but `bits` is 32: {self}. Drop one.")
+
+
+@dataclass(frozen=True)
+class Where:
+    """A predicate as a rule's pattern; not callable itself, or `optax.inject_hyperparams` would take it for a schedule."""
+
+    predicate: Callable[[str, tuple[int, ...]], bool]
+
+
+def where(predicate: Callable[[str, tuple[int, ...]], bool]) -> Where:
+    """A pattern for `rules` that matches where `predicate(path, shape)` is true; the shape is the global one.
+
+    >>> rules = ((where(lambda path, shape: len(shape) == 3), 32),)
+    """
+    if not callable(predicate):
+        raise TypeError(f"`predicate` must be a function of a path and a shape, got {predicate!r}.")
+    return Where(predicate)
+
+
+class Decision(NamedTuple):
+    """What the rules say of one parameter."""
+
+    bits: int
+    format: StateFormat
+    blocks: Blocks | None  # None for moments that are not in 8 bits
+    reason: str
+
+
+class Rules:
+    """User rules, checked, with what follows from them for one parameter at a time."""
+
+    def __init__(self, rules: Any, state_format: StateFormat):
+        if not isinstance(state_format, StateFormat):
+            raise TypeError(f"`state_format` must be a StateFormat, got {state_format!r}. Try StateFormat(codec=...).")
+        self.state_format = state_format
+        self.user = _normalize(rules)
+
+    @property
+    def formats(self) -> list[StateFormat]:
+        """The formats in use: the optimizer's, then those of the rules in order."""
+        return [self.state_format] + [rule.state_format for _, rule in self.user if rule.state_format is not None]
+
+    def first_match(self, path: str, shape: tuple[int, ...]) -> tuple[Any, Rule]:
+        """The first user rule that matches: its pattern (None where none does) and what it sets."""
+        return next(((pattern, rule) for pattern, rule in self.user if _matches(pattern, path, shape)), (None, Rule()))
+
+    def blocks(self, path: str, shape: tuple[int, ...]) -> tuple[StateFormat, Blocks]:
+        """How a parameter that is stored in 8 bits is stored."""
+        state_format = self.first_match(path, shape)[1].state_format or self.state_format
+        return state_format, state_format.blocks(path, shape)
+
+    def decide(self, path: str, shape: tuple[int, ...], dtype: Any, metadata_bits: int | None = None) -> Decision:
+        """Bits, format, blocks and the reason, in words."""
+        pattern, rule = self.first_match(path, shape)
+        bits, reason = rule.bits, f"rule {_show(pattern)}"
+        if bits is None and metadata_bits is not None:
+            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"
+        if bits is None:
+            bits, reason = _default(path)
+        state_format, blocks = self.blocks(path, shape)
+        if bits == 8:
+            too_small = _cannot(shape, dtype) or _too_small(shape, state_format, blocks)
+            if not too_small:
+                return Decision(8, state_format, blocks, reason)
+            reason = too_small
+        return Decision(32, state_format, None, reason)
+
+    def unmatched(self, leaves: Sequence[tuple[str, tuple[int, ...]]]) -> list[Any]:
+        """Patterns of user rules that match none of the parameters."""
+        return [_show(p) for p, _ in self.user if not any(_matches(p, path, shape) for path, shape in leaves)]
+
+
+def _default(path: str) -> tuple[int, str]:
+    if EMBEDDING.search(path):
+        return 32, "embedding"
+    if NORM_OR_BIAS.search(path):
+        return 32, "norm or bias"
+    return 8, "default"
+
+
+def _cannot(shape: tuple[int, ...], dtype: Any) -> str:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "not floating point"
+    return "" if prod(shape) else "empty"
+
+
+def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks) -> str:
+    if prod(shape) < state_format.min_size:
+        return f"fewer than {state_format.min_size} elements"
+    if state_format.min_size and shape and shape[blocks.axis] < SMALLEST:
+        return f"blocked axis shorter than {SMALLEST}"
+    return ""
+
+
+# --- what users write --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The exact path of a leaf of a label pytree."""
+
+    path: str
+
+
+def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
+    if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
+        return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
+    labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
+    if not labels or isinstance(rules, str):
+        raise TypeError(
+            f"`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, got {rules!r}."
+        )
+    return [(_Path(path_name(path)), _rule(label)) for path, label in labels]
+
+
+def _is_pair(rule: Any) -> bool:
+    return isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str | re.Pattern | Where)
+
+
+def _pattern(pattern: str | re.Pattern | Where) -> re.Pattern | Where:
+    try:
+        return re.compile(pattern) if isinstance(pattern, str) else pattern
+    except re.error as error:
+        raise ValueError(f"`rules` has {pattern!r}, which is not a regular expression: {error}.") from None
+
+
+def _rule(value: Any) -> Rule:
+    if isinstance(value, Rule):
+        return value
+    if _is_int(value) and value in (8, 32):
+        return Rule(int(value))
+    raise ValueError(f"`rules` must give 8, 32 or a Rule for each pattern, got {value!r}.")
+
+
+def _matches(pattern: re.Pattern | Where | _Path, path: str, shape: tuple[int, ...]) -> bool:
+    if isinstance(pattern, _Path):
+        return pattern.path == path
+    return bool(pattern.predicate(path, shape) if isinstance(pattern, Where) else pattern.search(path))
+
+
+def _show(pattern: Any) -> str:
+    if isinstance(pattern, Where):
+        return f"where({getattr(pattern.predicate, '__name__', pattern.predicate)})"
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "path", pattern))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def path_name(path: tuple) -> str:
+    """A key path as "block/attention/kernel"; the "value" that NNX and Linen boxes add at the end is dropped."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").removesuffix("/raw_value")

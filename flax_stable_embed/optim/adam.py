@@ -1,0 +1,213 @@
+r"""Adam and AdamW with their moments in one byte each.
+
+    m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
+    u <- (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
+
+Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980); decoupled weight decay: Loshchilov and Hutter 2017 (arXiv:1711.05101);
+Nesterov momentum: Dozat 2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..ops.blockwise.step import Implementation
+from ._engine import Engine, Method, MomentName
+from ._rules import StateFormat
+from ._transform import FusedTransformation, optimizer, scale_by
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """State of Adam. `mu` and `nu`: int8 or uint8 codes, or fp32 values, in the parameter's shape."""
+
+    count: Array  # shape=(), dtype=int32
+    mu: optax.Updates
+    nu: optax.Updates
+    mu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
+    nu_absmax: optax.Updates
+    format: Array  # uint8, names the codecs and block settings
+
+
+def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov):
+    """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
+    m = (1 - b1) * g + b1 * m
+    v = (1 - b2) * (g**2 if jnp.isrealobj(g) else g.real**2 + g.imag**2) + b2 * v
+    if nesterov:
+        m_hat = b1 * _over(m, c1_next) + (1 - b1) * _over(g, c1)
+    else:
+        m_hat = _over(m, c1)
+    return m_hat / (jnp.sqrt(_over(v, c2) + eps_root) + eps), (m, v)
+
+
+def _over(x, correction):
+    # Broadcast first: an eager division by a scalar would be a product with its reciprocal, which optax's is not.
+    return x / jnp.broadcast_to(correction.astype(x.dtype), x.shape)
+
+
+@partial(jax.jit, inline=True)
+def _correction(b, count):
+    return 1 - b**count
+
+
+def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, **options) -> Engine:
+    if mu_dtype is not None:
+        raise TypeError(
+            f"`mu_dtype` must be None, got {mu_dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
+            "rules=((pattern, 8 or 32),)."
+        )
+
+    def hyper(count):
+        c1_next = _correction(b1, optax.safe_increment(count))
+        corrections = {"c1": _correction(b1, count), "c2": _correction(b2, count), "c1_next": c1_next}
+        return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
+
+    moments = MomentName("mu", True, True), MomentName("nu", False, False, second=True)
+    return Engine(Method(ScaleByAdam8bitState, adam, moments, hyper), **options)
+
+
+def scale_by_adam8bit(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: None = None,
+    *,
+    nesterov: bool = False,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` with its moments in one byte each; see `adamw8bit` for the arguments.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
+    """
+    return scale_by(
+        _engine(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov,
+            rules=rules,
+            state_format=state_format,
+            implementation=implementation,
+            skip_nonfinite=skip_nonfinite,
+        )
+    )
+
+
+def adam8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: None = None,
+    *,
+    nesterov: bool = False,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    """`optax.adam` with its moments in one byte each; see `adamw8bit`, which adds weight decay, for the arguments.
+
+    >>> import flax_stable_embed as fse
+    >>> tx = fse.adam8bit(1e-3)
+    """
+    engine = _engine(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        nesterov,
+        rules=rules,
+        state_format=state_format,
+        implementation=implementation,
+        skip_nonfinite=skip_nonfinite,
+    )
+    return optimizer(engine, learning_rate)
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.adamw` with its moments in one byte each, and fp32 moments for embeddings, norms and biases.
+
+    $$u_t = -\alpha_t \left( \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}
+    + \lambda \theta_t \right)$$
+
+    Parameters, their order, formula and defaults are those of `optax.adamw`; the rest is keyword-only. Moments are
+    decoded, updated and encoded block by block; the update comes from the fresh moments, before they are rounded, in
+    float32 whatever the parameter's dtype. Parameters that keep fp32 moments get what `optax.adamw` gives them.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added outside the square root.
+        eps_root: added inside the square root.
+        mu_dtype: only there for the order of arguments; must be None.
+        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
+        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
+        nesterov: Nesterov momentum.
+        rules: pairs (pattern, 8 | 32 | Rule), the first match wins, before the defaults: embeddings, norm scales and
+            biases keep fp32. A pattern is a regular expression searched in the parameter's path ("block/attn/kernel") or
+            `fse.where(predicate)`. Or a pytree of such values, labelled like the parameters.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments. By default they
+            become NaN, as in optax, and no other element is touched.
+
+    Returns:
+        An optax transform that also serves `fse.fused_update`. Its state is that of `optax.adamw` with
+        `ScaleByAdam8bitState` in place of `ScaleByAdamState`.
+
+    Raises:
+        TypeError: `mu_dtype` is not None.
+        ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter.
+        NotImplementedError: an implementation that is still to be built.
+
+    >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
+    >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}
+    >>> tx = fse.adamw8bit(1e-3, weight_decay=0.1)
+    >>> state = tx.init(params)
+    >>> {name: str(x.dtype) for name, x in state[0].mu.items()}
+    {'embedding': 'float32', 'kernel': 'int8'}
+    >>> updates, state = tx.update(params, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    """
+    engine = _engine(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        nesterov,
+        rules=rules,
+        state_format=state_format,
+        implementation=implementation,
+        skip_nonfinite=skip_nonfinite,
+    )
+    return optimizer(engine, learning_rate, weight_decay, mask)
