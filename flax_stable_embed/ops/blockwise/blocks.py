@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
         return -(-shape[self.axis] // self.size) if shape else 1
 
     def absmax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales: that of the array with the number of blocks along the blocked axis; () for a scalar."""
+        """The shape of the scales: the array's, with the number of blocks along the blocked axis; () for a scalar."""
         if not shape:
             return ()
         return (*shape[: self.axis], self.count(shape), *shape[self.axis + 1 :])

@@ -3,8 +3,8 @@
 A code is a *level* 0..top with a sign; a level stands for a magnitude, `value(level)`, which grows from 0 to exactly 1:
 
     root     signed  (level / 127)^2                    unsigned  (level / 255)^4
-    dynamic  signed  10^(e-6) (0.1 + 0.9 (j + 1/2) / 2^e), level = 2^e + j     unsigned  the same with level + 1, 10^(e-7)
-    linear   signed  level / 127                        unsigned  level / 255
+    dynamic  signed  10^(e-6) (0.1 + 0.9 (j + 1/2) / 2^e), level = 2^e + j     unsigned  the same with level + 1,
+    10^(e-7) linear   signed  level / 127                        unsigned  level / 255
 
 Nearest: `root` rounds the level half to even; `dynamic` and `linear` compare with the float32 midpoints of
 neighbouring values, and a tie goes to the lower code (for negative numbers: to the larger magnitude).

@@ -1,8 +1,8 @@
 """Runs a step that is written for one device's own array on every device of a mesh, with nothing gathered.
 
-A `custom_partitioning` with a sharding rule works under Auto and Explicit meshes, in scan and cond, and asks the user for
-no mesh. Every device gets its piece of the parameter, whole blocks and their scales, and the piece's place in the whole,
-which the stochastic hash needs. Where a block would straddle two shards the blocked axis is gathered first.
+A `custom_partitioning` with a sharding rule works under Auto and Explicit meshes, in scan and cond, and asks the user
+for no mesh. Every device gets its piece of the parameter, whole blocks and their scales, and the piece's place in the
+whole, which the stochastic hash needs. Where a block would straddle two shards the blocked axis is gathered first.
 A custom partitioner knows neither vmap nor differentiation: there the reference takes over.
 """
 
@@ -65,7 +65,9 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
 
         return mesh, run, jax.tree.map(place, results), jax.tree.map(place, arguments)
 
-    rule = _sharding_rule(reference)
+    def rule(mesh, value_types, result_types):
+        del value_types, result_types
+        return _sharding_rule(reference, mesh)
 
     @cache
     def partitioned(traced: FlatStep):
@@ -108,22 +110,34 @@ def _whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tu
     ]
 
 
-def _sharding_rule(reference: FlatStep) -> SdyShardingRule:
-    """How shardings travel: axis by axis between all arrays; along the blocked axis by whole blocks, or not at all."""
-    shape, blocks = reference.shape, reference.step.blocks
-    count, rest = divmod(shape[blocks.axis], blocks.size)
-    axes = [f"axis{k}" for k in range(len(shape))]
-    whole, scales = list(axes), list(axes)
-    if rest or count < 2:
-        whole[blocks.axis], scales[blocks.axis], sizes, fixed = "inside", "count", {}, ("inside", "count")
-    else:
-        whole[blocks.axis], scales[blocks.axis] = CompoundFactor("count", "inside"), "count"
-        sizes, fixed = {"inside": blocks.size}, ("inside",)
+def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
+    """How shardings travel: axis by axis between all arrays; along the blocked axis from blocks to their scales.
 
-    whole, scales = ArrayMapping(*whole), ArrayMapping(*scales)
+    Where some cut of this mesh would straddle blocks, scales go their own way: else XLA could cut the blocks by a part
+    of a mesh axis, which no PartitionSpec can say.
+    """
+    shape, blocks = reference.shape, reference.step.blocks
+    d, count = shape[blocks.axis], blocks.count(shape)
+    axes = [f"axis{k}" for k in range(len(shape))]
+    along, fixed, sizes = axes[blocks.axis], (), {}
+    if d != count * blocks.size or count == 1:
+        fixed = (along, "count")
+    elif all(count % ways == 0 for ways in _possible_cuts(mesh) if d % ways == 0):
+        along, fixed, sizes = CompoundFactor("count", "inside"), ("inside",), {"inside": blocks.size}
+    whole = ArrayMapping(*axes[: blocks.axis], along, *axes[blocks.axis + 1 :])
+    scales = ArrayMapping(*axes[: blocks.axis], "count", *axes[blocks.axis + 1 :])
     leaves = range(reference.tree.num_leaves)
     operands = reference.tree.unflatten(leaves)
     mapping = dict.fromkeys(leaves, ArrayMapping())  # scalars
     mapping |= dict.fromkeys([operands.g, operands.p, *operands.codes], whole) | dict.fromkeys(operands.absmax, scales)
     results = (whole, *[whole for _ in operands.codes], *[scales for _ in operands.absmax])
-    return SdyShardingRule(tuple(mapping[i] for i in leaves), results, need_replication_factors=fixed, **sizes)
+    operands = tuple(mapping[i] for i in leaves)
+    return SdyShardingRule(operands, results, need_replication_factors=fixed, **sizes)  # pyright: ignore[reportArgumentType]
+
+
+def _possible_cuts(mesh) -> set[int]:
+    """In how many pieces some of the mesh's axes can cut an axis."""
+    cuts = {1}
+    for size in mesh.shape.values():
+        cuts |= {size * ways for ways in cuts}
+    return cuts

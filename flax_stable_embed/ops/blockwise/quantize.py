@@ -3,17 +3,20 @@
     absmax[block] = max |x| over the finite elements of the block;   codes = encode(x / absmax)
     x' = decode(codes) * absmax
 
-What is not an ordinary number stays its own affair: NaN gets the code of zero, an infinity the code of its sign's largest
-magnitude, and neither touches the scale. Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
+What is not an ordinary number stays its own affair: NaN gets the code of zero, an infinity the code of its sign's
+largest magnitude, and neither touches the scale. Magnitudes below 2^-126 (float32's smallest normal number) count as
+zero.
 """
 
 from functools import partial
+from math import prod
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .blocks import Blocks
 from .codecs import CODECS, TINY, Code, decode, encode, hashed_uniform
@@ -86,20 +89,21 @@ def dequantize(
         ValueError: as `quantize`, and where `codes` or `absmax` do not have the shape and dtype that belong together.
 
     >>> codes, absmax = quantize(jnp.array([0.0, 1.0, -4.0]), signed=True)
-    >>> dequantize(codes, absmax, signed=True).round(3).tolist()
-    [0.0, 1.016, -4.0]
+    >>> dequantize(codes, absmax, signed=True).tolist()
+    [0.0, 1.0158..., -4.0]
     """
     codes, absmax = jnp.asarray(codes), jnp.asarray(absmax)
     blocks = _check(codes.shape, codec, block_size, axis)
     dtype, shape = CODECS[codec](signed).dtype, blocks.absmax_shape(codes.shape)
     if codes.dtype != dtype:
         raise ValueError(
-            f"`codes` of codec {codec!r} with signed={signed} are {dtype}, got {codes.dtype}. Were they made with other settings?"
+            f"`codes` of codec {codec!r} with signed={signed} are {dtype}, got {codes.dtype}. "
+            "Were they made with other settings?"
         )
     if absmax.shape != shape:
         raise ValueError(
-            f"`absmax` must have shape {shape} for codes of shape {codes.shape} in blocks of {block_size} along axis {axis}, "
-            f"got {absmax.shape}. Were they made with another `block_size` or `axis`?"
+            f"`absmax` must have shape {shape} for codes of shape {codes.shape} in blocks of {block_size} along axis "
+            f"{axis}, got {absmax.shape}. Were they made with another `block_size` or `axis`?"
         )
     return _dequantize(codes, absmax, blocks=blocks, codec=codec, signed=signed)
 
@@ -169,11 +173,32 @@ def split(x: Array, blocks: Blocks) -> Array:
     """`x` with its blocked axis cut into (number of blocks, block size); a short last block is padded with zeros."""
     axis, size = blocks
     count = blocks.count(x.shape)
+    if _straddles(x, blocks):
+        x = jax.sharding.reshard(x, _without(x, axis))
     if count * size != x.shape[axis]:
         widths = [(0, 0, 0)] * x.ndim
         widths[axis] = (0, count * size - x.shape[axis], 0)
         x = lax.pad(x, jnp.zeros((), x.dtype), widths)
     return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+
+
+def _straddles(x: Array, blocks: Blocks) -> bool:
+    """Whether the type of `x` says that shards cut through blocks; only under an Explicit mesh does it say."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[blocks.axis]
+    ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+    return ways > 1 and x.shape[blocks.axis] % (ways * blocks.size) != 0
+
+
+def _without(x: Array, axis: int) -> NamedSharding:
+    sharding = jax.typeof(x).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :]))
+
+
+def placed_like(x: Array, other: Array) -> Array:
+    """`x` with the sharding that the type of `other` says, under an Explicit mesh."""
+    sharding = jax.typeof(other).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
 def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:

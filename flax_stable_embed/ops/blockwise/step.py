@@ -9,7 +9,7 @@ rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is s
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +38,9 @@ class Step:
     """Everything static about the step of one array; hashable, so it can be a static argument.
 
     `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function in float32. Then, where they are among the
-    hyper-parameters: `u += weight_decay * p`, and `u *= step_size`. `fused` gives `p + u` in the dtype of `p`, otherwise
-    the output is `u` in `dtype`. With `skip_nonfinite`, elements whose gradient is not finite keep moments and parameter.
+    hyper-parameters: `u += weight_decay * p`, and `u *= step_size`. `fused` gives `p + u` in the dtype of `p`,
+    otherwise the output is `u` in `dtype`. With `skip_nonfinite`, elements whose gradient is not finite keep moments
+    and parameter.
     """
 
     rule: Callable
@@ -63,19 +64,19 @@ class Operands(NamedTuple):
     """The arrays of one step. `codes` and `absmax` have one entry a moment; `hyper` holds traced scalars by name."""
 
     g: Array
-    p: Array | None
+    p: Any  # None where nothing needs the parameter
     codes: tuple[Array, ...]
     absmax: tuple[Array, ...]
-    hyper: dict[str, Array]
+    hyper: dict[str, Any]
     key: Array | None = None  # uint32 (), for stochastic rounding
 
 
-def apply_rule(step: Step, g: Array, p: Array | None, moments: tuple[Array, ...], hyper: dict[str, Array]):
+def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: dict[str, Any]):
     """The arithmetic of a step, in the dtype of the moments: `(output, new moments)`."""
-    hyper = dict(step.hyper) | hyper
+    hyper = {**dict(step.hyper), **hyper}
     weight_decay, step_size = hyper.pop("weight_decay", None), hyper.pop("step_size", None)
     compute = moments[0].dtype
-    g_in, p_in = g.astype(compute), None if p is None else p.astype(compute)
+    g_in, p_in = g.astype(compute), p if p is None else p.astype(compute)
     u, new = step.rule(g_in, *moments, **hyper)
     if weight_decay is not None:
         u = u + weight_decay * p_in
@@ -85,7 +86,8 @@ def apply_rule(step: Step, g: Array, p: Array | None, moments: tuple[Array, ...]
         finite = jnp.isfinite(g_in)
         u = jnp.where(finite, u, jnp.zeros_like(u))
         new = tuple(jnp.where(finite, after, before) for after, before in zip(new, moments))
-    return ((p_in + u).astype(p.dtype) if step.fused else u.astype(step.dtype)), new
+    out = (p_in + u).astype(p.dtype) if p is not None and step.fused else u.astype(step.dtype)
+    return out, new
 
 
 def step_blockwise(step: Step, operands: Operands, implementation: Implementation | None = None):

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 from functools import partial
 from math import prod
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax import Array, lax
 from .blocks import Blocks
 from .codecs import hashed_uniform
 from .per_shard import FlatStep, per_shard
-from .quantize import dequantize_view, linear_index, merge, quantize_view, split
+from .quantize import dequantize_view, linear_index, merge, placed_like, quantize_view, split
 from .step import Operands, Step, apply_rule
 
 PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
@@ -30,8 +29,8 @@ def step(step: Step, operands: Operands):
     """The step for the platform that the program is lowered for: chunks on CPU, the reference elsewhere."""
     if operands.g.shape:
         return _step(step, operands)
-    arrays = jax.tree.map(lambda x: x.reshape(1), (operands.g, operands.p, operands.codes, operands.absmax))
-    return jax.tree.map(lambda x: x.reshape(()), _step(step, Operands(*arrays, operands.hyper, operands.key)))
+    g, p, codes, absmax = jax.tree.map(lambda x: x.reshape(1), operands[:4])
+    return jax.tree.map(lambda x: x.reshape(()), _step(step, operands._replace(g=g, p=p, codes=codes, absmax=absmax)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -51,103 +50,86 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     p = None if operands.p is None else split(operands.p, blocks)
     out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
     uniform = None
-    if step.stochastic:
+    if operands.key is not None:
         index = linear_index(shape) if index is None else index
         uniform = hashed_uniform(split(index, blocks), operands.key)
     stored = [
         quantize_view(x, blocks.axis, moment.code, uniform if moment.stochastic else None)
         for x, moment in zip(new, step.moments)
     ]
-    codes = tuple(merge(codes, blocks, shape) for codes, _ in stored)
-    return merge(out, blocks, shape), codes, tuple(absmax for _, absmax in stored)
-
-
-# --- in chunks, on one device's own piece ------------------------------------------------------------------------------
+    codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
+    absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
+    return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
 
 
 def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
     """`plain` in a loop over pieces, in place; the array lies at `origin` of a global array of `shape`.
 
     A piece is copied out, computed, and copied back. The computation sits in a conditional that is always true (no
-    scale is negative), because
-    XLA does not fuse across one: else it fuses reads of the old codes into writes of the new ones, cannot order the two,
-    and copies whole arrays on every turn (measured: ten times slower).
+    scale is negative), because XLA does not fuse across one: else it fuses reads of the old codes into writes of the
+    new ones, cannot order the two, and copies whole arrays on every turn (measured: ten times slower).
     """
     axis, size = step.blocks
     local = operands.g.shape
     if not operands.g.size:
         return plain(step, operands)
-    view = (prod(local[:axis]), local[axis], prod(local[axis + 1 :]))
-    row_major = np.cumprod((1, *(shape or local)[:0:-1]))[::-1]
-
-    def position(start, length, dims):
-        """The share of axes `dims` in the global position of elements `start`.. of these axes, merged."""
-        flat, share = lax.iota(jnp.uint32, length) + start.astype(jnp.uint32), 0
-        for k in reversed(dims):
-            index = flat % np.uint32(local[k]) + (origin[k].astype(jnp.uint32) if origin else np.uint32(0))
-            share, flat = share + index * np.uint32(row_major[k] % 2**32), flat // np.uint32(local[k])
-        return share if dims else jnp.zeros((length,), jnp.uint32)
-
-    def on_piece(piece: _Arrays, at):
-        index = None
-        if step.stochastic:
-            groups = range(axis), (axis,), range(axis + 1, len(local))
-            rows, inside, columns = (position(a, n, dims) for a, n, dims in zip(at, piece.g.shape, groups))
-            index = rows[:, None, None] + inside[None, :, None] + columns[None, None, :]
-        return plain(
-            dataclasses.replace(step, blocks=Blocks(1, size)),
-            Operands(*piece, operands.hyper, operands.key),
-            index,
-        )
-
-    in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
-    scales = (view[0], step.blocks.count(local), view[2])
-    whole = _Arrays(
-        operands.g.reshape(view),
-        None if operands.p is None else operands.p.reshape(view),
-        tuple(c.reshape(view) for c in operands.codes),
-        tuple(a.reshape(scales) for a in operands.absmax),
+    view = _merged(local, axis)
+    scales = (view[0], step.blocks.count(local), *view[2:])
+    merged_step = dataclasses.replace(step, blocks=Blocks(1, size))
+    whole = operands._replace(
+        g=operands.g.reshape(view),
+        p=None if operands.p is None else operands.p.reshape(view),
+        codes=tuple(c.reshape(view) for c in operands.codes),
+        absmax=tuple(a.reshape(scales) for a in operands.absmax),
     )
+    in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
     out = whole.p if step.fused else whole.g if in_place else jnp.zeros(view, step.dtype)
+
+    def compute(piece: Operands, at):
+        index = _positions(at, piece.g.shape, local, axis, origin, shape or local) if step.stochastic else None
+        return plain(merged_step, piece, index)
 
     def one(at, lengths, carry):
         out, codes, absmax = carry
-        g = out if in_place else whole.g
-        p = out if step.fused else whole.p
-        piece = _Arrays(g, p, codes, absmax).slice(at, lengths, size)
-        before = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
-        always = ~(piece.absmax[0][0, 0, 0] < 0)
-        after = lax.cond(always, lambda piece: on_piece(piece, at), lambda piece: before, piece)
-        return _write(carry, after, at, size)
+        before = whole._replace(codes=codes, absmax=absmax)
+        before = before._replace(p=out) if step.fused else before._replace(g=out) if in_place else before
+        piece = _slice(before, at, lengths, size)
+        unchanged = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
+        always = ~(piece.absmax[0].ravel()[0] < 0)
+        return _write(carry, lax.cond(always, lambda: compute(piece, at), lambda: unchanged), at, size)
 
     out, codes, absmax = _loop(view, size, one, (out, whole.codes, whole.absmax))
-    return (
-        out.reshape(local),
-        tuple(c.reshape(local) for c in codes),
-        tuple(a.reshape(step.blocks.absmax_shape(local)) for a in absmax),
+    scales = step.blocks.absmax_shape(local)
+    return out.reshape(local), tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
+
+
+def _positions(at, lengths, local: tuple[int, ...], axis: int, origin: tuple, shape: tuple[int, ...]) -> Array:
+    """Global row-major positions of a piece: the array is the part `local` at `origin` of a global array of `shape`."""
+    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    total = jnp.zeros(lengths, jnp.uint32)
+    for k, (start, dims) in enumerate(zip(at, (range(axis), (axis,), range(axis + 1, len(local))))):
+        flat, share = lax.iota(jnp.uint32, lengths[k]) + start.astype(jnp.uint32), jnp.uint32(0)
+        for dim in reversed(dims):  # `flat` runs over these axes, merged
+            index = flat % np.uint32(local[dim]) + (origin[dim].astype(jnp.uint32) if origin else np.uint32(0))
+            share, flat = share + index * np.uint32(strides[dim] % 2**32), flat // np.uint32(local[dim])
+        total = total + (lax.broadcast_in_dim(share, lengths, (k,)) if dims else np.uint32(0))
+    return total
+
+
+def _slice(operands: Operands, at, lengths, size) -> Operands:
+    cut = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
+    at_scale, n = (at[0], at[1] // size, *at[2:]), (lengths[0], -(-lengths[1] // size), *lengths[2:])
+    return operands._replace(
+        g=cut(operands.g),
+        p=None if operands.p is None else cut(operands.p),
+        codes=tuple(cut(c) for c in operands.codes),
+        absmax=tuple(lax.dynamic_slice(a, at_scale, n) for a in operands.absmax),
     )
-
-
-class _Arrays(NamedTuple):
-    g: Array
-    p: Array | None
-    codes: tuple[Array, ...]
-    absmax: tuple[Array, ...]
-
-    def slice(self, at, lengths, size):
-        cut = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
-        at_scale, n = (at[0], at[1] // size, at[2]), (lengths[0], -(-lengths[1] // size), lengths[2])
-        return _Arrays(
-            cut(self.g),
-            None if self.p is None else cut(self.p),
-            tuple(cut(c) for c in self.codes),
-            tuple(lax.dynamic_slice(a, at_scale, n) for a in self.absmax),
-        )
 
 
 def _write(carry, results, at, size):
     (out, codes, absmax), (new_out, new_codes, new_absmax) = carry, results
-    at_scale = (at[0], at[1] // size, at[2])
+    at_scale = (at[0], at[1] // size, *at[2:])
     return (
         lax.dynamic_update_slice(out, new_out, at),
         tuple(lax.dynamic_update_slice(c, x, at) for c, x in zip(codes, new_codes)),
@@ -168,9 +150,16 @@ def _loop(view, size, one, carry):
     return carry
 
 
-def _cut(view: tuple[int, int, int], size: int):
+def _merged(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape as (before, blocked axis, after), without a last 1: XLA then disagrees with itself on the layout."""
+    view = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
+    return view if view[2] > 1 else view[:2]
+
+
+def _cut(view: tuple[int, ...], size: int):
     """Cuts (outer, blocked axis, inner) into grids of equal pieces of whole blocks: (starts, lengths, counts) each."""
-    outer, d, inner = view
+    outer, d, *after = view
+    inner = prod(after)
     if size * inner >= PIECE:
         lengths = (1, size, _near_divisor(inner, max(1, PIECE // size)))
     elif d * inner >= PIECE:

@@ -1,0 +1,17 @@
+"""Writes `dynamic_map.json`: bitsandbytes' two 256-entry dynamic maps as float32 bit patterns, in hexadecimal.
+
+Made with bitsandbytes 0.50.2 and torch 2.13.0 on x86-64 with AVX2 (torch's linspace uses fused multiply-adds there; without
+them its bits differ). Run: python tests/golden/make_dynamic_map.py
+"""
+
+import json
+from pathlib import Path
+
+from bitsandbytes.functional import create_dynamic_map
+
+if __name__ == "__main__":
+    maps = {
+        name: [f"{bits & 0xFFFFFFFF:08x}" for bits in create_dynamic_map(signed=signed).numpy().view("int32").tolist()]
+        for name, signed in (("signed", True), ("unsigned", False))
+    }
+    Path(__file__).with_name("dynamic_map.json").write_text(json.dumps(maps, indent=0) + "\n")

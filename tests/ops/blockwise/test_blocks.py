@@ -1,0 +1,64 @@
+"""Where blocks lie, on awkward shapes."""
+
+import pytest
+
+from flax_stable_embed.ops.blockwise.blocks import Blocks, bytes_per_parameter, choose_blocks
+
+AWKWARD = {
+    # shape: (axis, size) with shards=8, with shards=1
+    (16, 4096): ((1, 256), (1, 256)),
+    (3, 3, 1, 512): ((3, 64), (3, 256)),
+    (7, 7, 3, 64): ((3, 32), (3, 64)),
+    (4096, 16): ((0, 256), (0, 256)),
+    (12, 1024, 4096): ((1, 128), (1, 256)),
+    (50257, 768): ((1, 32), (1, 256)),
+    (768, 50257): ((0, 32), (0, 256)),
+    (4096, 11008): ((0, 256), (0, 256)),
+    (1024, 1024): ((0, 128), (0, 256)),
+    (2048, 256, 2048): ((0, 256), (0, 256)),
+    (40, 33): ((0, 40), (0, 40)),  # neither has a factor of 32: the larger power of two, one short block
+    (50257,): ((0, 256), (0, 256)),
+    (768,): ((0, 32), (0, 256)),
+    (5,): ((0, 5), (0, 5)),
+    (2, 2, 2): ((2, 2), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("shape", AWKWARD, ids=str)
+def test_axis_and_size_follow_from_shape_and_shards(shape):
+    eight, one = AWKWARD[shape]
+    assert choose_blocks(shape) == Blocks(*eight)
+    assert choose_blocks(shape, shards=1) == Blocks(*one)
+
+
+@pytest.mark.parametrize("shape", AWKWARD, ids=str)
+@pytest.mark.parametrize("shards", [1, 2, 8, 16])
+def test_no_block_straddles_two_of_the_promised_shards(shape, shards):
+    axis, size = choose_blocks(shape, shards=shards)
+    d = shape[axis]
+    for ways in range(1, shards + 1):
+        if (d & -d) >= 32 * shards and d % ways == 0:
+            assert (d // ways) % size == 0
+
+
+def test_scalars_and_empty_arrays_have_blocks():
+    assert choose_blocks(()).absmax_shape(()) == ()
+    assert choose_blocks((0, 5)).absmax_shape((0, 5)) == (0, 1)
+    assert choose_blocks((64, 0)).absmax_shape((64, 0)) in {(1, 0), (2, 0)}
+
+
+def test_vectors_and_embedding_tables_block_along_their_rows():
+    assert choose_blocks((4096, 1024), along_rows=True).axis == 1
+    assert choose_blocks((4096,), block_axis=-2).axis == 0
+
+
+def test_size_and_axis_can_be_set():
+    assert choose_blocks((512, 512), block_size=256, block_axis=-1) == Blocks(1, 256)
+    assert choose_blocks((512, 100), block_size=256, block_axis=1) == Blocks(1, 100)
+    with pytest.raises(ValueError, match=r"`block_axis` 2 is not an axis of an array of shape \(4, 4\)"):
+        choose_blocks((4, 4), block_axis=2)
+
+
+def test_bytes_per_parameter_are_those_of_codes_and_scales():
+    assert bytes_per_parameter((4096, 4096), Blocks(0, 256)) == 2.03125
+    assert bytes_per_parameter((64, 64), Blocks(0, 32)) == 2.25

@@ -1,0 +1,141 @@
+"""Codecs against brute force over all 256 codes, and the dynamic map against bitsandbytes' own bits."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, encode, hashed_uniform, table
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+ALL = pytest.mark.parametrize("codec", list(CODECS))
+
+
+def values_and_codes(codec, signed):
+    """All numbers a codec can store with their codes, ascending; -128 of the int8 codecs is never written."""
+    values = table(codec, signed)
+    codes = np.arange(256) if CODECS[codec](signed).dtype == np.uint8 else np.arange(-128, 128)
+    keep = codes != -128
+    return values[keep], codes[keep]
+
+
+def probes(values, signed):
+    """Two million numbers: every value and midpoint, their neighbours one ulp away, and all magnitudes."""
+    rng = np.random.default_rng(0)
+    middles = (values[1:] + values[:-1]) * np.float32(0.5)
+    special = np.concatenate([values, middles])
+    special = np.concatenate([special, *(np.nextafter(special, np.float32(to)) for to in (-2, 2))])
+    even = rng.uniform(-1, 1, 1_000_000).astype(np.float32)
+    wide = (10 ** rng.uniform(-38, 0, 1_000_000) * rng.choice([-1, 1], 1_000_000)).astype(np.float32)
+    x = np.clip(np.concatenate([special, even, wide]), -1 if signed else 0, 1)
+    return np.where(np.abs(x) < TINY, np.float32(0), x)
+
+
+def test_dynamic_map_has_the_bits_of_bitsandbytes():
+    for name, bits in json.loads((GOLDEN / "dynamic_map.json").read_text()).items():
+        expected = np.array([int(b, 16) for b in bits], np.uint32)
+        np.testing.assert_array_equal(table("dynamic", name == "signed").view(np.uint32), expected)
+
+
+@ALL
+@SIGNS
+def test_values_are_distinct_and_include_zero_and_one(codec, signed):
+    values, codes = values_and_codes(codec, signed)
+    assert np.all(np.diff(values) > 0)
+    assert values[codes == CODECS[codec](signed).zero] == 0.0
+    assert values[-1] == 1.0
+
+
+@pytest.mark.parametrize("codec", ["dynamic", "linear"])
+@SIGNS
+def test_nearest_is_what_brute_force_over_all_midpoints_gives(codec, signed):
+    values, codes = values_and_codes(codec, signed)
+    x = probes(values, signed)
+    midpoints = (values[1:] + values[:-1]) * np.float32(0.5)
+    expected = codes[np.searchsorted(midpoints, x, side="left")]  # a tie goes to the lower code
+    got = np.asarray(jax.jit(partial(encode, code=CODECS[codec](signed)))(x))
+    np.testing.assert_array_equal(got, expected)
+
+
+@SIGNS
+def test_root_rounds_in_the_root_domain_half_to_even(signed):
+    values, _ = values_and_codes("root", signed)
+    x = probes(values, signed)
+    root = np.sqrt(np.abs(x)) * np.float32(127) if signed else np.sqrt(np.sqrt(x)) * np.float32(255)
+    expected = np.sign(x) * np.rint(root)
+    if not signed:
+        expected = np.where(x > 0, np.maximum(expected, 1), 0)
+    got = np.asarray(jax.jit(partial(encode, code=CODECS["root"](signed)))(x))
+    np.testing.assert_array_equal(got, expected)
+
+
+@SIGNS
+def test_root_is_within_one_code_of_the_closest_value(signed):
+    values, codes = values_and_codes("root", signed)
+    x = np.random.default_rng(1).uniform(-1 if signed else 0, 1, 20_000).astype(np.float32)
+    closest = codes[np.abs(x[:, None] - values[None, :]).argmin(axis=1)]
+    got = np.asarray(encode(jnp.asarray(x), CODECS["root"](signed))).astype(int)
+    assert np.abs(got - closest).max() <= 1
+
+
+def test_unsigned_root_keeps_zero_for_zero_alone():
+    x = np.float32([0.0, TINY, 1e-30, 1e-12, 1.0])
+    np.testing.assert_array_equal(encode(jnp.asarray(x), CODECS["root"](False)), [0, 1, 1, 1, 255])
+
+
+@ALL
+@SIGNS
+def test_a_stored_number_is_stored_as_itself_again(codec, signed):
+    values, codes = values_and_codes(codec, signed)
+    code = CODECS[codec](signed)
+    np.testing.assert_array_equal(encode(jnp.asarray(values), code), codes)
+    ones = jnp.full(len(values), 1 - 2.0**-24)
+    np.testing.assert_array_equal(encode(jnp.asarray(values), code, 0 * ones), codes)
+    np.testing.assert_array_equal(encode(jnp.asarray(values), code, ones), codes)
+
+
+@ALL
+@SIGNS
+def test_stochastic_rounding_picks_a_neighbour_and_is_unbiased(codec, signed):
+    code, n = CODECS[codec](signed), 1 << 17
+    values, _ = values_and_codes(codec, signed)
+    smallest = values[values > 0][0]
+    for x in (float(smallest) * 1.3, 1e-3, 0.0412, 0.5, 0.777, 0.999):
+        if x < smallest:
+            continue  # below it unsigned root gives its smallest code, by design
+        uniform = hashed_uniform(jnp.arange(n, dtype=jnp.uint32), jnp.uint32(7))
+        stored = np.asarray(decode(encode(jnp.full(n, x, jnp.float32), code, uniform), code), np.float64)
+        lower, upper = values[values <= np.float32(x)][-1], values[values > np.float32(x)][0]
+        assert set(np.unique(stored)) <= {float(lower), float(upper)}
+        assert abs(stored.mean() - np.float32(x)) < 4 * (upper - lower) * 0.5 / np.sqrt(n)
+        if signed and x < 0.99:  # the dynamic map has no -1
+            mirrored = decode(encode(jnp.full(n, -x, jnp.float32), code, uniform), code)
+            np.testing.assert_array_equal(-mirrored, stored.astype(np.float32))
+
+
+@ALL
+@SIGNS
+def test_compiled_codecs_are_arithmetic_only(codec, signed):
+    code = CODECS[codec](signed)
+    x, uniform = jnp.zeros(4096), jnp.zeros(4096)
+    codes = jnp.zeros(4096, code.dtype)
+    for function, args in [(encode, (x,)), (partial(encode, uniform=uniform), (x,)), (decode, (codes,))]:
+        text = jax.jit(partial(function, code=code)).lower(*args).compile().as_text()
+        found = re.findall(r"\b(gather|sort|while|scatter|dynamic-slice|conditional)\(", text)
+        assert not found, found
+
+
+def test_hashed_uniforms_are_uniform_and_differ_between_keys():
+    n = 1 << 18
+    first, second = (np.asarray(hashed_uniform(jnp.arange(n, dtype=jnp.uint32), jnp.uint32(key))) for key in (3, 4))
+    assert first.min() >= 0 and first.max() < 1
+    counts, _ = np.histogram(first, 64, (0, 1))
+    assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 110  # chi-square with 63 degrees of freedom, p = 2e-4
+    for a, b in ((first, second), (first[:-1], first[1:]), (first[: n // 2], first[n // 2 :])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(len(a))
