@@ -20,8 +20,6 @@ from .ops import embedding as maths
 from .ops.embedding import NORM_EPSILON, Sharding
 from .ops.embedding import pretrained as pretrained
 
-_xavier_uniform = nn.initializers.xavier_uniform()
-
 
 def _option(default: Any) -> Any:
     """A keyword-only field, so that Flax's own fields keep their positions."""
@@ -69,7 +67,7 @@ class Embed(nn.Embed):
     Source: torch.nn.Embedding; bitsandbytes.nn.Embedding.
     """
 
-    embedding_init: nn.initializers.Initializer = _xavier_uniform
+    embedding_init: nn.initializers.Initializer = maths.xavier_uniform
     padding_idx: int | None = _option(None)
     max_norm: float | None = _option(None)
     norm_type: float = _option(2.0)
@@ -169,7 +167,6 @@ class StableEmbed(Embed):
     def setup(self):
         super().setup()
         self.norm = _Norm(self.features, self.norm_epsilon, maths.at_least_float32(self.param_dtype))
-        _ = self.norm.scale  # makes its parameters now, also when `init` runs `attend` alone
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""

@@ -21,8 +21,6 @@ from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
 from .ops import embedding as maths
 from .ops.embedding import NORM_EPSILON, Sharding
 
-_xavier_uniform = nnx.initializers.xavier_uniform()
-
 
 class Embed(nnx.Embed):
     """`flax.nnx.Embed` with the options of `torch.nn.Embedding`.
@@ -73,7 +71,7 @@ class Embed(nnx.Embed):
         *,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        embedding_init: maths.Initializer = _xavier_uniform,
+        embedding_init: maths.Initializer = maths.xavier_uniform,
         promote_dtype: Any = _promote_dtype,
         padding_idx: int | None = None,
         max_norm: float | None = None,
@@ -131,7 +129,7 @@ class Embed(nnx.Embed):
         StableEmbed.
         """
         table = self.embedding[...]
-        self.embedding[...] = _xavier_uniform(rngs.params(), table.shape, table.dtype)
+        self.embedding[...] = maths.xavier_uniform(rngs.params(), table.shape, table.dtype)
         self._zero_padding_row()
 
     def _zero_padding_row(self) -> None:
@@ -197,7 +195,7 @@ class StableEmbed(Embed):
         *,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        embedding_init: maths.Initializer = _xavier_uniform,
+        embedding_init: maths.Initializer = maths.xavier_uniform,
         promote_dtype: Any = _promote_dtype,
         padding_idx: int | None = None,
         max_norm: float | None = None,

@@ -173,6 +173,19 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
     return centred * jax.lax.rsqrt(variance + epsilon) * scale.reshape(along_last) + bias.reshape(along_last)
 
 
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """The initial table of torch's and bitsandbytes' reset_parameters; an empty one is allowed, as there.
+
+        U(-a, a),  a = sqrt(6 / (num_embeddings + features))
+
+    >>> xavier_uniform(jax.random.key(0), (0, 4)).shape
+    (0, 4)
+    """
+    if 0 in shape:
+        return jnp.zeros(shape, dtype)
+    return jax.nn.initializers.xavier_uniform()(key, shape, dtype)
+
+
 def pretrained(table: Any) -> Initializer:
     """An initializer that returns `table`: torch's `_weight` and `from_pretrained`.
 
@@ -271,8 +284,8 @@ def _count_from_start(padding_idx: int, num_embeddings: int) -> int:
         raise TypeError(f"`padding_idx` must be an integer or None, got {padding_idx!r}.")
     if not -num_embeddings <= operator.index(padding_idx) < num_embeddings:
         raise ValueError(
-            f"`padding_idx` must be within -num_embeddings .. num_embeddings - 1 = {-num_embeddings} .. "
-            f"{num_embeddings - 1}, got {padding_idx}."
+            f"`padding_idx` must be within {-num_embeddings} .. {num_embeddings - 1}, got {padding_idx}. For a "
+            f"padding row of its own, set num_embeddings={num_embeddings + 1}."
         )
     return operator.index(padding_idx) % num_embeddings
 

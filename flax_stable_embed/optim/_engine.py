@@ -195,8 +195,9 @@ class Engine:
 
     def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, count, fused: bool):
         names = [m.name for m in self.method.moments]
-        static = tuple((k, v) for k, v in hyper.items() if isinstance(v, int | float))
-        traced = {k: v for k, v in hyper.items() if not isinstance(v, int | float)}
+        # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
+        static = tuple((k, float(v) if isinstance(v, float) else v) for k, v in hyper.items() if _is_static(v))
+        traced = {k: v for k, v in hyper.items() if not _is_static(v)}
         step = Step(
             self.method.rule,
             hyper=static,
@@ -234,6 +235,10 @@ class Engine:
 
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _is_static(hyper: Any) -> bool:
+    return isinstance(hyper, int | float)
 
 
 def _is_masked_node(x: Any) -> bool:

@@ -31,6 +31,7 @@ def scale_by(engine: Engine) -> optax.GradientTransformationExtraArgs:
         del extra_args
         return engine.step(updates, state, params)
 
+    update.__qualname__ = f"scale_by_{engine.method.rule.__name__}8bit"  # what `fused_update` calls it in its error
     return optax.GradientTransformationExtraArgs(engine.init, update)
 
 

@@ -7,9 +7,9 @@ them its bits differ). Run: python tests/golden/make_dynamic_map.py
 import json
 from pathlib import Path
 
-from bitsandbytes.functional import create_dynamic_map
-
 if __name__ == "__main__":
+    from bitsandbytes.functional import create_dynamic_map
+
     maps = {
         name: [f"{bits & 0xFFFFFFFF:08x}" for bits in create_dynamic_map(signed=signed).numpy().view("int32").tolist()]
         for name, signed in (("signed", True), ("unsigned", False))

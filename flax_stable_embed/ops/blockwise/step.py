@@ -84,7 +84,7 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
         u = step_size * u
     if step.skip_nonfinite:
         finite = jnp.isfinite(g_in)
-        u = jnp.where(finite, u, jnp.zeros_like(u))
+        u = jnp.where(finite, u, jnp.full_like(u, -0.0))  # p + -0.0 is p to the bit, for -0.0 too
         new = tuple(jnp.where(finite, after, before) for after, before in zip(new, moments))
     out = (p_in + u).astype(p.dtype) if p is not None and step.fused else u.astype(step.dtype)
     return out, new

@@ -1,0 +1,75 @@
+"""The house keeps its order: imports go down only, and every public name is documented."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flax_stable_embed as fse
+
+PACKAGE = Path(fse.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each layer may import, besides the standard library and its own folder.
+ALLOWED = {
+    "ops": {"jax", "numpy"},
+    "linen": {"jax", "numpy", "flax", "ops.embedding"},
+    "nnx": {"jax", "numpy", "flax", "ops.embedding"},
+    "optim": {"jax", "numpy", "optax", "ops"},
+}
+WITH_FLAX = {"optim/_boxes.py"}
+
+
+def imports_of(path):
+    """Absolute names of all imports in a file; the package's own without its name in front."""
+    package = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level]
+            module = ".".join((*base, *filter(None, (node.module or "").split("."))))
+            yield from (f"{module}.{alias.name}".strip(".") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    name = str(path.relative_to(PACKAGE))
+    layer = name.split("/")[0].removesuffix(".py")
+    if layer == "__init__":
+        return
+    allowed = ALLOWED[layer] | {layer} | ({"flax"} if name in WITH_FLAX else set())
+    for imported in imports_of(path):
+        inside = any(imported == a or imported.startswith(a + ".") for a in allowed)
+        assert inside or imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}"
+
+
+def test_no_kernel_language_is_imported_before_it_is_chosen():
+    for path in FILES:
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not any("pallas" in ast.unparse(n) for n in top), path
+
+
+def test_importing_the_package_touches_no_device():
+    code = "import flax_stable_embed, jax._src.xla_bridge as bridge; assert not bridge._backends"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def public_names():
+    for module in (fse, fse.linen, fse.nnx, fse.ops):
+        for name, value in vars(module).items():
+            ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
+            if ours and not name.startswith("_") and not inspect.ismodule(value):
+                yield f"{module.__name__}.{name}", value
+
+
+@pytest.mark.parametrize(("name", "value"), list(public_names()), ids=lambda x: x if isinstance(x, str) else "")
+def test_every_public_name_is_documented(name, value):
+    assert inspect.getdoc(value), name
+    if inspect.isfunction(value):
+        assert ">>>" in value.__doc__, f"{name} has no example"

@@ -1,0 +1,134 @@
+"""What the tests of optimizers share: small parameters, and questions to ask of a state."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flax_stable_embed as fse
+
+SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small
+ALL_FP32 = ((".*", 32),)
+
+
+def parameters(dtype=jnp.float32, kernel=(64, 64), seed=0):
+    """An 8-bit parameter, `kernel`, and two that the default rules keep in fp32."""
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": kernel, "norm": {"scale": (8,)}, "wte": {"embedding": (16, 8)}}
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+
+
+def gradients(step=0, like=None, dtype=None):
+    """Gradients of widely differing sizes, another set for every step."""
+    rng = np.random.default_rng(100 + step)
+    like = parameters() if like is None else like
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape) * 10 ** rng.uniform(-4, 0, p.shape), dtype or p.dtype), like
+    )
+
+
+@functools.cache
+def build(case, **options):
+    """The case's optimizer on small parameters; built once, so that tests share its compiled updates."""
+    return case.ours(**case.hyper, **{"state_format": SMALL} | options)
+
+
+@functools.cache
+def build_theirs(case):
+    return case.theirs(**case.hyper)
+
+
+@functools.cache
+def halves(case, **options):
+    """Our chainable half and optax's."""
+    hyper = {key: value for key, value in case.hyper.items() if key not in case.only_whole}
+    return case.half(**hyper, **{"state_format": SMALL} | options), case.their_half(**hyper)
+
+
+@functools.cache
+def jitted(tx):
+    """A step: updates, new state, new parameters."""
+
+    @jax.jit
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    return step
+
+
+@functools.cache
+def jitted_fused(tx):
+    return jax.jit(lambda grads, state, params: fse.fused_update(tx, grads, state, params))
+
+
+def run(tx, params, steps=3, step=None, state=None):
+    """Parameters and state after some steps."""
+    state = tx.init(params) if state is None else state
+    for i in range(steps):
+        params, state, _ = (step or jitted(tx))(gradients(i, params), state, params)
+    return params, state
+
+
+def takes(case, name):
+    return name in inspect.signature(case.ours).parameters
+
+
+def core(case, state):
+    """The state of the 8-bit transform, from within any other."""
+    is_core = lambda x: isinstance(x, case.state)  # noqa: E731
+    (found,) = [x for x in jax.tree.leaves(state, is_leaf=is_core) if is_core(x)]
+    return found
+
+
+def moments(case):
+    """The names of the state's moments."""
+    return [name for name in case.state._fields if f"{name}_absmax" in case.state._fields]
+
+
+def is_codes(x):
+    return x.dtype in (jnp.int8, jnp.uint8)
+
+
+def assert_8bit(case, state):
+    """Kernels are in bytes, everything else is not. Returns the state of the 8-bit transform."""
+    found = core(case, state)
+    for name in moments(case):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(found, name))
+        kernels = [x for path, x in leaves if "kernel" in jax.tree_util.keystr(path)]
+        assert kernels and all(map(is_codes, kernels))
+        assert not any(is_codes(x) for path, x in leaves if "kernel" not in jax.tree_util.keystr(path))
+    return found
+
+
+def assert_same_bits(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(_bits(a), _bits(b))
+
+
+def _bits(x):
+    """The bytes, so that -0.0 and 0.0 differ and a NaN equals itself."""
+    x = np.asarray(x)
+    return np.frombuffer(x.tobytes(), np.uint8)
+
+
+def assert_nearly(ours, theirs, rtol=2e-6):
+    """Equal but for the roundings of another compilation: codes by one, floats by a few ulps of the largest element."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        wide_a, wide_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        atol = 1 if is_codes(a) else rtol * np.abs(wide_b).max(initial=0)
+        np.testing.assert_allclose(wide_a, wide_b, rtol=rtol, atol=atol)
+
+
+def types(tree):
+    """Shapes, dtypes, weak types and, under an explicit mesh, shardings."""
+    return jax.tree.map(jax.typeof, tree)
