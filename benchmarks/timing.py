@@ -1,0 +1,95 @@
+"""Times contenders side by side, in one process: every contender takes a turn in every round.
+
+Machines drift (clocks, neighbours), so contenders are compared within a round, never across runs: the order rotates
+from round to round, every second round runs backwards, and a ratio is taken between two turns of one round. A turn is
+one step, or as many as fill `TURN_S` after an untimed one, which brings caches and threads back to the contender.
+"""
+
+import gc
+from collections.abc import Callable
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .optimizers import BASELINE, Problem, Run, contenders
+from .shapes import Shape
+
+TURN_S = 0.02  # long against the clock and against a scheduler's slice of a few ms
+LEAST_ROUNDS, MOST_ROUNDS = 5, 41  # quartiles need a few samples; with more than 41 the medians do not move
+
+
+def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> list[dict[str, Any]]:
+    """One row for each contender; about `budget_s` seconds of steps, compilation not counted."""
+    problem, field = Problem(shape), contenders()
+    runs = {i: c.start(problem) for i, c in enumerate(field) if c.skip is None}
+    repeats, round_s = {}, 0.0
+    for i, run in runs.items():
+        seconds = _time(run.step, 1)
+        if seconds < TURN_S:  # the first call has costs of its own
+            seconds = _time(run.step, 3)
+        repeats[i] = max(1, round(TURN_S / seconds))
+        round_s += seconds * (repeats[i] + (repeats[i] > 1))
+    rounds = min(most_rounds, max(LEAST_ROUNDS, int(budget_s / round_s)))
+    turns: dict[int, list[float]] = {i: [] for i in runs}
+    for r in range(rounds):
+        order = list(runs)[r % len(runs) :] + list(runs)[: r % len(runs)]
+        for i in order if r % 2 == 0 else reversed(order):
+            turns[i].append(_turn(runs[i], repeats[i]))
+    base = turns[next(i for i, c in enumerate(field) if c.name == BASELINE)]
+    rows = []
+    for i, contender in enumerate(field):
+        row = {"contender": contender.name, "path": contender.path}
+        rows.append(row | (_row(shape, runs[i], turns[i], base) if i in runs else {"skip": contender.skip}))
+    del runs, problem
+    gc.collect()
+    return rows
+
+
+def _turn(run: Run, repeats: int) -> float:
+    if repeats > 1:
+        run.step()
+    return _time(run.step, repeats)
+
+
+def _time(step: Callable[[], None], repeats: int) -> float:
+    start = perf_counter()
+    for _ in range(repeats):
+        step()
+    return (perf_counter() - start) / repeats
+
+
+def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[str, Any]:
+    state = run.state_bytes / shape.size
+    ms = _quartiles([1e3 * t for t in turns])
+    # What no implementation can avoid: read gradient, parameter and state, write parameter and state.
+    moved = shape.size * (12 + 2 * state)
+    return {
+        "stored": run.stored,
+        "state_bytes_per_parameter": state,
+        "temp_bytes_per_parameter": None if run.temp_bytes is None else run.temp_bytes / shape.size,
+        "ms": ms,
+        "ratio": _quartiles([t / b for t, b in zip(turns, base)]),
+        "gb_per_s": moved / ms[1] / 1e6,
+        "rounds": len(turns),
+        "compile_s": run.compile_s,
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return quantiles(values, n=4, method="inclusive")
+
+
+def copy_gb_per_s(size: int = 1 << 26) -> float:
+    """What the memory gives: bytes read and written by `x + 1` in place, on `size` floats."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(size, jnp.float32)
+    seconds = []
+    for _ in range(8):
+        start = perf_counter()
+        x = jax.block_until_ready(add(x))
+        seconds.append(perf_counter() - start)
+    return 8 * size / _quartiles(seconds[1:])[1] / 1e9

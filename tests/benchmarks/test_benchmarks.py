@@ -1,0 +1,157 @@
+"""The benchmarks run, fill every row, and count bytes exactly; times are not judged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_stable_embed as fse
+from benchmarks import errors, optimizers, report
+from benchmarks.__main__ import main
+from benchmarks.shapes import DEFAULT, QUICK, SHAPES
+
+ROOT = Path(__file__).parents[2]
+CONTENDERS = [
+    ("optax.adamw", "update"),
+    *(
+        (f"fse.adamw8bit {codec}", path)
+        for codec in ("root", "dynamic", "linear")
+        for path in ("fused_update", "update")
+    ),
+    ("bitsandbytes AdamW8bit", "step"),
+    ("torchao AdamW8bit", "step"),
+]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The results of `python -m benchmarks --quick`, and what it printed."""
+    out = tmp_path_factory.mktemp("benchmarks") / "quick.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(out)]
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(out.read_text()), run.stdout
+
+
+def test_quick_run_fills_every_row(quick):
+    results, printed = quick
+    assert [entry["name"] for entry in results["shapes"]] == list(QUICK)
+    for entry in results["shapes"]:
+        assert [(row["contender"], row["path"]) for row in entry["rows"]] == CONTENDERS
+        assert f"{entry['name']} {'x'.join(map(str, entry['shape']))}" in printed
+        for row in entry["rows"]:
+            if "skip" in row:
+                assert row["path"] == "step" and row["skip"] == "not installed"
+                continue
+            assert row["rounds"] == 3
+            for low, middle, high in (row["ms"], row["ratio"]):
+                assert 0 < low <= middle <= high
+            assert row["gb_per_s"] > 0 and row["compile_s"] > 0
+        assert entry["rows"][0]["ratio"] == [1.0, 1.0, 1.0]
+    assert results["errors"] == errors.measure()
+
+
+def test_environment_names_the_machine_and_not_its_paths(quick):
+    results, _ = quick
+    env = results["environment"]
+    for key in ("date", "command", "device", "cpu", "cores", "threads", "versions", "copy_gb_per_s"):
+        assert env[key], key
+    assert env["command"] == "python -m benchmarks --quick"
+    assert env["versions"]["jax"] == jax.__version__
+    assert str(Path.home()) not in json.dumps(results) and str(ROOT) not in json.dumps(results)
+
+
+def test_bytes_of_state_are_exact(quick):
+    results, _ = quick
+    rows = {(e["name"], r["contender"], r["path"]): r for e in results["shapes"] for r in e["rows"] if "skip" not in r}
+    for (name, contender, path), row in rows.items():
+        n = SHAPES[name].size
+        state = row["state_bytes_per_parameter"] * n
+        if contender == "optax.adamw":
+            assert state == pytest.approx(8 * n + 4, abs=1e-6)  # two moments in fp32, and the count
+        elif contender.startswith("fse"):
+            # the count; the format: 12 bytes times the codec's number; a scale of 1 in fp32 for each fp32 moment
+            other = 4 + 12 * (1 + ["root", "dynamic", "linear"].index(contender.split()[1]))
+            scales = {"bert_layernorm": 2, "resnet50_stem": 2 * 7 * 7 * 3 * 2, "lora_up": 2 * 16 * 16}[name]
+            codes = 8 * n if name == "bert_layernorm" else 2 * n
+            assert state == pytest.approx(codes + 4 * scales + other, abs=1e-6), (name, contender, path)
+        else:  # 256 to a block, if the size divides (torchao) and from 4096 elements on
+            in_8_bits = n >= 4096 and (contender.startswith("bitsandbytes") or n % 256 == 0)
+            moments = 2 * n + 2 * 4 * -(-n // 256) if in_8_bits else 8 * n
+            step = 4 if contender.startswith("torchao") else 0  # a Python number in bitsandbytes
+            assert state == pytest.approx(moments + step, abs=1e-6), (name, contender)
+
+
+def test_bytes_of_temporaries_are_whole_and_those_of_the_compiled_step(quick):
+    results, _ = quick
+    for entry in results["shapes"]:
+        for row in entry["rows"]:
+            if row["path"] == "step":
+                assert row.get("temp_bytes_per_parameter") is None
+                continue
+            temporaries = row["temp_bytes_per_parameter"] * entry["parameters"]
+            assert temporaries >= 0 and temporaries == pytest.approx(round(temporaries), abs=1e-6)
+
+
+def test_both_paths_of_a_codec_store_the_same(quick):
+    results, _ = quick
+    for entry in results["shapes"]:
+        rows = [row for row in entry["rows"] if row["contender"].startswith("fse")]
+        for fused, update in zip(rows[::2], rows[1::2]):
+            assert (fused["path"], update["path"]) == ("fused_update", "update")
+            for key in ("stored", "state_bytes_per_parameter"):
+                assert fused[key] == update[key]
+
+
+def test_table_quotes_the_file_alone(quick, tmp_path, capsys):
+    results, _ = quick
+    results["shapes"][0]["rows"][0] |= {"ms": [1.0, 2.0, 3.0], "state_bytes_per_parameter": 123.456}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results))
+    main(["--table", str(file)])
+    table = capsys.readouterr().out
+    assert "| optax.adamw | `update` | 2 (1 to 3), 1.00x |" in table and "123.456" in table
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 * (len(CONTENDERS) + 2)
+    assert {line.count("|") for line in lines} == {3 + len(QUICK)}
+
+
+def test_results_are_named_by_device_and_commit_or_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HOME", tmp_path)
+    env = {"platform": "cpu", "device": "AMD EPYC", "commit": "4dec047", "date": "2026-01-02 03:04 UTC"}
+    path = report.save({"environment": env}, None)
+    assert path == tmp_path / "results" / "cpu-amd-epyc-4dec047.json"
+    assert json.loads(path.read_text()) == {"environment": env}
+    assert report.save({"environment": env | {"commit": None}}, None).name == "cpu-amd-epyc-2026-01-02.json"
+
+
+def test_every_shape_gets_the_bits_it_says():
+    for shape in SHAPES.values():
+        problem = optimizers._tree(shape.path, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
+        (row,) = fse.describe(fse.adamw8bit(1e-3, rules=shape.rules), problem).rows
+        assert row.path == shape.path
+        assert row.bits == (32 if shape.name == "bert_layernorm" else 8), row
+    assert set(DEFAULT) | set(QUICK) <= set(SHAPES)
+
+
+def test_error_table_has_a_line_for_each_row():
+    row = {"data": "normal", "signed": False, "codec": "root", "errors": {"32": [0.01, 0.002], "64": [0.0123456, 1.0]}}
+    assert errors.markdown([row]).splitlines()[-1] == "| normal, squared | unsigned | `root` | 1 / 0.2 | 1.23 / 100 |"
+
+
+def test_round_trip_errors_rank_the_codecs_as_their_levels_do():
+    """Heavy tails: `root` beats `linear` by far on small elements, which `linear` sends to zero."""
+    median = {(row["data"], row["signed"], row["codec"]): row["errors"]["256"][1] for row in errors.measure()}
+    assert len(median) == 3 * 2 * 3
+    for data in errors.DATA:
+        for signed in (True, False):
+            root, linear = median[data, signed, "root"], median[data, signed, "linear"]
+            assert root < 0.06 and (root < linear or data == "normal")
+    assert median["lognormal, sigma 2", False, "linear"] == 1.0  # more than half of the elements become 0
