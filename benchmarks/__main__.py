@@ -5,6 +5,7 @@
     python -m benchmarks --only gpt2_mlp         one shape or a few, by the names in shapes.py; writes no file
     python -m benchmarks --table FILE            the README's tables, from a file of results
     python -m benchmarks errors                  the table of round-trip errors, alone
+    python -m benchmarks readme                  writes the tables of the documentation, from the newest results
 
 Optimizers run one after the other in one process, round by round: see timing.py for the method.
 """
@@ -14,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import errors, report, timing
+from . import errors, readme, report, timing
 from .shapes import DEFAULT, QUICK, SHAPES
 
 BUDGET_S = 8.0  # of steps for each shape; large ones take what LEAST_ROUNDS needs
@@ -23,7 +24,7 @@ BUDGET_S = 8.0  # of steps for each shape; large ones take what LEAST_ROUNDS nee
 def main(arguments: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
-    parser.add_argument("what", nargs="?", choices=("all", "errors"), default="all", help="default: all")
+    parser.add_argument("what", nargs="?", choices=("all", "errors", "readme"), default="all", help="default: all")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there")
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.table:
         return print(report.markdown(json.loads(args.table.read_text())))
+    if args.what == "readme":
+        return readme.write()
     if args.what == "errors":
         return print(errors.markdown(errors.measure()))
 

@@ -7,11 +7,12 @@ code of the running Python's standard library, so nothing is downloaded.
     python examples/language_model.py                                       one run with 8-bit states
     python examples/language_model.py --resume                              goes on where it was interrupted
     python examples/language_model.py --compare                             fp32 and 8-bit, a table and a plot
-    python examples/language_model.py --compare --seeds 3 --codec root linear
+    python examples/language_model.py --compare --seeds 3
+    python examples/language_model.py --compare --codec root linear --embedding-bits 8     see linear fail
     python examples/language_model.py --text mine.txt                       learns from your own text
 
 Everything that it writes is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and
-comparison.{md,png,json}; `python examples/report.py runs/comparison.json` prints the table again.
+comparison.{md,png,json}; `python examples/report.py` prints the table again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import corpus
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import report
 from flax import nnx
@@ -37,6 +39,7 @@ import flax_stable_embed as fse
 EMBEDDINGS = {"embed": fse.nnx.Embed, "stable": fse.nnx.StableEmbed}
 CODECS = ["root", "dynamic", "linear"]
 HEAD_FEATURES = 64
+WEIGHT_DECAY = 0.1  # as GPT-3 and most since
 VALIDATION_WINDOWS, VALIDATION_GROUPS = 64, 8  # the groups pass one at a time, to need less memory
 
 # --- model ---
@@ -100,11 +103,12 @@ def make_optimizer(args) -> optax.GradientTransformation:
     """AdamW with warmup and cosine decay behind gradient clipping: fp32, or with moments in 8 bits."""
     warmup, peak = max(1, args.steps // 10), args.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=0.1 * peak)
-    settings = {"b2": 0.99, "weight_decay": 0.1, "mask": decayed}
     if args.optimizer == "adamw":
-        adamw = optax.adamw(schedule, **settings)
+        adamw = optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed)
     else:
-        adamw = fse.adamw8bit(schedule, **settings, state_format=fse.StateFormat(codec=args.codec[0]))
+        rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
+        state_format = fse.StateFormat(codec=args.codec[0])
+        adamw = fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, rules=rules, state_format=state_format)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
@@ -150,9 +154,9 @@ def train(args) -> dict:
     model = LanguageModel(args.vocab, args.width, args.layers, embedding=args.embedding, rngs=rngs)
     graphdef, params = nnx.split(model)
     tx = make_optimizer(args)
-    opt_state = jax.jit(tx.init)(params)
     if args.optimizer == "adamw8bit" and not args.quiet:
         print(fse.describe(tx, params))
+    opt_state = jax.jit(tx.init)(params)
     start, saved = folder.restore({"params": params, "opt_state": opt_state})
     params, opt_state = saved["params"], saved["opt_state"]
 
@@ -161,6 +165,8 @@ def train(args) -> dict:
     held_out = held_out.reshape(VALIDATION_GROUPS, -1, length)
     state_megabytes = sum(report.state_bytes(opt_state).values()) / 1e6
     train_step, validation_loss = make_steps(graphdef, tx)
+    windows = jax.ShapeDtypeStruct((args.batch, length), np.int32)
+    train_step = train_step.lower(params, opt_state, windows).compile()
     metrics = folder.open_metrics(after=start)
     bar = tqdm(initial=start, total=args.steps, desc=settings["name"], mininterval=0.5)
     for step in range(start + 1, args.steps + 1):
@@ -180,18 +186,19 @@ def train(args) -> dict:
         bar.update()
     bar.close()
     metrics.close()
-    return report.write_run(folder.path, settings, params, opt_state)
+    return report.write_run(folder.path, settings, params, opt_state, train_step)
 
 
 def settings_of(args, text_key: str) -> dict:
     """Everything that the result of a run depends on, and the run's name."""
-    codec = args.codec[0] if args.optimizer == "adamw8bit" else "fp32"
-    name = f"{args.optimizer}-{codec}-{args.embedding}-seed{args.seed}"
+    codec, embedding_bits = (args.codec[0], args.embedding_bits) if args.optimizer == "adamw8bit" else ("fp32", 32)
+    embedding = args.embedding + ("" if embedding_bits == 32 else str(embedding_bits))
     same = ("embedding", "seed", "steps", "batch", "context", "vocab", "width", "layers", "learning_rate")
     return {
-        "name": name,
+        "name": f"{args.optimizer}-{codec}-{embedding}-seed{args.seed}",
         "optimizer": args.optimizer,
         "codec": codec,
+        "embedding_bits": embedding_bits,
         "text": text_key,
         **{option: getattr(args, option) for option in same},
     }
@@ -224,6 +231,7 @@ def arguments() -> argparse.ArgumentParser:
     option("--optimizer", choices=["adamw", "adamw8bit"], default="adamw8bit")
     option("--embedding", choices=EMBEDDINGS, default="stable")
     option("--codec", choices=CODECS, nargs="+", default=["root"], help="several for --compare")
+    option("--embedding-bits", type=int, choices=[8, 32], default=32, help="of the embedding's moments in adamw8bit")
     option("--compare", action="store_true", help="fp32 AdamW and adamw8bit (of every codec), side by side")
     option("--resume", action="store_true", help="go on after the last checkpoint")
     option("--text", type=Path, nargs="+", metavar="FILE", help="text to learn from")

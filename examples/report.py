@@ -1,12 +1,16 @@
 """What is left of a training run: its state in bytes by class, one table, one plot, one summary for programs.
 
-python examples/report.py runs/comparison.json      prints the table of a comparison again, as Markdown
+    python examples/report.py                       prints the table of the last comparison again, as Markdown
+    python examples/report.py runs/comparison.json --readme           and puts it, with the plot, into the README
+
+Imported, it is the part of `language_model.py` that measures and draws.
 """
 
 import hashlib
 import json
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from statistics import mean, median
@@ -15,10 +19,11 @@ import jax
 import numpy as np
 import run_folder
 
+RESULTS = Path(__file__).with_name("results") / "language_model"  # .png, .json: what the README shows
 LIMIT = 0.002  # validation loss of a compared run may differ by this part of the reference's
-SMOOTHED_OVER = 20  # steps: the standard deviation of the weights of the smoothed curve
+SMOOTHED_OVER = 15  # steps: the standard deviation of the weights behind the smoothed curve
 STATE_CLASSES = {
-    "embeddings": "state: embeddings, fp32",
+    "embeddings": "state: embeddings",
     "codes": "state: 8-bit codes",
     "scales": "state: scales of the codes (absmax)",
     "others": "state: everything else, fp32",
@@ -34,12 +39,12 @@ def state_bytes(opt_state) -> dict[str, int]:
     """Bytes of an optimizer state by class, told from path and dtype alone: any optax state will do."""
     classes = dict.fromkeys(STATE_CLASSES, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-        if "absmax" in jax.tree_util.keystr(path):
+        if is_embedding(path):
+            classes["embeddings"] += leaf.nbytes
+        elif "absmax" in jax.tree_util.keystr(path):
             classes["scales"] += leaf.nbytes
         elif leaf.dtype.itemsize == 1 and leaf.ndim > 1:
             classes["codes"] += leaf.nbytes
-        elif is_embedding(path):
-            classes["embeddings"] += leaf.nbytes
         else:
             classes["others"] += leaf.nbytes
     return classes
@@ -53,6 +58,13 @@ def digest(tree) -> str:
     return hasher.hexdigest()
 
 
+def step_bytes(compiled) -> int:
+    """What a compiled step holds while it runs: its arguments, its temporaries, and results of their own."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process has held at once, code and compiler included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -64,7 +76,7 @@ def is_embedding(path) -> bool:
     return "'embedding'" in jax.tree_util.keystr(path)
 
 
-def write_run(folder: Path, settings: dict, params, opt_state) -> dict:
+def write_run(folder: Path, settings: dict, params, opt_state, compiled_step) -> dict:
     """The report of a finished run, also kept in its folder."""
     metrics = run_folder.read_metrics(folder / "metrics.jsonl")
     sizes = [(is_embedding(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
@@ -77,6 +89,7 @@ def write_run(folder: Path, settings: dict, params, opt_state) -> dict:
         "first_loss": metrics[0]["loss"],
         "validation_loss": metrics[-1]["validation_loss"],
         "state_bytes": state_bytes(opt_state),
+        "step_bytes": step_bytes(compiled_step),
         "peak_memory_bytes": peak_memory_bytes(),
         "median_ms": median(line["ms"] for line in metrics),
         "jax": jax.__version__,
@@ -157,6 +170,7 @@ def markdown(summary: dict) -> str:
         row(name, lambda g, key=key: megabytes(g[0]["state_bytes"][key]))
     row("state: all", lambda g: megabytes(sum(g[0]["state_bytes"].values())))
     row("state: bytes a parameter outside embeddings", lambda g: f"{bytes_a_parameter(g[0]):.2f}")
+    row("memory of a compiled step", lambda g: f"{g[0]['step_bytes'] / 1e6:.1f} MB")
     row("peak memory of the process", lambda g: f"{max(run['peak_memory_bytes'] for run in g) / 1e6:.0f} MB")
     row("one step, median", lambda g: f"{median(run['median_ms'] for run in g):.0f} ms")
 
@@ -235,9 +249,12 @@ def marker(i: int) -> dict:
 
 
 def smooth(values) -> np.ndarray:
-    """A mean over the neighbourhood of each point, weighted by a bell curve that ends where the data end."""
-    distance = np.arange(len(values))
-    weights = np.exp(-0.5 * ((distance[:, None] - distance[None]) / SMOOTHED_OVER) ** 2)
+    """At every point the height of a straight line fitted to its neighbourhood: unbiased also at both ends."""
+    steps = np.arange(len(values))
+    distance = steps[None] - steps[:, None]
+    bell = np.exp(-0.5 * (distance / SMOOTHED_OVER) ** 2)
+    slope, spread = (bell * distance).sum(axis=1)[:, None], (bell * distance**2).sum(axis=1)[:, None]
+    weights = bell * (spread - slope * distance)
     return weights @ np.asarray(values) / weights.sum(axis=1)
 
 
@@ -260,5 +277,24 @@ def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
     print(f"Plot, table and summary: {folder / name}.png, .md, .json")
 
 
+def publish(comparison: Path) -> None:
+    """Puts a comparison's table into the README, and its plot and summary beside the examples."""
+    summary = json.loads(comparison.read_text())
+    run = summary["runs"][0]
+    where = f"{run['cores']} cores of {run['device']}, JAX {run['jax']}"
+    readme = RESULTS.parents[2] / "README.md"
+    before, opening, rest = readme.read_text().partition("<!-- language_model")
+    marker, _, rest = rest.partition("-->")
+    after = rest.partition("<!-- /language_model -->")[2]
+    table = f"{markdown(summary)}\n\n`{summary['command']}`, on {where}. {verdict(summary)}"
+    readme.write_text(f"{before}{opening}{marker}-->\n{table}\n<!-- /language_model -->{after}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    for suffix in (".json", ".png"):
+        shutil.copyfile(comparison.with_suffix(suffix), RESULTS.with_suffix(suffix))
+
+
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    given = Path(next((word for word in sys.argv[1:] if not word.startswith("-")), "runs/comparison.json"))
+    print(markdown(json.loads(given.read_text())))
+    if "--readme" in sys.argv:
+        publish(given)

@@ -1,5 +1,4 @@
-"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which normalises what it looks
-up.
+"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which normalises its output.
 
 Both are subclasses of `flax.linen.Embed`: same positional arguments, same `embedding` parameter, same
 `attend`. The arithmetic is in `ops/embedding.py`, and `nnx.py` gives the same numbers, bit for bit.
@@ -45,14 +44,12 @@ class Embed(nn.Embed):
       embedding_init: initializer of the table. `pretrained(table)` starts from a given one.
       promote_dtype: casts the rows to `dtype` (`(query, embedding)` in `attend`).
       padding_idx: a row that starts at zero (but a pretrained one is kept as given) and whose gradient in the
-      lookup
-        is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from the
-        end.
+        lookup is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from
+        the end.
       max_norm: looked-up rows with a larger norm are scaled down to it, and the gradient ignores the scaling.
       norm_type: the p of that p-norm: 0, any positive number or infinity.
       scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
-      global
-        batch under jit, in one example under a vmap over examples.
+        global batch under jit, in one example under a vmap over examples.
       sparse: True raises NotImplementedError.
 
     Raises:

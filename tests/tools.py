@@ -132,3 +132,8 @@ def assert_nearly(ours, theirs, rtol=2e-6):
 def types(tree):
     """Shapes, dtypes, weak types and, under an explicit mesh, shardings."""
     return jax.tree.map(jax.typeof, tree)
+
+
+def kinds(tree):
+    """Shapes and dtypes."""
+    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)

@@ -4,13 +4,13 @@ Codes get the parameter's own wrapper. Scales have another extent along the bloc
 that axis only where it is sure to divide.
 """
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..ops.blockwise.blocks import Blocks
 
@@ -24,10 +24,17 @@ def is_box(x: Any) -> bool:
 
 
 def unbox(x: Any) -> Any:
-    """The array in the wrapper, or `x` itself."""
-    if isinstance(x, nnx.Variable):
-        return x.get_raw_value()
-    return unbox(x.unbox()) if isinstance(x, meta.AxisMetadata) else x
+    """The array in the wrapper, in however many there are, or `x` itself."""
+    while is_box(x):
+        x = _content(x)
+    return x
+
+
+def _content(box: Any) -> Any:
+    if isinstance(box, nnx.Variable):
+        return box.get_raw_value()
+    # Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have.
+    return box.value if hasattr(box, "value") else box.unbox()
 
 
 def optim_bits(x: Any) -> int | None:
@@ -39,48 +46,38 @@ def rebox(box: Any, value: Any) -> Any:
     """`value` in the wrapper of `box`, if it has one."""
     if isinstance(box, nnx.Variable):
         return box.replace(value)
-    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
+    return box.replace_boxed(rebox(_content(box), value)) if isinstance(box, meta.AxisMetadata) else value
 
 
 def rebox_scales(box: Any, scales: Any, blocks: Blocks | None, shards: int) -> Any:
     """`scales` in the wrapper of `box`, with names for axes that divide; `blocks=None` stands for a placeholder."""
 
     def keep(names: Any) -> Any:
-        if blocks is None or not isinstance(names, Sequence) or isinstance(names, str):
-            return (
-                None
-                if names is None
-                else type(names)(*[None] * len(names))
-                if _is_spec(names)
-                else (None,) * len(names)
-            )
-        kept = [
-            n if axis != blocks.axis or _divides(scales.shape[axis], n, box, shards) else None
-            for axis, n in enumerate(names)
-        ]
-        return type(names)(*kept) if _is_spec(names) else tuple(kept)
+        if isinstance(names, NamedSharding):
+            return NamedSharding(names.mesh, keep(names.spec), memory_kind=names.memory_kind)
+        kept = [None if blocks is None else name for name in ((names,) if isinstance(names, str) else names)]
+        if blocks is not None and blocks.axis < len(kept):
+            if not _divides(scales.shape[blocks.axis], kept[blocks.axis], unbox(box), shards):
+                kept[blocks.axis] = None
+        return PartitionSpec(*kept) if isinstance(names, PartitionSpec) else tuple(kept)
 
     if isinstance(box, nnx.Variable):
         found = {key: value for key, value in box.get_metadata().items() if key in _SHARDING_KEYS and value is not None}
         return box.replace(scales, **{key: keep(value) for key, value in found.items()})
     if isinstance(box, meta.AxisMetadata):
-        inner = rebox_scales(box.unbox(), scales, blocks, shards) if is_box(box.unbox()) else scales
-        box = box.replace_boxed(inner)
-        return box.replace(names=keep(box.names)) if hasattr(box, "names") else box
+        names = getattr(box, "names", None)
+        box = box.replace_boxed(rebox_scales(_content(box), scales, blocks, shards))
+        return box if names is None else box.replace(names=keep(names))
     return scales
 
 
-def _is_spec(names: Any) -> bool:
-    return isinstance(names, jax.sharding.PartitionSpec)
-
-
-def _divides(n: int, names: Any, box: Any, shards: int) -> bool:
+def _divides(n: int, names: Any, p: Any, shards: int) -> bool:
     """Whether `n` blocks can be cut as `names` says: by the mesh where it is known, else by the promise of `shards`."""
     if names is None:
         return True
     mesh = jax.sharding.get_abstract_mesh()
-    sharding = getattr(unbox(box), "sharding", None)
-    if mesh.empty and isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = getattr(p, "sharding", None)
+    if mesh.empty and isinstance(sharding, NamedSharding):
         mesh = sharding.mesh
     names = (names,) if isinstance(names, str) else names
     if not mesh.empty and all(name in mesh.shape for name in names):

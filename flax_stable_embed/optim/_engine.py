@@ -26,7 +26,7 @@ from ..ops.blockwise.step import Moment, Operands, Step, apply_rule, check_imple
 from ._boxes import is_box, optim_bits, rebox, rebox_scales, unbox
 from ._rules import LIKE_AN_EMBEDDING, Decision, Rules, StateFormat, path_name
 
-_FORMAT_BYTES = 12  # of one StateFormat in the state's `format`
+_FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
 
 
 class MomentName(NamedTuple):
@@ -105,7 +105,7 @@ class Engine:
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-        leaves = [(path_name(path), box) for path, box in leaves]
+        leaves = [(path_name(path), _with_shape(box)) for path, box in leaves]
         decisions = [
             self.rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if _is_array(box) else None
             for path, box in leaves
@@ -118,7 +118,9 @@ class Engine:
             moments[moment.name] = tree.unflatten([value for value, _ in pairs])
             scales[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
         count = jnp.zeros([], jnp.int32)
-        return self.method.state(count=count, **moments, **scales, format=_format_vector(self.rules.formats))
+        return self.method.state(
+            count=count, **moments, **scales, format=jnp.asarray(_format_bytes(self.rules.formats))
+        )
 
     def _check_rules(self, params, leaves, decisions):
         hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
@@ -172,6 +174,7 @@ class Engine:
                 f"The gradients have {len(leaves)} leaves, the parameters {len(p_leaves)} and the optimizer state "
                 f"{len(columns[self.method.moments[0].name])}: was the state made by `init` of the same parameters?"
             )
+        self._check_format(state.format)
         allowed = _broadcast_mask(tail.mask, grads, len(leaves))
         count = optax.safe_increment(state.count)
         hyper = self.method.hyper(count)
@@ -194,6 +197,7 @@ class Engine:
         return tree.unflatten(outputs), state._replace(count=count, **new)
 
     def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, count, fused: bool):
+        g, p = (x if x is None else jnp.asarray(x) for x in (g, p))  # numpy's arrays and Python's numbers too
         names = [m.name for m in self.method.moments]
         # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
         static = tuple((k, float(v) if isinstance(v, float) else v) for k, v in hyper.items() if _is_static(v))
@@ -219,6 +223,15 @@ class Engine:
         operands = Operands(g, p if fused or "weight_decay" in hyper else None, moments, absmax, traced, key)
         out, codes, absmax = step_blockwise(step, operands, self.implementation)
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
+
+    def _check_format(self, vector):
+        """By its length, which names the codecs: their dtypes and shapes can be the same."""
+        want = _format_bytes(self.rules.formats).shape
+        if vector.shape != want:
+            raise ValueError(
+                f"The state's `format` has the shape {vector.shape}, but rules and `state_format` ask for {want}: its codecs "
+                "are others. Make the optimizer with those that made the state."
+            )
 
     def _check_storage(self, path, shape, step: Step, moments, absmax):
         for m, codes, scales in zip(step.moments, moments, absmax):
@@ -254,9 +267,18 @@ def _is_codes(dtype: Any) -> bool:
     return dtype in (jnp.int8, jnp.uint8)
 
 
+def _with_shape(box: Any) -> Any:
+    """Python numbers as shapes; all else as it is."""
+    if not isinstance(box, int | float | complex) or _is_array(box):
+        return box
+    return jax.ShapeDtypeStruct((), jax.typeof(box).dtype)
+
+
 def _wide_dtype(dtype: Any) -> np.dtype:
-    """The dtype of moments that are not in 8 bits: at least float32; complex as it is."""
-    return np.dtype(dtype if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.promote_types(dtype, jnp.float32))
+    """The dtype of moments that are not in 8 bits: float32, or what is wider; complex as it is."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    wide = jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64
+    return np.dtype(dtype if wide else jnp.float32)
 
 
 def _zeros(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]:
@@ -288,14 +310,17 @@ def _scales_sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> N
 
 
 def _broadcast_mask(mask: Any, grads: Any, n: int) -> list[bool]:
-    """A tree of booleans, or a prefix of one, as one boolean a leaf."""
+    """A tree of booleans, or a prefix of one, as one boolean a leaf; None in both is a leaf too."""
     if mask is None:
         return [True] * n
-    spread = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub, is_leaf=_is_none), mask, grads)
-    return jax.tree.leaves(spread)
+
+    def spread(m, part):
+        return jax.tree.map(lambda _: bool(m), part, is_leaf=_is_none)
+
+    return jax.tree.leaves(jax.tree.map(spread, mask, grads, is_leaf=_is_none))
 
 
-def _format_vector(formats: list[StateFormat]) -> Array:
+def _format_bytes(formats: list[StateFormat]) -> np.ndarray:
     """The formats in use as one small uint8 vector.
 
     Its length differs for every sequence of codecs, so that a checkpoint of another codec fails on shape (orbax casts
@@ -309,6 +334,6 @@ def _format_vector(formats: list[StateFormat]) -> Array:
         axis = 255 if f.block_axis is None else f.block_axis % 254
         content += [codec, int(f.rounding == "stochastic"), axis]
         content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
-    vector = np.zeros(_FORMAT_BYTES * number, np.uint8)
+    vector = np.zeros(_FORMAT_SIZE * number, np.uint8)
     vector[: len(content)] = content
-    return jnp.asarray(vector)
+    return vector

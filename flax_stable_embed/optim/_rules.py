@@ -18,6 +18,7 @@ from ..ops.blockwise.quantize import check_block_size, check_codec
 
 EMBEDDING = re.compile(r"(^|/)([^/]*_)?embeddings?$")
 NORM_OR_BIAS = re.compile(r"(^|/)(scale|bias)$")
+_VALUES = re.compile(r"(/(raw_)?value)+$")
 LIKE_AN_EMBEDDING = re.compile(r"emb|wte|vocab", re.IGNORECASE)
 
 
@@ -216,10 +217,16 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
 
 
 def _is_pair(rule: Any) -> bool:
-    return isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str | re.Pattern | Where)
+    if not isinstance(rule, tuple | list) or len(rule) != 2:
+        return False
+    return isinstance(rule[0], str | re.Pattern | Where) or callable(rule[0])
 
 
-def _pattern(pattern: str | re.Pattern | Where) -> re.Pattern | Where:
+def _pattern(pattern: Any) -> re.Pattern | Where:
+    if callable(pattern):
+        raise TypeError(
+            f"`rules` has the function {pattern!r} for a pattern. Wrap it: fse.where(function of a path and a shape)."
+        )
     try:
         return re.compile(pattern) if isinstance(pattern, str) else pattern
     except re.error as error:
@@ -251,5 +258,9 @@ def _is_int(value: Any) -> bool:
 
 
 def path_name(path: tuple) -> str:
-    """A key path as "block/attention/kernel"; the "value" that NNX and Linen boxes add at the end is dropped."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").removesuffix("/raw_value")
+    """A key path as "block/attention/kernel", without the "value"s at its end.
+
+    NNX variables and Linen boxes add one each, and `init` may see fewer of them than `update`: so all are dropped, that
+    of a parameter of this name too.
+    """
+    return _VALUES.sub("", jax.tree_util.keystr(path, simple=True, separator="/"))

@@ -15,13 +15,17 @@ from ._engine import Engine, Tail
 class FusedTransformation(optax.GradientTransformationExtraArgs):
     """An optax transform that can also write the parameters itself: `fused_update(grads, state, params, **extra_args)`."""
 
-    fused_update: Callable
+    fused_update: Callable | None = None  # None where a tree of the two functions was taken apart and put together
 
-    def __new__(cls, init, update, fused_update):
+    def __new__(cls, init, update, fused_update=None):
         """A pair `(init, update)`, as optax unpacks it, with `fused_update` beside it."""
         self = super().__new__(cls, init, update)
         self.fused_update = fused_update
         return self
+
+    def __getnewargs__(self):
+        """What a copy is made from."""
+        return (*self, self.fused_update)
 
 
 def scale_by(engine: Engine) -> optax.GradientTransformationExtraArgs:
@@ -82,13 +86,18 @@ def _decay(weight_decay, mask, state):
     return weight_decay(inner.count), (following if mask is None else state._replace(inner_state=following),)
 
 
+def _is_fused(tx: Any) -> bool:
+    return isinstance(tx, FusedTransformation) and tx.fused_update is not None
+
+
 def fused_update(
     tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args
 ) -> tuple[Any, Any]:
     """One step that writes the parameters: `(params, state)`, with no tree of updates in between.
 
     The state is the same tree with the same bits as `tx.update` gives; float32 parameters agree within 1 ulp of the
-    larger of |parameter| and |update|; bfloat16 parameters are rounded once here, twice by `optax.apply_updates`.
+    largest of |parameter|, |update| and |their sum|; bfloat16 parameters are rounded once here, twice by
+    `optax.apply_updates`.
     Under `jit`, donate `state` and `params`.
 
     Args:
@@ -107,7 +116,7 @@ def fused_update(
     >>> float(params["kernel"][0, 0])
     0.5
     """
-    if not isinstance(tx, FusedTransformation):
+    if not _is_fused(tx):
         name = getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
             f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name!r} hides what is in it, and only the "
@@ -125,7 +134,7 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     >>> import flax_stable_embed as fse
     >>> tx = chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-3))
     """
-    if not transforms or not isinstance(transforms[-1], FusedTransformation):
+    if not transforms or not _is_fused(transforms[-1]):
         raise TypeError(
             f"the last member of `chain` must be an 8-bit optimizer of this library, got {transforms[-1:]}. "
             "For other chains use optax.chain."

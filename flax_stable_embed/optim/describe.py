@@ -88,7 +88,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
     rows: list[Row] = []
     token = REPORT.set(rows)
     try:
-        state = jax.eval_shape(tx.init, params)
+        with jax.disable_jit():  # not from a cached trace, which would report nothing: a new function, and jits within
+            state = jax.eval_shape(lambda params: tx.init(params), params)
     finally:
         REPORT.reset(token)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -1,0 +1,62 @@
+"""The generated parts of the documentation: `python -m benchmarks readme` writes them from the files in `results/`.
+
+A part stands between `<!-- name: where it comes from -->` and `<!-- /name -->`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import errors, report
+
+ROOT = report.HOME.parent
+RESULTS = report.HOME / "results"
+LANGUAGE_MODEL = RESULTS / "language_model.json"
+
+
+def newest() -> dict:
+    """The newest results of a full run."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path != LANGUAGE_MODEL]
+    return max((r for r in found if "shapes" in r), key=lambda r: r["environment"]["date"])
+
+
+def language_model() -> str:
+    """The comparison of the main example."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import report as example_report
+
+    summary = json.loads(LANGUAGE_MODEL.read_text())
+    return f"{example_report.markdown(summary)}\n\n{example_report.verdict(summary)}"
+
+
+PARTS: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "language_model"): language_model,
+    ("README.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
+}
+
+
+def replace_part(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of `name`."""
+    marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not marks.search(text):
+        raise ValueError(f"no marks of {name!r} in the text: <!-- {name}: ... --> and <!-- /{name} -->")
+    return marks.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+def rendered() -> dict[Path, str]:
+    """Every file with generated parts, as it should be."""
+    texts: dict[Path, str] = {}
+    for (name, part), make in PARTS.items():
+        path = ROOT / name
+        texts[path] = replace_part(texts.get(path, path.read_text()), part, make())
+    return texts
+
+
+def write() -> None:
+    """Brings all of them up to date."""
+    for path, text in rendered().items():
+        path.write_text(text)
+        print(f"written: {path.relative_to(ROOT)}")

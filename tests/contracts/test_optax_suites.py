@@ -1,0 +1,150 @@
+"""optax's own test suites, as its wheel ships them, run on our optimizers.
+
+A suite takes its optimizers from a list by name. Its source is executed up to the first test class; then the list is
+cut to the names that we have a namesake for and the names are led to ours; then the rest is executed, where the tests
+are generated from the list. So what optax skips for the namesake is skipped for ours, and learning rates are the same.
+Everything is in 8 bits, however small: the problems have two or three parameters.
+"""
+
+import ast
+import functools
+import importlib.util
+import os
+import types
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import flax_stable_embed as fse
+from tests.cases import OPTIMIZERS
+from tests.tools import is_codes, moments
+
+NAMESAKES = {case.theirs.__name__: case for case in OPTIMIZERS}
+STATES = tuple({case.state for case in OPTIMIZERS})
+RECORD: list[bool] = []  # for every parameter of every `init` of the running test: in 8 bits, or complex?
+
+
+def in_8bit(case):
+    """The case's factory, with everything in 8 bits and a record of it."""
+
+    @functools.wraps(case.ours)
+    def factory(*args, **kwargs):
+        tx = case.ours(*args, **kwargs | {"rules": ((".*", 8),), "state_format": fse.StateFormat(min_size=0)})
+
+        def init(params):
+            state = tx.init(params)
+            (found,) = [x for x in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(x)]
+            for p, *stored in zip(*map(jax.tree.leaves, (params, *(getattr(found, m) for m in moments(case))))):
+                if hasattr(p, "dtype"):  # and is not the placeholder of `optax.tree.map_params`
+                    RECORD.append(jnp.iscomplexobj(p) or all(map(is_codes, stored)))
+            return state
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
+
+    return factory
+
+
+def _is_ours(x):
+    return isinstance(x, STATES)
+
+
+class Redirect:
+    """A module of optax whose optimizers are ours where we have a namesake."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        found = getattr(self._module, name)
+        case = NAMESAKES.get(name)
+        return in_8bit(case) if case is not None and found is case.theirs else found
+
+
+def run_source(module_name, prepare):
+    """The namespace of a test module, executed with `prepare(namespace)` before its first class."""
+    path = Path(importlib.util.find_spec(module_name).origin)
+    body = ast.parse(path.read_text()).body
+    cut = next(i for i, node in enumerate(body) if isinstance(node, ast.ClassDef))
+    namespace = {"__name__": module_name, "__file__": str(path)}
+
+    def execute(nodes):
+        # One of them sets XLA_FLAGS, and builds other optimizers of optax, some with a warning.
+        with mock.patch.dict(os.environ), warnings.catch_warnings(action="ignore"):
+            exec(compile(ast.Module(nodes, type_ignores=[]), str(path), "exec"), namespace)
+
+    execute(body[:cut])
+    prepare(namespace)
+    execute(body[cut:])
+    return namespace
+
+
+def ours_of(entries):
+    return [entry for entry in entries if entry["opt_name"] in NAMESAKES]
+
+
+def prepare_alias(namespace):
+    namespace["_OPTIMIZERS_UNDER_TEST"] = tuple(ours_of(namespace["_OPTIMIZERS_UNDER_TEST"]))
+    namespace["alias"] = Redirect(namespace["alias"])
+
+
+def prepare_contrib(namespace):
+    """The contributed optimizers that are namesakes, with their wrappers; the others join as they are in `alias`."""
+    main, everything = (ours_of(namespace[f"_{which}_OPTIMIZERS_UNDER_TEST"]) for which in ("MAIN", "ALL"))
+    own = {entry["opt_name"] for entry in main if entry["wrapper_name"] is None}
+    joining = [
+        entry | {"wrapper_name": None, "wrapper_kwargs": None}
+        for entry in _alias["_OPTIMIZERS_UNDER_TEST"]
+        if entry["opt_name"] not in own
+    ]
+    namespace["_MAIN_OPTIMIZERS_UNDER_TEST"] = tuple(main + joining)
+    namespace["_ALL_OPTIMIZERS_UNDER_TEST"] = tuple(everything + joining)
+    namespace |= {name: Redirect(namespace[name]) for name in ("alias", "contrib")}
+
+
+def prepare_sharding(namespace):
+    names = [name for name in NAMESAKES if name in namespace["OPTIMIZERS"]]
+    # It compares versions as text and so takes JAX 0.10 for older than 0.7, and skips.
+    namespace["jax"] = types.SimpleNamespace(**vars(jax) | {"__version__": "1"})
+    namespace["OPTIMIZERS"] = {name: in_8bit(NAMESAKES[name])(learning_rate=1.0) for name in names}
+
+
+def suite(test_class, without="test of nothing"):
+    """The class, less tests that take no optimizer from a list; each test that runs must have made 8-bit states."""
+
+    def checked(test):
+        @functools.wraps(test)
+        def run(self):
+            RECORD.clear()
+            test(self)
+            assert RECORD and all(RECORD)
+
+        return run
+
+    for name, test in list(vars(test_class).items()):
+        if name.startswith(without):
+            delattr(test_class, name)
+        elif name.startswith("test"):
+            setattr(test_class, name, checked(test))
+    test_class.__module__ = __name__
+    return test_class
+
+
+_alias = run_source("optax._src.alias_test", prepare_alias)
+_contrib = run_source("optax.contrib._common_test", prepare_contrib)
+_sharding = run_source("optax._src.sharding_test", prepare_sharding)
+
+# `mu_dtype` is refused, and microbatching has no optimizer in it.
+AliasTest = suite(_alias["AliasTest"], "test_explicit_dtype")
+ContribTest = suite(_contrib["ContribTest"])
+ShardingTest = suite(_sharding["ShardingTest"], "test_microbatch")
+
+
+@pytest.mark.parametrize(("test_class", "of_each"), [(AliasTest, 16), (ContribTest, 14), (ShardingTest, 3)])
+def test_every_suite_has_tests_for_every_namesake(test_class, of_each):
+    tests = [name for name in dir(test_class) if name.startswith("test")]
+    assert len(tests) >= of_each * len(NAMESAKES)

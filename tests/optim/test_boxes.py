@@ -1,0 +1,142 @@
+"""Parameters in the wrappers of NNX and Linen: what the scales' metadata says on meshes known and unknown."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from flax.core import meta
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_stable_embed as fse
+from flax_stable_embed.optim._boxes import unbox
+
+TX = fse.scale_by_adam8bit(state_format=fse.StateFormat(min_size=0))
+
+
+def mesh_of(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
+
+
+def names_of(leaf):
+    return leaf.get_metadata()["out_sharding"] if isinstance(leaf, nnx.Variable) else leaf.names
+
+
+def boxed(value, names, box):
+    if box == "nnx":
+        return nnx.Param(value, out_sharding=names, eager_sharding=False)
+    return meta.Partitioned(value, names)
+
+
+@pytest.mark.parametrize("box", ["nnx", "linen"])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("x", None), ("x", None)),  # an axis that is not blocked is as long as the parameter's
+        ((None, "x"), (None, "x")),  # 8 blocks and a promise of 8 shards
+        (("x", "y"), ("x", "y")),
+        (("x",), ("x",)),
+        ((None, ("x", "y")), (None, ("x", "y"))),
+        ((), ()),
+    ],
+)
+def test_without_a_mesh_names_stay_where_the_promise_of_shards_divides(box, names, expected):
+    param = boxed(jax.ShapeDtypeStruct((64, 256), jnp.float32), names, box)
+    state = TX.init({"kernel": param})
+    assert unbox(state.mu_absmax["kernel"]).shape == (64, 8)
+    assert names_of(state.mu["kernel"]) == names
+    assert names_of(state.mu_absmax["kernel"]) == names_of(state.nu_absmax["kernel"]) == expected
+
+
+@pytest.mark.parametrize("box", ["nnx", "linen"])
+def test_a_name_that_need_not_divide_is_dropped(box):
+    for shape, names, expected in (
+        ((64, 96), ("x", "y"), (None, "y")),  # two blocks along the first axis
+        ((7, 96), ("x", "y"), ("x", None)),  # three blocks along the last
+        ((96,), ("x",), (None,)),
+        ((50257,), ("x",), (None,)),
+    ):
+        state = TX.init({"kernel": boxed(jax.ShapeDtypeStruct(shape, jnp.float32), names, box)})
+        assert names_of(state.mu_absmax["kernel"]) == expected, shape
+
+
+@pytest.mark.parametrize("box", ["nnx", "linen"])
+def test_a_placeholder_has_no_names(box):
+    state = TX.init({"embedding": boxed(jax.ShapeDtypeStruct((64, 256), jnp.float32), ("x", "y"), box)})
+    assert names_of(state.mu["embedding"]) == ("x", "y")
+    assert names_of(state.mu_absmax["embedding"]) == (None, None)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("names", [("a", "b"), P("a", "b"), P(None, "b"), P("b")], ids=str)
+def test_on_a_known_mesh_scales_lie_where_their_codes_lie(kind, names):
+    with jax.set_mesh(mesh_of(kind)):
+        state = TX.init({"kernel": nnx.Param(jnp.ones((64, 256)), out_sharding=names)})
+    codes, absmax = state.mu["kernel"], state.mu_absmax["kernel"]
+    assert codes.get_value().dtype == jnp.int8
+    assert names_of(absmax) == names and type(names_of(absmax)) is type(names)
+    assert absmax.get_value().sharding.is_equivalent_to(codes.get_value().sharding, 2)
+
+
+def test_a_sharding_in_place_of_names_is_understood():
+    mesh = mesh_of()
+    params = {
+        name: nnx.Param(jnp.ones((64, 256)), out_sharding=NamedSharding(mesh, P("a", "b")))
+        for name in ("kernel", "embedding")
+    }
+    state = TX.init(params)
+    assert names_of(state.mu_absmax["kernel"]) == NamedSharding(mesh, P("a", "b"))
+    assert names_of(state.mu_absmax["embedding"]) == NamedSharding(mesh, P(None, None))
+
+
+@pytest.mark.parametrize(("size", "count", "expected"), [(128, 3, None), (32, 12, "b")])
+def test_a_known_mesh_is_asked_before_the_promise(size, count, expected):
+    """Neither 3 nor 12 blocks can be cut 8 ways, but 12 can be cut as this mesh does, in 4."""
+    tx = fse.scale_by_adam8bit(state_format=fse.StateFormat(block_size=size, min_size=0))
+    with jax.set_mesh(mesh_of()):
+        state = tx.init({"kernel": nnx.Param(jnp.ones((7, 384)), out_sharding=(None, "b"))})
+    assert state.mu_absmax["kernel"].get_value().shape == (7, count)
+    assert names_of(state.mu_absmax["kernel"]) == (None, expected)
+
+
+def test_logical_names_follow_the_promise():
+    rules = (("mlp", "b"), ("embed", "a"))
+    with jax.set_mesh(mesh_of()), nnx.logical_axis_rules(rules):
+        state = TX.init({"kernel": nnx.Param(jnp.ones((64, 256)), out_sharding=("embed", "mlp"))})
+        assert names_of(state.mu_absmax["kernel"]) == ("embed", "mlp")
+        assert state.mu_absmax["kernel"].get_value().sharding.spec == P("a", "b")
+
+
+def test_boxes_in_boxes_keep_their_structure():
+    inner = meta.Partitioned(jnp.ones((64, 256)), ("x", "y"))
+    params = {"kernel": meta.Partitioned(inner, ("u", "v"))}
+    state = TX.init(params)
+    for tree in (state.mu, state.mu_absmax):
+        assert isinstance(tree["kernel"].value, meta.Partitioned)
+    assert state.mu["kernel"].value.value.dtype == jnp.int8
+    updates, after = jax.jit(TX.update)(params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_a_box_without_names_is_kept():
+    class Plain(meta.AxisMetadata):
+        def __init__(self, content):
+            self.content = content
+
+        def unbox(self):
+            return self.content
+
+        def replace_boxed(self, val):
+            return Plain(val)
+
+        def add_axis(self, index, params):
+            return self
+
+        def remove_axis(self, index, params):
+            return self
+
+    jax.tree_util.register_pytree_node(Plain, lambda p: ((p.content,), None), lambda _, c: Plain(*c))
+    state = TX.init({"kernel": Plain(jnp.ones((64, 256)))})
+    assert state.mu["kernel"].unbox().dtype == jnp.int8
+    assert state.mu_absmax["kernel"].unbox().shape == (64, 8)

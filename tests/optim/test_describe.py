@@ -1,0 +1,151 @@
+"""The report of what an optimizer stores, also from within optax's wrappers."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import flax_stable_embed as fse
+
+SMALL = fse.StateFormat(min_size=0)
+PARAMS = {
+    "block": {"kernel": jnp.ones((64, 64)), "norm": {"scale": jnp.ones(64)}},
+    "wte": {"embedding": jnp.ones((32, 64))},
+    "scalar": jnp.ones(()),
+    "empty": jnp.ones((0, 3)),
+}
+
+
+def adamw(**options):
+    return fse.adamw8bit(1e-3, **{"state_format": SMALL} | options)
+
+
+def labels(tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "theirs" if "norm" in jax.tree_util.keystr(path) else "ours", tree
+    )
+
+
+def only_matrices(tree):
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+
+TRANSFORMS = {
+    "itself": lambda: adamw(),
+    "half": lambda: fse.scale_by_adam8bit(state_format=SMALL),
+    "fse.chain": lambda: fse.chain(optax.clip_by_global_norm(1.0), adamw()),
+    "chain": lambda: optax.chain(optax.clip(1.0), adamw(), optax.ema(0.9)),
+    "masked": lambda: optax.masked(adamw(), only_matrices),
+    "partition": lambda: optax.partition({"ours": adamw(), "theirs": optax.adam(1e-3)}, labels),
+    "multi_steps": lambda: optax.MultiSteps(adamw(), 4),
+    "inject": lambda: optax.inject_hyperparams(fse.adamw8bit)(1e-3, state_format=SMALL),
+    "schedules": lambda: adamw(weight_decay=optax.constant_schedule(0.1), mask=only_matrices),
+    "everything": lambda: optax.MultiSteps(
+        optax.chain(
+            optax.masked(optax.inject_hyperparams(fse.adamw8bit)(optax.constant_schedule(1e-3)), only_matrices)
+        ),
+        2,
+    ),
+    "stochastic": lambda: adamw(state_format=fse.StateFormat("dynamic", "stochastic", min_size=0)),
+    "all in 8 bits": lambda: adamw(rules=((".*", 8),)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_totals_are_the_bytes_of_the_state(name):
+    tx = TRANSFORMS[name]()
+    report = fse.describe(tx, PARAMS)
+    assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(tx.init(PARAMS)))
+    assert sum(row.bytes for row in report.rows) + report.other_bytes == report.total_bytes
+    assert report.other_bytes >= 0
+    rows = {row.path: row for row in report.rows}
+    assert rows["block/kernel"].bits == 8
+    assert rows["block/kernel"].shape == (64, 64)
+    hidden = {"masked", "partition", "everything"}
+    assert ("block/norm/scale" in rows) == (name not in hidden)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_it_says_the_same_again_and_for_shapes(name):
+    """A cached trace would leave the second report without rows."""
+    tx = TRANSFORMS[name]()
+    shapes = jax.eval_shape(lambda: PARAMS)
+    first = fse.describe(tx, PARAMS)
+    assert first.rows
+    assert fse.describe(tx, PARAMS) == first
+    jax.eval_shape(tx.init, PARAMS)
+    assert fse.describe(tx, shapes) == first
+    assert fse.describe(tx, shapes) == first
+
+
+def test_a_transform_whose_init_is_jitted_has_rows_too():
+    tx = adamw()
+    jitted = optax.GradientTransformation(jax.jit(tx.init), tx.update)
+    jitted.init(PARAMS)
+    assert fse.describe(jitted, PARAMS) == fse.describe(tx, PARAMS)
+
+
+def test_the_table_shows_what_is_where():
+    tx = adamw(rules=(("wte", fse.Rule(8, fse.StateFormat("dynamic", block_size=16, min_size=0))), ("kernel", 8)))
+    report = fse.describe(tx, PARAMS | {"complex": jnp.ones(3, jnp.complex64)})
+    rows = {row.path: row for row in report.rows}
+    assert rows["wte/embedding"] == (
+        "wte/embedding",
+        (32, 64),
+        8,
+        "16 on axis 1, dynamic",
+        "rule 'wte'",
+        "xla",
+        2 * (32 * 64 + 4 * 32 * 4),
+    )
+    assert rows["block/kernel"].block == "32 on axis 1, root"
+    assert rows["block/norm/scale"][2:5] == (32, "", "norm or bias")
+    assert rows["complex"][2:5] == (32, "", "complex")
+    assert rows["empty"][4] == "empty"
+    text = str(report)
+    for row in report.rows:
+        (line,) = [line for line in text.splitlines() if line.startswith(row.path + " ")]
+        assert f"{row.bytes:,}" in line and row.reason in line
+    assert f"total: {report.total_bytes:,} bytes" in text
+    assert f"other state: {report.other_bytes:,} bytes" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_nnx_parameters_have_the_same_rows():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+            self.wte = nnx.Embed(32, 64, rngs=nnx.Rngs(0))
+
+    params = nnx.state(Model(), nnx.Param)
+    assert fse.describe(adamw(), params).rows == fse.describe(adamw(), nnx.to_pure_dict(params)).rows
+    assert [row.path for row in fse.describe(adamw(), params).rows] == ["up/bias", "up/kernel", "wte/embedding"]
+
+
+def test_bytes_under_x64_and_of_half_precision():
+    for dtype in ("bfloat16", "float32", "float64", "complex64", "complex128"):
+        with jax.enable_x64(True):
+            params = {"kernel": jnp.ones((64, 64), dtype), "bias": jnp.ones(8, dtype)}
+            report = fse.describe(adamw(), params)
+            assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(adamw().init(params)))
+
+
+def test_a_transform_without_ours_says_so():
+    report = fse.describe(optax.adam(1e-3), {"kernel": jnp.ones((4, 4))})
+    assert report.rows == ()
+    assert str(report) == "No 8-bit transform of this library in it; the state has 132 bytes."
+
+
+def test_an_empty_tree_has_an_empty_report():
+    report = fse.describe(adamw(), {})
+    assert report.rows == () and report.total_bytes == 16
+
+
+def test_nothing_is_recorded_after_an_error():
+    tx = adamw(rules=(("nothing", 8),))
+    with pytest.raises(ValueError, match="match no parameter"):
+        fse.describe(tx, PARAMS)
+    report = fse.describe(adamw(), PARAMS)
+    adamw().init(PARAMS)
+    assert len(report.rows) == len(jax.tree.leaves(PARAMS))

@@ -1,0 +1,102 @@
+"""What the state of every optimizer says of itself, and the step over a tree of parameters."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_stable_embed as fse
+from flax_stable_embed.optim._engine import _format_bytes
+from tests.tools import SMALL, assert_same_bits, gradients, jitted, parameters, types
+
+
+def test_a_format_bytes_has_another_length_for_every_sequence_of_codecs():
+    codecs = ("root", "dynamic", "linear")
+    sequences = [s for n in (1, 2, 3) for s in itertools.product(codecs, repeat=n)]
+    lengths = [_format_bytes([fse.StateFormat(codec) for codec in s]).shape for s in sequences]
+    assert len(set(lengths)) == len(sequences) == 39
+    assert max(lengths) == (468,)
+
+
+def test_a_format_bytes_differs_for_every_setting():
+    formats = [
+        fse.StateFormat(),
+        fse.StateFormat(rounding="stochastic"),
+        fse.StateFormat(block_size=256),
+        fse.StateFormat(block_size=512),
+        fse.StateFormat(block_axis=-1),
+        fse.StateFormat(block_axis=0),
+        fse.StateFormat(block_axis=1),
+        fse.StateFormat(shards=16),
+        fse.StateFormat(min_size=0),
+    ]
+    vectors = {bytes(np.asarray(_format_bytes([f]))) for f in formats}
+    assert len(vectors) == len(formats)
+    for f in formats:
+        vector = _format_bytes([f])
+        assert vector.dtype == jnp.uint8 and vector.shape == (12,)
+
+
+def test_the_format_names_the_transforms_own_and_the_rules_in_order():
+    dynamic, linear = (fse.StateFormat(codec, min_size=0) for codec in ("dynamic", "linear"))
+    rules = (("kernel", fse.Rule(8, dynamic)), ("norm", 32), ("scale", fse.Rule(state_format=linear)))
+    params = {name: jnp.ones((64, 64)) for name in ("kernel", "norm", "scale")}
+    state = fse.scale_by_adam8bit(rules=rules, state_format=SMALL).init(params)
+    np.testing.assert_array_equal(state.format, _format_bytes([SMALL, dynamic, linear]))
+
+
+@pytest.mark.parametrize(
+    "made_with",
+    [
+        {"state_format": fse.StateFormat("linear", min_size=0)},
+        {"rules": (("kernel", fse.Rule(8, fse.StateFormat("linear", min_size=0))),)},
+    ],
+    ids=["codec", "rule"],
+)
+def test_a_state_of_another_codec_is_refused_also_where_shapes_and_dtypes_agree(made_with):
+    params = {"kernel": jnp.ones((64, 64))}
+    ours, theirs = (fse.adamw8bit(1e-3, **{"state_format": SMALL} | options) for options in ({}, made_with))
+    with pytest.raises(ValueError, match=r"`format`.*Make the optimizer with those that made the state"):
+        ours.update(params, theirs.init(params), params)
+
+
+def test_the_format_travels_through_every_step():
+    tx, params = fse.adamw8bit(1e-3, state_format=SMALL), parameters()
+    state = tx.init(params)
+    _, after, _ = jitted(tx)(gradients(), state, params)
+    assert_same_bits(after[0].format, state[0].format)
+    assert int(after[0].count) == 1
+
+
+def test_a_mask_may_have_holes_where_the_parameters_have():
+    """A mask made by mapping over parameters has None where they have."""
+    params = {"absent": None, "bias": jnp.ones(8), "kernel": jnp.ones((64, 64)), "zone": None}
+    mask = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)  # noqa: E731
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for m in (mask, mask(params)):
+        tx = fse.adamw8bit(1.0, weight_decay=0.5, mask=m, state_format=SMALL)
+        theirs = optax.adamw(1.0, weight_decay=0.5, mask=m)
+        updates, _ = tx.update(zero, tx.init(params), params)
+        expected, _ = theirs.update(zero, theirs.init(params), params)
+        assert_same_bits(updates, expected)
+        assert float(updates["kernel"][0, 0]) == -0.5 and float(updates["bias"][0]) == 0.0
+
+
+def test_every_leaf_has_random_numbers_of_its_own():
+    """Stochastic rounding hashes the path and the step: equal leaves with equal gradients get different codes."""
+    state_format = fse.StateFormat(rounding="stochastic", min_size=0)
+    tx = fse.scale_by_adam8bit(state_format=state_format)
+    kernel = parameters()["kernel"]
+    params = {"a": kernel, "b": kernel}
+    step = jax.jit(tx.update)
+    _, first = step(params, tx.init(params), params)
+    _, second = step(params, first, params)
+    assert_same_bits(first.mu["a"], first.mu["b"])
+    differ = lambda x, y: np.mean(np.asarray(x) != np.asarray(y))  # noqa: E731
+    assert 0.1 < differ(first.nu["a"], first.nu["b"]) < 0.9
+    again = step(params, tx.init(params), params)[1]
+    assert_same_bits(again, first)
+    assert types(second) == types(first)

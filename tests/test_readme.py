@@ -1,0 +1,27 @@
+"""The README's code runs, and its figures are those of the result files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["nnx", "linen", "fused"])
+def test_code_in_the_readme_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("path", sorted({name for name, _ in readme.PARTS}))
+def test_generated_figures_are_up_to_date(path):
+    assert readme.rendered()[ROOT / path] == (ROOT / path).read_text(), "run `python -m benchmarks readme`"
+
+
+def test_every_link_within_the_repository_leads_somewhere():
+    for page in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
