@@ -208,18 +208,17 @@ def plot(runs: list[dict], metrics: list[list[dict]], path: Path) -> None:
     curves = figure.add_subplot(4, 1, (1, 3)) if compared else figure.add_subplot()
     for i, (label, group) in enumerate(zip(by_label(runs), groups)):
         style = {"color": COLOURS[i % len(COLOURS)], "zorder": 3 + i}
-        for k, lines in enumerate(group):
-            steps, losses = zip(*((line["step"], line["loss"]) for line in lines))
-            curves.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
-            name = f"{label}, training" if k == 0 else None
-            curves.plot(steps, smooth(losses), label=name, linewidth=1.2 if i else 3.5, **style)
+        steps = [line["step"] for line in group[0]]
+        losses = np.mean([[line["loss"] for line in lines] for lines in group], axis=0)
+        curves.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
+        curves.plot(steps, smooth(losses), label=f"{label}, training", linewidth=1.2 if i else 3.5, **style)
         curves.plot(*validation_points(group), label=f"{label}, validation", linestyle="", **marker(i), **style)
     reference = [line["loss"] for lines in groups[0] for line in lines]
     curves.set_ylim(min(reference) - 0.2, max(reference) + 0.2)  # a run that diverges leaves the picture
     curves.set_ylabel("loss, nats per token")
     seeds = f", mean of {len(groups[0])} seeds" if len(groups[0]) > 1 else ""
     curves.set_title(f"Language model with {runs[0]['parameters'] / 1e6:.1f} million parameters{seeds}")
-    curves.legend(frameon=False, ncols=len(groups))
+    curves.legend(frameon=False, ncols=2)
     if compared:
         curves.tick_params(labelbottom=False)
         plot_differences(figure.add_subplot(4, 1, 4, sharex=curves), groups, next(iter(by_label(runs))))
@@ -248,14 +247,14 @@ def marker(i: int) -> dict:
     return {"marker": "os^D"[i % 4], "markersize": 5 if i else 9, "markeredgecolor": "white"}
 
 
-def smooth(values) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """At every point the height of a straight line fitted to its neighbourhood: unbiased also at both ends."""
     steps = np.arange(len(values))
     distance = steps[None] - steps[:, None]
     bell = np.exp(-0.5 * (distance / SMOOTHED_OVER) ** 2)
     slope, spread = (bell * distance).sum(axis=1)[:, None], (bell * distance**2).sum(axis=1)[:, None]
     weights = bell * (spread - slope * distance)
-    return weights @ np.asarray(values) / weights.sum(axis=1)
+    return weights @ values / weights.sum(axis=1)
 
 
 def validation_points(runs: list[list[dict]]) -> tuple[list[int], list[float]]:

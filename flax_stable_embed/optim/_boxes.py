@@ -1,7 +1,7 @@
 """Parameters in a wrapper: NNX variables and Linen boxes, which carry sharding metadata next to the array.
 
-Codes get the parameter's own wrapper. Scales have another extent along the blocked axis, so their wrapper keeps a name for
-that axis only where it is sure to divide.
+Codes get the parameter's own wrapper. Scales have another extent along the blocked axis, so their wrapper keeps a name
+for that axis only where it is sure to divide.
 """
 
 from math import prod

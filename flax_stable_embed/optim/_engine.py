@@ -1,8 +1,8 @@
-"""The engine of every 8-bit optimizer: a tree of parameters in, a tree of codes and scales kept, one step over the tree.
+"""The engine of every 8-bit optimizer: parameters in, a tree of codes and scales kept, one step over the tree.
 
-The state is parallel trees with exactly one array per parameter each: for every moment its codes (or fp32 values), of the
-parameter's own shape, and its scales, of the parameter's rank. Whether a parameter is in 8 bits is decided once, in
-`init`; `update` reads it off the state's dtypes. An optimizer brings a `Method` (its rule and its names) and nothing else.
+The state is parallel trees with exactly one array per parameter each: for every moment its codes (or fp32 values), of
+the parameter's own shape, and its scales, of the parameter's rank. Whether a parameter is in 8 bits is decided once, in
+`init`; `update` reads it off the state's dtypes. An optimizer brings a `Method` (its rule and its names), nothing else.
 """
 
 import zlib
@@ -18,11 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.codecs import CODECS, mix
-from ..ops.blockwise.step import Moment, Operands, Step, apply_rule, check_implementation, step_blockwise
+from ..ops.blockwise.step import (
+    Implementation,
+    Moment,
+    Operands,
+    Step,
+    apply_rule,
+    check_implementation,
+    step_blockwise,
+)
 from ._boxes import is_box, optim_bits, rebox, rebox_scales, unbox
 from ._rules import LIKE_AN_EMBEDDING, Decision, Rules, StateFormat, path_name
 
@@ -50,8 +59,8 @@ class MomentName(NamedTuple):
 class Method:
     """What tells one optimizer from another.
 
-    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function of arrays in float32; `hyper(count)` gives its
-    keyword arguments at step `count`, 1 at the first: Python numbers are static, arrays are traced.
+    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function of arrays in float32; `hyper(count)` gives
+    its keyword arguments at step `count`, 1 at the first: Python numbers are static, arrays are traced.
     """
 
     state: Callable[..., Any]  # a NamedTuple: count, the moments, <moment>_absmax each, format
@@ -93,14 +102,15 @@ class Engine:
         *,
         rules: Any,
         state_format: StateFormat,
-        implementation: str | None,
+        implementation: Implementation | None,
         skip_nonfinite: bool,
     ):
         check_implementation(implementation)
-        self.method, self.implementation, self.skip_nonfinite = method, implementation, skip_nonfinite
+        self.method, self.skip_nonfinite = method, skip_nonfinite
+        self.implementation: Implementation | None = implementation
         self.rules = Rules(rules, state_format)
 
-    # --- init ----------------------------------------------------------------------------------------------------------
+    # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
@@ -141,8 +151,8 @@ class Engine:
             ]
             if suspects:
                 warn(
-                    f"No parameter is named like an embedding, yet these might be one and get 8-bit moments: {', '.join(suspects)}. "
-                    f"To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
+                    "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
+                    f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
                     stacklevel=4,
                 )
 
@@ -161,7 +171,7 @@ class Engine:
                 block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}"
                 rows.append(Row(path, shape, 8, block, d.reason, self.implementation or "xla", size))
 
-    # --- one step ------------------------------------------------------------------------------------------------------
+    # --- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, grads: Any, state: Any, params: Any, *, fused: bool = False, tail: Tail = Tail()) -> tuple[Any, Any]:
         """Updates (or, fused, the new parameters) and the new state."""
@@ -176,7 +186,7 @@ class Engine:
             )
         self._check_format(state.format)
         allowed = _broadcast_mask(tail.mask, grads, len(leaves))
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         hyper = self.method.hyper(count)
         outputs = []
         for i, (path, g) in enumerate(leaves):
@@ -197,7 +207,7 @@ class Engine:
         return tree.unflatten(outputs), state._replace(count=count, **new)
 
     def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, count, fused: bool):
-        g, p = (x if x is None else jnp.asarray(x) for x in (g, p))  # numpy's arrays and Python's numbers too
+        g, p = jnp.asarray(g), None if p is None else jnp.asarray(p)  # numpy's arrays and Python's numbers too
         names = [m.name for m in self.method.moments]
         # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
         static = tuple((k, float(v) if isinstance(v, float) else v) for k, v in hyper.items() if _is_static(v))
@@ -229,8 +239,8 @@ class Engine:
         want = _format_bytes(self.rules.formats).shape
         if vector.shape != want:
             raise ValueError(
-                f"The state's `format` has the shape {vector.shape}, but rules and `state_format` ask for {want}: its codecs "
-                "are others. Make the optimizer with those that made the state."
+                f"The state's `format` has the shape {vector.shape}, but rules and `state_format` ask for {want}: its "
+                "codecs are others. Make the optimizer with those that made the state."
             )
 
     def _check_storage(self, path, shape, step: Step, moments, absmax):
@@ -238,12 +248,13 @@ class Engine:
             want = m.code.dtype, step.blocks.absmax_shape(shape)
             if (codes.dtype, scales.shape) != want:
                 raise ValueError(
-                    f"The state of parameter {path!r} has {codes.dtype} codes and scales of shape {scales.shape}, but rules and "
-                    f"`state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that made the state."
+                    f"The state of parameter {path!r} has {codes.dtype} codes and scales of shape {scales.shape}, but "
+                    f"rules and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
+                    "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
                 )
 
 
-# --- leaves ------------------------------------------------------------------------------------------------------------
+# --- leaves ----------------------------------------------------------------------------------------------------------
 
 
 def _is_none(x: Any) -> bool:
@@ -297,10 +308,10 @@ def _zeros(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]:
 
 def _scales_sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSharding | None:
     """The sharding of `p`, less what would not divide; None where JAX chooses, as for `jnp.zeros_like`."""
-    sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
+    sharding = jax.typeof(p).sharding if isinstance(p, Tracer) else getattr(p, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
-    if isinstance(p, jax.core.Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
+    if isinstance(p, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     spec = []
     for axis, names in enumerate(sharding.spec):

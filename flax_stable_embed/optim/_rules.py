@@ -1,7 +1,7 @@
 """Which moments are stored in 8 bits, and how: user rules, then metadata, then the defaults below.
 
-A decision depends on the parameter's path, global shape and dtype alone: never on a mesh, a process, an object's identity
-or its position among the parameters.
+A decision depends on the parameter's path, global shape and dtype alone: never on a mesh, a process, an object's
+identity or its position among the parameters.
 """
 
 import re
@@ -29,10 +29,10 @@ class StateFormat:
     Args:
         codec: "root" (default), "dynamic" (bitsandbytes' map) or "linear"; see `ops/blockwise/README.md`.
         rounding: "nearest", or "stochastic" for the second moment, which then cannot stall where gradients shrink.
-        block_size: elements that share a scale; None chooses 32 to 256 per parameter, so that no block straddles shards.
+        block_size: elements that share a scale; None chooses 32 to 256 per parameter, and no block straddles shards.
         block_axis: the axis that blocks lie in; None chooses per parameter. Vectors always use their only one.
-        shards: the most ways that any axis of a parameter will ever be cut. Fixes the state's shapes, so it is a promise
-            about every mesh that will open the checkpoint, not about this one.
+        shards: the most ways that any axis of a parameter will ever be cut. Fixes the state's shapes, so it is a
+            promise about every mesh that will open the checkpoint, not about this one.
         min_size: parameters with fewer elements, or a blocked axis shorter than 32, keep fp32 moments; 0 switches both
             rules off.
 
@@ -105,7 +105,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Where:
-    """A predicate as a rule's pattern; not callable itself, or `optax.inject_hyperparams` would take it for a schedule."""
+    """A predicate as a rule's pattern; not callable, or `optax.inject_hyperparams` would take it for a schedule."""
 
     predicate: Callable[[str, tuple[int, ...]], bool]
 
@@ -157,7 +157,7 @@ class Rules:
         pattern, rule = self.first_match(path, shape)
         bits, reason = rule.bits, f"rule {_show(pattern)}"
         if bits is None and metadata_bits is not None:
-            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"
+            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"  # pyright: ignore[reportArgumentType]  # checked there
         if bits is None:
             bits, reason = _default(path)
         state_format, blocks = self.blocks(path, shape)
@@ -195,7 +195,7 @@ def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks
     return ""
 
 
-# --- what users write --------------------------------------------------------------------------------------------------
+# --- what users write ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
     if not labels or isinstance(rules, str):
         raise TypeError(
-            f"`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, got {rules!r}."
+            "`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, "
+            f"got {rules!r}."
         )
     return [(_Path(path_name(path)), _rule(label)) for path, label in labels]
 
@@ -237,7 +238,7 @@ def _rule(value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
     if _is_int(value) and value in (8, 32):
-        return Rule(int(value))
+        return Rule(8 if value == 8 else 32)
     raise ValueError(f"`rules` must give 8, 32 or a Rule for each pattern, got {value!r}.")
 
 

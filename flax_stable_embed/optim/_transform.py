@@ -5,7 +5,7 @@ ever in memory, and the state is the same to the last bit.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import optax
 
@@ -13,19 +13,23 @@ from ._engine import Engine, Tail
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transform that can also write the parameters itself: `fused_update(grads, state, params, **extra_args)`."""
+    """An optax transform that can write the parameters itself: `fused_update(grads, state, params, **extra_args)`."""
 
-    fused_update: Callable | None = None  # None where a tree of the two functions was taken apart and put together
+    fused_update: Callable
 
     def __new__(cls, init, update, fused_update=None):
-        """A pair `(init, update)`, as optax unpacks it, with `fused_update` beside it."""
+        """A pair `(init, update)`, as optax unpacks it, with `fused_update` beside it.
+
+        To JAX it is a tree of two functions: one that was taken apart and put together has lost the third.
+        """
         self = super().__new__(cls, init, update)
-        self.fused_update = fused_update
+        if fused_update is not None:
+            self.fused_update = fused_update
         return self
 
     def __getnewargs__(self):
         """What a copy is made from."""
-        return (*self, self.fused_update)
+        return (*self, getattr(self, "fused_update", None))
 
 
 def scale_by(engine: Engine) -> optax.GradientTransformationExtraArgs:
@@ -45,7 +49,7 @@ def optimizer(
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
 ) -> FusedTransformation:
-    """Method, decoupled weight decay (None for an optimizer without) and learning rate; state as of optax's namesake."""
+    """Method, decoupled weight decay (None for an optimizer without), learning rate; state as of optax's namesake."""
     decay_tx = None if weight_decay is None else optax.add_decayed_weights(weight_decay, mask)
     rate_tx = optax.scale_by_learning_rate(learning_rate)
 
@@ -86,8 +90,8 @@ def _decay(weight_decay, mask, state):
     return weight_decay(inner.count), (following if mask is None else state._replace(inner_state=following),)
 
 
-def _is_fused(tx: Any) -> bool:
-    return isinstance(tx, FusedTransformation) and tx.fused_update is not None
+def _is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
+    return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")
 
 
 def fused_update(
@@ -113,14 +117,15 @@ def fused_update(
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx, params = fse.adamw8bit(0.5, weight_decay=0.0), {"kernel": jnp.ones((64, 64))}
     >>> params, state = fse.fused_update(tx, params, tx.init(params), params)
-    >>> float(params["kernel"][0, 0])
+    >>> round(float(params["kernel"][0, 0]), 4)
     0.5
     """
     if not _is_fused(tx):
         name = getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
             f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name!r} hides what is in it, and only the "
-            "optimizer itself can write parameters. Use tx.update and optax.apply_updates with it, or fse.chain for optax.chain."
+            "optimizer itself can write parameters. Use tx.update and optax.apply_updates with it, or fse.chain for "
+            "optax.chain."
         )
     return tx.fused_update(grads, state, params, **extra_args)
 

@@ -3,8 +3,8 @@ r"""Adam and AdamW with their moments in one byte each.
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
     u <- (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980); decoupled weight decay: Loshchilov and Hutter 2017 (arXiv:1711.05101);
-Nesterov momentum: Dozat 2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980); decoupled weight decay: Loshchilov and Hutter 2017
+(arXiv:1711.05101); Nesterov momentum: Dozat 2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from functools import partial
@@ -50,7 +50,7 @@ def _over(x, correction):
 
 @partial(jax.jit, inline=True)
 def _correction(b, count):
-    return 1 - b**count
+    return 1 - b ** count.astype(jnp.result_type(float))
 
 
 def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, **options) -> Engine:
@@ -173,8 +173,8 @@ def adamw8bit(
         mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
         nesterov: Nesterov momentum.
         rules: pairs (pattern, 8 | 32 | Rule), the first match wins, before the defaults: embeddings, norm scales and
-            biases keep fp32. A pattern is a regular expression searched in the parameter's path ("block/attn/kernel") or
-            `fse.where(predicate)`. Or a pytree of such values, labelled like the parameters.
+            biases keep fp32. A pattern is a regular expression searched in the parameter's path, "block/attn/kernel",
+            or `fse.where(predicate)`. Or a pytree of such values, labelled like the parameters.
         state_format: codec, rounding and blocks, see `StateFormat`.
         implementation: None runs everywhere; "xla" names what it runs.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments. By default they

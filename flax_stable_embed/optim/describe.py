@@ -76,7 +76,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
         params: the parameters, or their shapes (`jax.eval_shape`).
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
-    >>> print(fse.describe(fse.adamw8bit(1e-3), {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512))}))
+    >>> params = {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512))}
+    >>> print(fse.describe(fse.adamw8bit(1e-3), params))
     parameter      shape      bits  blocks                 reason     implementation   bytes    per element
     kernel         (64, 512)  8     64 on axis 1, root     default    xla              69,632   2.125
     wte/embedding  (512, 64)  32                           embedding  optax's formula  262,152  8.000

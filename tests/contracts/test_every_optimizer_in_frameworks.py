@@ -287,12 +287,25 @@ def test_nnx_and_plain_dicts_take_the_same_step(case):
     assert all(np.array_equal(a, b) for a, b in zip(ours, jax.tree.leaves(state), strict=True))
 
 
+NNX_SHARDINGS = [
+    ((None, "b"), 64),
+    (("a", "b"), 256),
+    ((("a", "b"), None), 96),
+    (("b", "a"), 64),
+    ((None, ("a", "b")), 96),
+]
+
+
 @every_optimizer
-@every_kind
 @pytest.mark.parametrize(
-    ("names", "width"),
-    [((None, "b"), 64), (("a", "b"), 256), ((("a", "b"), None), 96), (("b", "a"), 64), ((None, ("a", "b")), 96)],
-    ids=str,
+    ("kind", "names", "width"),
+    [
+        (AxisType.Auto, *NNX_SHARDINGS[0]),
+        (AxisType.Explicit, *NNX_SHARDINGS[1]),
+        (AxisType.Auto, *NNX_SHARDINGS[2]),
+        *(pytest.param(AxisType.Auto, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[1::2]),
+        *(pytest.param(AxisType.Explicit, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[2:]),
+    ],
 )
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)

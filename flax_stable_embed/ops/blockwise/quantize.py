@@ -3,9 +3,8 @@
     absmax[block] = max |x| over the finite elements of the block;   codes = encode(x / absmax)
     x' = decode(codes) * absmax
 
-What is not an ordinary number stays its own affair: NaN gets the code of zero, an infinity the code of its sign's
-largest magnitude, and neither touches the scale. Magnitudes below 2^-126 (float32's smallest normal number) count as
-zero.
+What is not finite stays its own affair: NaN and infinities get the code of zero and do not touch the scale.
+Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
 """
 
 from functools import partial
@@ -153,11 +152,10 @@ def _dequantize(codes, absmax, *, blocks: Blocks, codec: str, signed: bool):
 def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None) -> tuple[Array, Array]:
     """Codes and scales of float32 blocks: `x` is split, so that axis `axis + 1` is the inside of a block."""
     magnitude = lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)  # maximum keeps NaN
-    absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=axis + 1, initial=0.0)
-    absmax = jnp.where(absmax >= TINY, absmax, 0.0)
+    live = (magnitude >= TINY) & (magnitude < jnp.inf)  # NaN compares false
+    absmax = jnp.max(jnp.where(live, magnitude, 0.0), axis=axis + 1, initial=0.0)
     # A true division: by a plain broadcast XLA would multiply with the reciprocal, which rounds differently.
-    live = magnitude >= TINY  # NaN compares false
-    scale = jnp.where(live & jnp.isfinite(magnitude), jnp.expand_dims(absmax, axis + 1), 1.0)
+    scale = jnp.where(live, jnp.expand_dims(absmax, axis + 1), 1.0)
     n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
     if code.bottom:
         n = jnp.where(x < 0, -n, n)

@@ -76,7 +76,8 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
     hyper = {**dict(step.hyper), **hyper}
     weight_decay, step_size = hyper.pop("weight_decay", None), hyper.pop("step_size", None)
     compute = moments[0].dtype
-    g_in, p_in = g.astype(compute), p if p is None else p.astype(compute)
+    g_in: Any = g.astype(compute)
+    p_in: Any = None if p is None else p.astype(compute)
     u, new = step.rule(g_in, *moments, **hyper)
     if weight_decay is not None:
         u = u + weight_decay * p_in
@@ -86,8 +87,7 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
         finite = jnp.isfinite(g_in)
         u = jnp.where(finite, u, jnp.full_like(u, -0.0))  # p + -0.0 is p to the bit, for -0.0 too
         new = tuple(jnp.where(finite, after, before) for after, before in zip(new, moments))
-    out = (p_in + u).astype(p.dtype) if p is not None and step.fused else u.astype(step.dtype)
-    return out, new
+    return ((p_in + u).astype(p.dtype) if step.fused else u.astype(step.dtype)), new
 
 
 def step_blockwise(step: Step, operands: Operands, implementation: Implementation | None = None):

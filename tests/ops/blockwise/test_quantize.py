@@ -17,11 +17,10 @@ def by_brute_force(x, codec, signed):
     """Codes and scales of rows of `BLOCK` numbers, in NumPy, from the definition."""
     x = x.reshape(-1, BLOCK)
     magnitude = np.abs(x) if signed else np.maximum(x, 0)
-    absmax = np.where(np.isfinite(magnitude), magnitude, 0).max(axis=1, keepdims=True)
-    absmax = np.where(absmax < TINY, np.float32(0), absmax)
-    with np.errstate(all="ignore"):
-        n = np.minimum(magnitude / np.where(np.isfinite(magnitude) & (magnitude >= TINY), absmax, 1), np.float32(1))
-    n = np.where(magnitude >= TINY, np.maximum(n, np.float32(TINY)), np.float32(0)).astype(np.float32)
+    live = (magnitude >= TINY) & np.isfinite(magnitude)
+    absmax = np.where(live, magnitude, 0).max(axis=1, keepdims=True)
+    n = np.divide(magnitude, absmax, out=np.zeros_like(x), where=live)
+    n = np.where(live, np.maximum(n, np.float32(TINY)), np.float32(0))
     n = np.where(x < 0, -n, n) if signed else n
     if codec == "root":
         root = np.sqrt(np.abs(n)) * np.float32(127) if signed else np.sqrt(np.sqrt(n)) * np.float32(255)
@@ -69,8 +68,7 @@ def test_what_is_not_finite_leaves_the_rest_of_its_block_alone(codec, signed):
     np.testing.assert_array_equal(codes[:, 3:], clean[:, 3:])
     back = dequantize(codes, absmax, signed=signed, codec=codec)
     assert np.all(np.isfinite(back))
-    np.testing.assert_array_equal(back[:, 0], 0)
-    np.testing.assert_array_equal(back[:, 1], absmax[:, 0])
+    np.testing.assert_array_equal(back[:, :3], 0)
 
 
 @ALL

@@ -176,7 +176,7 @@ def specs_for(names, ndim):
     whole = tuple(names)
     if len(names) == 2 and ndim >= 2:
         return [(*names, *(None,) * (ndim - 2)), (*(None,) * (ndim - 2), *names[::-1]), (*last, whole), (whole, *last)]
-    return [(names[0], *last), (*last, names[-1])][: ndim]
+    return [(names[0], *last), (*last, names[-1])][:ndim]
 
 
 @pytest.mark.parametrize(
