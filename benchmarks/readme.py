@@ -1,11 +1,11 @@
 """The generated parts of the documentation: `python -m benchmarks readme` writes them from the files in `results/`.
 
-A part stands between `<!-- name: where it comes from -->` and `<!-- /name -->`.
+A part stands between `<!-- name: where it comes from -->` and `<!-- /name -->`. The main example brings its own:
+`python examples/report.py FILE --readme NAME`.
 """
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,26 +13,15 @@ from . import errors, report
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
-LANGUAGE_MODEL = RESULTS / "language_model.json"
 
 
 def newest() -> dict:
     """The newest results of a full run."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path != LANGUAGE_MODEL]
-    return max((r for r in found if "shapes" in r), key=lambda r: r["environment"]["date"])
-
-
-def language_model() -> str:
-    """The comparison of the main example."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import report as example_report
-
-    summary = json.loads(LANGUAGE_MODEL.read_text())
-    return f"{example_report.markdown(summary)}\n\n{example_report.verdict(summary)}"
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return max(found, key=lambda r: r["environment"]["date"])
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "language_model"): language_model,
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }

@@ -1,11 +1,13 @@
 """What is left of a training run: its state in bytes by class, one table, one plot, one summary for programs.
 
     python examples/report.py                       prints the table of the last comparison again, as Markdown
-    python examples/report.py runs/comparison.json --readme           and puts it, with the plot, into the README
+    python examples/report.py runs/comparison.json --readme NAME      and puts it into the README, between the marks of
+                                                                      NAME, and the plot into examples/results/
 
 Imported, it is the part of `language_model.py` that measures and draws.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 import run_folder
 
-RESULTS = Path(__file__).with_name("results") / "language_model"  # .png, .json: what the README shows
+RESULTS = Path(__file__).with_name("results")  # what the README shows, .png and .json by name
 LIMIT = 0.002  # validation loss of a compared run may differ by this part of the reference's
 SMOOTHED_OVER = 15  # steps: the standard deviation of the weights behind the smoothed curve
 STATE_CLASSES = {
@@ -276,24 +278,33 @@ def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
     print(f"Plot, table and summary: {folder / name}.png, .md, .json")
 
 
-def publish(comparison: Path) -> None:
-    """Puts a comparison's table into the README, and its plot and summary beside the examples."""
-    summary = json.loads(comparison.read_text())
+def published(summary: dict) -> str:
+    """Table, command and verdict as they stand in the README."""
     run = summary["runs"][0]
     where = f"{run['cores']} cores of {run['device']}, JAX {run['jax']}"
-    readme = RESULTS.parents[2] / "README.md"
-    before, opening, rest = readme.read_text().partition("<!-- language_model")
-    marker, _, rest = rest.partition("-->")
-    after = rest.partition("<!-- /language_model -->")[2]
-    table = f"{markdown(summary)}\n\n`{summary['command']}`, on {where}. {verdict(summary)}"
-    readme.write_text(f"{before}{opening}{marker}-->\n{table}\n<!-- /language_model -->{after}")
-    RESULTS.parent.mkdir(exist_ok=True)
+    return f"{markdown(summary)}\n\n`{summary['command']}`, on {where}. {verdict(summary)}"
+
+
+def publish(comparison: Path, name: str) -> None:
+    """Puts a comparison into the README, and its plot and summary beside the examples."""
+    readme = RESULTS.parents[1] / "README.md"
+    before, opening, rest = readme.read_text().partition(f"<!-- {name}: ")
+    how, closing, rest = rest.partition("-->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        sys.exit(f"README.md has no marks <!-- {name}: ... --> and <!-- /{name} -->.")
+    text = published(json.loads(comparison.read_text()))
+    readme.write_text(f"{before}{opening}{how}{closing}\n{text}\n{end}{after}")
+    RESULTS.mkdir(exist_ok=True)
     for suffix in (".json", ".png"):
-        shutil.copyfile(comparison.with_suffix(suffix), RESULTS.with_suffix(suffix))
+        shutil.copyfile(comparison.with_suffix(suffix), (RESULTS / name).with_suffix(suffix))
 
 
 if __name__ == "__main__":
-    given = Path(next((word for word in sys.argv[1:] if not word.startswith("-")), "runs/comparison.json"))
-    print(markdown(json.loads(given.read_text())))
-    if "--readme" in sys.argv:
-        publish(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", nargs="?", type=Path, default=Path("runs/comparison.json"))
+    parser.add_argument("--readme", metavar="NAME", help="language_model or linear")
+    args = parser.parse_args()
+    print(published(json.loads(args.comparison.read_text())))
+    if args.readme:
+        publish(args.comparison, args.readme)

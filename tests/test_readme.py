@@ -1,6 +1,8 @@
 """The README's code runs, and its figures are those of the result files."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,13 @@ def test_code_in_the_readme_runs(code, capsys):
 @pytest.mark.parametrize("path", sorted({name for name, _ in readme.PARTS}))
 def test_generated_figures_are_up_to_date(path):
     assert readme.rendered()[ROOT / path] == (ROOT / path).read_text(), "run `python -m benchmarks readme`"
+
+
+@pytest.mark.parametrize("name", ["language_model", "linear"])
+def test_tables_of_the_language_model_are_those_of_its_results(name):
+    command = [sys.executable, "examples/report.py", f"examples/results/{name}.json"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert text.strip() in README, f"run `python examples/report.py FILE --readme {name}`"
 
 
 def test_every_link_within_the_repository_leads_somewhere():

@@ -23,15 +23,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.codecs import CODECS, mix
-from ..ops.blockwise.step import (
-    Implementation,
-    Moment,
-    Operands,
-    Step,
-    apply_rule,
-    check_implementation,
-    step_blockwise,
-)
+from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
+from ..ops.blockwise.step import Moment, Operands, Step, apply_rule
 from ._boxes import is_box, optim_bits, rebox, rebox_scales, unbox
 from ._rules import LIKE_AN_EMBEDDING, Decision, Rules, StateFormat, path_name
 
@@ -99,7 +92,6 @@ class Engine:
     def __init__(
         self,
         method: Method,
-        *,
         rules: Any,
         state_format: StateFormat,
         implementation: Implementation | None,

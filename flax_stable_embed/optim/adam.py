@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ..ops.blockwise.step import Implementation
+from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine, Method, MomentName
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
@@ -53,7 +53,7 @@ def _correction(b, count):
     return 1 - b ** count.astype(jnp.result_type(float))
 
 
-def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, **options) -> Engine:
+def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options) -> Engine:
     if mu_dtype is not None:
         raise TypeError(
             f"`mu_dtype` must be None, got {mu_dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
@@ -66,7 +66,7 @@ def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, **options) -> Engine:
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
 
     moments = MomentName("mu", True, True), MomentName("nu", False, False, second=True)
-    return Engine(Method(ScaleByAdam8bitState, adam, moments, hyper), **options)
+    return Engine(Method(ScaleByAdam8bitState, adam, moments, hyper), *options)
 
 
 def scale_by_adam8bit(
@@ -88,18 +88,7 @@ def scale_by_adam8bit(
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
     """
     return scale_by(
-        _engine(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            nesterov,
-            rules=rules,
-            state_format=state_format,
-            implementation=implementation,
-            skip_nonfinite=skip_nonfinite,
-        )
+        _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
     )
 
 
@@ -122,18 +111,7 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
     """
-    engine = _engine(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        nesterov,
-        rules=rules,
-        state_format=state_format,
-        implementation=implementation,
-        skip_nonfinite=skip_nonfinite,
-    )
+    engine = _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
     return optimizer(engine, learning_rate)
 
 
@@ -198,16 +176,5 @@ def adamw8bit(
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
     """
-    engine = _engine(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        nesterov,
-        rules=rules,
-        state_format=state_format,
-        implementation=implementation,
-        skip_nonfinite=skip_nonfinite,
-    )
+    engine = _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
     return optimizer(engine, learning_rate, weight_decay, mask)

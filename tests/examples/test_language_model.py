@@ -202,14 +202,14 @@ from pathlib import Path
 sys.path.insert(0, {str(EXAMPLES)!r})
 import report
 folder = Path({str(tmp_path)!r})
-report.RESULTS = folder / "examples" / "results" / "language_model"
-report.RESULTS.parent.parent.mkdir()
+report.RESULTS = folder / "examples" / "results"
+report.RESULTS.parent.mkdir()
 run = json.loads(sys.argv[1])
 better = run | {{"label": "adamw8bit, root", "validation_loss": 4.002}}
 (folder / "comparison.json").write_text(json.dumps(report.summarise([run, better], "make train")))
 (folder / "comparison.png").touch()
-report.publish(folder / "comparison.json")
-report.publish(folder / "comparison.json")
+report.publish(folder / "comparison.json", "language_model")
+report.publish(folder / "comparison.json", "language_model")
 """
     finish([sys.executable, "-c", code, json.dumps(run)])
     text = readme.read_text()

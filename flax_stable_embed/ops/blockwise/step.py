@@ -9,7 +9,7 @@ rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is s
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,6 @@ from jax import Array
 
 from .blocks import Blocks
 from .codecs import CODECS, Code
-
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 class Moment(NamedTuple):
@@ -38,9 +36,9 @@ class Step:
     """Everything static about the step of one array; hashable, so it can be a static argument.
 
     `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function in float32. Then, where they are among the
-    hyper-parameters: `u += weight_decay * p`, and `u *= step_size`. `fused` gives `p + u` in the dtype of `p`,
-    otherwise the output is `u` in `dtype`. With `skip_nonfinite`, elements whose gradient is not finite keep moments
-    and parameter.
+    hyper-parameters: `u += weight_decay * p`, and `u *= step_size`. The output is `u` in `dtype`, or `p + u` when
+    `fused`, where `dtype` is that of `p`. With `skip_nonfinite`, elements whose gradient is not finite keep moments and
+    parameter.
     """
 
     rule: Callable
@@ -87,26 +85,4 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
         finite = jnp.isfinite(g_in)
         u = jnp.where(finite, u, jnp.full_like(u, -0.0))  # p + -0.0 is p to the bit, for -0.0 too
         new = tuple(jnp.where(finite, after, before) for after, before in zip(new, moments))
-    return ((p_in + u).astype(p.dtype) if step.fused else u.astype(step.dtype)), new
-
-
-def step_blockwise(step: Step, operands: Operands, implementation: Implementation | None = None):
-    """Runs the step and returns `(output, codes, absmax)`; `implementation=None` works everywhere.
-
-    Raises:
-        NotImplementedError: an implementation that is still to be built.
-    """
-    check_implementation(implementation)
-    from . import xla
-
-    return xla.step(step, operands)
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Raises unless `implementation` is None or the name of one that exists."""
-    if implementation in ("pallas_tpu", "pallas_gpu"):
-        raise NotImplementedError(
-            f"`implementation={implementation!r}` is not built yet. Use None or 'xla', which run on every backend."
-        )
-    if implementation not in (None, "xla"):
-        raise ValueError(f"`implementation` must be None, 'xla', 'pallas_tpu' or 'pallas_gpu', got {implementation!r}.")
+    return (p_in + u if step.fused else u).astype(step.dtype), new

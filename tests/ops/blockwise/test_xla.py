@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_stable_embed.ops.blockwise import xla
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
-from flax_stable_embed.ops.blockwise.step import Moment, Operands, Step, step_blockwise
+from flax_stable_embed.ops.blockwise.step import Moment, Operands, Step
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
@@ -81,7 +81,7 @@ def test_every_codec_runs_in_chunks(codec, small_pieces):
 
 def test_a_scalar_is_one_block():
     step = a_step((), fused=True)
-    out, codes, absmax = step_blockwise(step, operands_of(step, ()))
+    out, codes, absmax = xla.step(step, operands_of(step, ()))
     assert (out.shape, codes[0].shape, absmax[0].shape) == ((), (), ())
     assert absmax[0] > 0
 
@@ -258,11 +258,3 @@ def test_vmap_and_derivatives_take_the_reference():
     with_decay, _ = adam_like(operands.g, 0.0, 0.0, b1=0.9, b2=0.99)
     expected = (with_decay + 0.1 * operands.p).sum()
     np.testing.assert_allclose(jax.jit(jax.grad(after))(-0.01), expected, rtol=1e-5)
-
-
-def test_unknown_and_unbuilt_implementations_are_refused():
-    step = a_step((64, 64))
-    with pytest.raises(NotImplementedError, match=r"'pallas_tpu'.*not built yet. Use None or 'xla'"):
-        step_blockwise(step, operands_of(step, (64, 64)), "pallas_tpu")
-    with pytest.raises(ValueError, match=r"`implementation` must be None, 'xla', .*got 'cuda'"):
-        step_blockwise(step, operands_of(step, (64, 64)), "cuda")
