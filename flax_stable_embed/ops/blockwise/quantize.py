@@ -152,8 +152,11 @@ def _dequantize(codes, absmax, *, blocks: Blocks, codec: str, signed: bool):
 def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None) -> tuple[Array, Array]:
     """Codes and scales of float32 blocks: `x` is split, so that axis `axis + 1` is the inside of a block."""
     magnitude = lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)  # maximum keeps NaN
-    live = (magnitude >= TINY) & (magnitude < jnp.inf)  # NaN compares false
-    absmax = jnp.max(jnp.where(live, magnitude, 0.0), axis=axis + 1, initial=0.0)
+    absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=axis + 1, initial=0.0)  # NaN compares false
+    absmax = jnp.where(absmax >= TINY, absmax, 0.0)
+    live = (magnitude >= TINY) & (
+        magnitude < jnp.inf
+    )  # shared with the line above it would be one more array in memory
     # A true division: by a plain broadcast XLA would multiply with the reciprocal, which rounds differently.
     scale = jnp.where(live, jnp.expand_dims(absmax, axis + 1), 1.0)
     n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
