@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import errors, readme
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +28,13 @@ def test_tables_of_the_language_model_are_those_of_its_results(name):
     command = [sys.executable, "examples/report.py", f"examples/results/{name}.json"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert text.strip() in README, f"run `python examples/report.py FILE --readme {name}`"
+
+
+def test_round_trip_errors_in_the_docs_are_those_of_the_code():
+    for measured, written in zip(errors.measure(), readme.newest()["errors"], strict=True):
+        assert (measured["data"], measured["codec"]) == (written["data"], written["codec"])
+        for size, pair in written["errors"].items():
+            assert measured["errors"][size] == pytest.approx(pair, rel=1e-4)
 
 
 def test_every_link_within_the_repository_leads_somewhere():
