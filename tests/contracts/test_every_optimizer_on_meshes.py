@@ -1,6 +1,9 @@
 """What every optimizer of tests/cases.py must do on meshes: keep shardings and bits, save on one, open on another."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -193,29 +196,40 @@ def test_a_checkpoint_opens_on_another_mesh(case, kind, tmp_path):
         assert restored["params"]["kernel"].sharding.mesh.shape == target.shape
 
 
-@every_optimizer
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"state_format": fse.StateFormat("dynamic", min_size=0)},
-        {"state_format": fse.StateFormat("linear", min_size=0)},
-        {"state_format": fse.StateFormat(block_size=64, min_size=0)},
-        {"rules": ((".*", 32),)},
-        {"rules": (("kernel", fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)},
-    ],
-    ids=["dynamic", "linear", "blocks", "fp32", "rule"],
-)
-def test_a_checkpoint_of_another_format_is_refused(case, other, tmp_path):
+OTHER_FORMATS = [
+    {"state_format": fse.StateFormat("dynamic", min_size=0)},
+    {"state_format": fse.StateFormat("linear", min_size=0)},
+    {"state_format": fse.StateFormat(block_size=64, min_size=0)},
+    {"rules": ((".*", 32),)},
+    {"rules": (("kernel", fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)},
+]
+
+
+def refuse_every_other_format(folder):
     """Orbax casts dtypes without a word; the shapes of scales and `format` must give the error."""
-    params = {"kernel": jnp.ones((32, 64))}
-    state = build(case).init(params)
-    assert_8bit(case, state)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        abstract = jax.eval_shape(case.ours(**case.hyper, **{"state_format": SMALL} | other).init, params)
-        with pytest.raises(ValueError, match="shape"):
-            checkpointer.restore(tmp_path / "state", abstract)
+    for case in OPTIMIZERS:
+        state = build(case).init({"kernel": jnp.ones((32, 64))})
+        assert_8bit(case, state)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder) / case.name, state)
+            checkpointer.wait_until_finished()
+            for other in OTHER_FORMATS:
+                tx = case.ours(**case.hyper, **{"state_format": SMALL} | other)
+                with pytest.raises(ValueError, match="shape"):
+                    checkpointer.restore(
+                        Path(folder) / case.name, jax.eval_shape(tx.init, {"kernel": jnp.ones((32, 64))})
+                    )
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
+    # collected, and that can be in any later test.
+    code = (
+        f"from {__name__} import refuse_every_other_format as refuse; refuse({str(tmp_path)!r}); print('all refused')"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert "all refused" in done.stdout, done.stderr
 
 
 @every_optimizer
