@@ -176,6 +176,7 @@ class Engine:
                 f"The gradients have {len(leaves)} leaves, the parameters {len(p_leaves)} and the optimizer state "
                 f"{len(columns[self.method.moments[0].name])}: was the state made by `init` of the same parameters?"
             )
+        _check_same_paths(leaves, trees[self.method.moments[0].name])
         self._check_format(state.format)
         allowed = _broadcast_mask(tail.mask, grads, len(leaves))
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -244,6 +245,17 @@ class Engine:
                     f"rules and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
                     "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
                 )
+
+
+def _check_same_paths(leaves, moment: Any):
+    """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments."""
+    stored, _ = jax.tree_util.tree_flatten_with_path(moment, is_leaf=_is_none)
+    for (path, _), (other, _) in zip(leaves, stored):
+        if path_name(path) != path_name(other):
+            raise ValueError(
+                f"The gradients have a leaf {path_name(path)!r} where the optimizer state has {path_name(other)!r}: "
+                "was the state made by `init` of the same parameters?"
+            )
 
 
 # --- leaves ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ What limits it on CPU: arithmetic (the codecs), not memory; XLA splits each chun
 
 import dataclasses
 import itertools
-from functools import partial
+from functools import partial, reduce
 from math import prod
 
 import jax
@@ -49,6 +49,7 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     )
     p = None if operands.p is None else split(operands.p, blocks)
     out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
+    new = _forget_overflow(new)
     uniform = None
     if operands.key is not None:
         index = linear_index(shape) if index is None else index
@@ -60,6 +61,12 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
+
+
+def _forget_overflow(moments: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Zero in all moments where one is not finite: alone, g^2 overflows first, and m / sqrt(0) would follow."""
+    finite = reduce(jnp.logical_and, map(jnp.isfinite, moments))
+    return tuple(jnp.where(finite, x, 0.0) for x in moments)
 
 
 def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
