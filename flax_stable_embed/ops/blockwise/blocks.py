@@ -5,7 +5,6 @@ so a checkpoint opens on any mesh, and where the promise holds no block straddle
 Splitting a non-minor axis is free on TPU (a bitcast under the tiled layout), splitting the minor one is a relayout.
 """
 
-from math import prod
 from typing import NamedTuple
 
 SMALLEST, LARGEST = (
@@ -91,9 +90,3 @@ def _choose_axis(shape: tuple[int, ...], shards: int) -> int:
 def _choose_size(d: int, shards: int) -> int:
     split = power_of_two_part(d)
     return max(SMALLEST, min(split // shards, LARGEST)) if split >= SMALLEST else LARGEST
-
-
-def bytes_per_parameter(shape: tuple[int, ...], blocks: Blocks, moments: int = 2) -> float:
-    """Codes and scales of `moments` moments, in bytes per parameter; NaN for an empty array."""
-    size = prod(shape)
-    return moments * (size + 4 * prod(blocks.absmax_shape(shape))) / size if size else float("nan")

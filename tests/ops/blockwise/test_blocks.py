@@ -1,8 +1,10 @@
 """Where blocks lie, on awkward shapes."""
 
+from math import prod
+
 import pytest
 
-from flax_stable_embed.ops.blockwise.blocks import Blocks, bytes_per_parameter, choose_blocks
+from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
 
 AWKWARD = {
     # shape: (axis, size) with shards=8, with shards=1
@@ -57,6 +59,11 @@ def test_size_and_axis_can_be_set():
     assert choose_blocks((512, 100), block_size=256, block_axis=1) == Blocks(1, 100)
     with pytest.raises(ValueError, match=r"`block_axis` 2 is not an axis of an array of shape \(4, 4\)"):
         choose_blocks((4, 4), block_axis=2)
+
+
+def bytes_per_parameter(shape, blocks):
+    """Of two moments: a byte each, and four for each scale."""
+    return 2 * (prod(shape) + 4 * prod(blocks.absmax_shape(shape))) / prod(shape)
 
 
 def test_bytes_per_parameter_are_those_of_codes_and_scales():
