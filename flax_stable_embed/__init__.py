@@ -11,11 +11,30 @@ from .optim._rules import StateFormat as StateFormat
 from .optim._rules import where as where
 from .optim._transform import chain as chain
 from .optim._transform import fused_update as fused_update
+from .optim.adagrad import ScaleByAdagrad8bitState as ScaleByAdagrad8bitState
+from .optim.adagrad import adagrad8bit as adagrad8bit
+from .optim.adagrad import scale_by_adagrad8bit as scale_by_adagrad8bit
 from .optim.adam import ScaleByAdam8bitState as ScaleByAdam8bitState
 from .optim.adam import adam8bit as adam8bit
 from .optim.adam import adamw8bit as adamw8bit
 from .optim.adam import scale_by_adam8bit as scale_by_adam8bit
+from .optim.ademamix import ScaleByAdemamix8bitState as ScaleByAdemamix8bitState
+from .optim.ademamix import ademamix8bit as ademamix8bit
+from .optim.ademamix import scale_by_ademamix8bit as scale_by_ademamix8bit
 from .optim.describe import StateReport as StateReport
 from .optim.describe import describe as describe
+from .optim.lamb import lamb8bit as lamb8bit
+from .optim.lamb import scale_by_lamb8bit as scale_by_lamb8bit
+from .optim.lars import lars8bit as lars8bit
+from .optim.lars import scale_by_lars8bit as scale_by_lars8bit
+from .optim.lion import ScaleByLion8bitState as ScaleByLion8bitState
+from .optim.lion import lion8bit as lion8bit
+from .optim.lion import scale_by_lion8bit as scale_by_lion8bit
+from .optim.rmsprop import ScaleByRmsprop8bitState as ScaleByRmsprop8bitState
+from .optim.rmsprop import rmsprop8bit as rmsprop8bit
+from .optim.rmsprop import scale_by_rmsprop8bit as scale_by_rmsprop8bit
+from .optim.sgd import ScaleBySgd8bitState as ScaleBySgd8bitState
+from .optim.sgd import scale_by_sgd8bit as scale_by_sgd8bit
+from .optim.sgd import sgd8bit as sgd8bit
 
 __version__ = _version("flax-stable-embed")

@@ -1,15 +1,14 @@
 """The engine of every 8-bit optimizer: parameters in, a tree of codes and scales kept, one step over the tree.
 
 The state is parallel trees with exactly one array per parameter each: for every moment its codes (or fp32 values), of
-the parameter's own shape, and its scales, of the parameter's rank. Whether a parameter is in 8 bits is decided once, in
-`init`; `update` reads it off the state's dtypes. An optimizer brings a `Method` (its rule and its names), nothing else.
+the parameter's own shape, and its scales, of the parameter's rank. How a parameter's moments are stored is decided
+once, in `init`; `update` reads it off the state's dtypes. An optimizer brings a `Method` (its rule and its names); what
+is done around the rule (decay, learning rate, norms) is the `Tail`.
 """
 
 import zlib
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -18,48 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ..ops.blockwise.blocks import Blocks
-from ..ops.blockwise.codecs import CODECS, mix
+from ..ops.blockwise.codecs import mix
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
-from ..ops.blockwise.step import Moment, Operands, Step, apply_rule
-from ._boxes import is_box, optim_bits, rebox, rebox_scales, unbox
-from ._rules import LIKE_AN_EMBEDDING, Decision, Rules, StateFormat, path_name
-
-_FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
-
-
-class MomentName(NamedTuple):
-    """A moment's field in the state, and whether it can be negative.
-
-    `dynamic_signed` is the sign with the `dynamic` codec, where bitsandbytes decides; `second` moments are those that
-    stochastic rounding acts on.
-    """
-
-    name: str
-    signed: bool
-    dynamic_signed: bool
-    second: bool = False
-
-    def stored(self, state_format: StateFormat) -> Moment:
-        signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
-        return Moment(signed, state_format.codec, self.second and state_format.rounding == "stochastic")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What tells one optimizer from another.
-
-    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function of arrays in float32; `hyper(count)` gives
-    its keyword arguments at step `count`, 1 at the first: Python numbers are static, arrays are traced.
-    """
-
-    state: Callable[..., Any]  # a NamedTuple: count, the moments, <moment>_absmax each, format
-    rule: Callable
-    moments: tuple[MomentName, ...]
-    hyper: Callable[[Array], dict[str, Any]]
+from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square
+from ._boxes import is_box, optim_bits, unbox
+from ._method import Method
+from ._rules import LIKE_AN_EMBEDDING, Rule, Rules, StateFormat, path_name
+from ._storage import bits_of, format_bytes, initial, is_array, nbytes, wide_dtype, with_shape
 
 
 class Row(NamedTuple):
@@ -67,11 +32,12 @@ class Row(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    bits: int
+    bits: int | str
     block: str
     reason: str
     implementation: str
     bytes: int
+    overrides: str = ""
 
 
 # Where `describe` collects rows while it traces an `init`; None at all other times.
@@ -79,11 +45,24 @@ REPORT: ContextVar[list[Row] | None] = ContextVar("report", default=None)
 
 
 class Tail(NamedTuple):
-    """What an optimizer does after its method: `u += weight_decay * p` where the mask allows, then `u *= step_size`."""
+    """What an optimizer does around its method: `u += weight_decay * p` where the mask allows, then `u *= step_size`.
+
+    coupled: the decay is added to the gradient instead, before the rule.
+    gradient_hyper: `(g, p) -> more hyper-parameters`, from the whole decayed gradient and parameter in float32.
+    rescale: `(u, p) -> u`, from the whole decayed direction and parameter, before the step size.
+    """
 
     step_size: Any = None
     weight_decay: Any = None
     mask: Any = None  # a pytree of booleans, or a prefix of one; None allows all
+    coupled: bool = False
+    gradient_hyper: Callable[[Array, Array], dict[str, Any]] | None = None
+    gradient_mask: Any = None  # where `gradient_hyper` applies
+    rescale: Callable[[Array, Array], Array] | None = None
+
+    @property
+    def needs_params(self) -> bool:
+        return self.weight_decay is not None or self.gradient_hyper is not None or self.rescale is not None
 
 
 class Engine:
@@ -102,32 +81,46 @@ class Engine:
         self.implementation: Implementation | None = implementation
         self.rules = Rules(rules, state_format)
 
+    def check_overrides(self, decays: bool) -> None:
+        """Raises where a rule asks for what this optimizer does not have; `decays` tells if it decays weights."""
+        possible = {*self.method.overridable, *(["weight_decay"] if decays else [])}
+        for _, rule in self.rules.user:
+            if unknown := rule.overrides.keys() - possible:
+                raise ValueError(
+                    f"{rule} sets {', '.join(sorted(unknown))}, but {self.method.name} has no such hyper-parameter. "
+                    f"A rule can set {', '.join(('lr_scale', *sorted(possible)))}."
+                )
+            if rule.bits == "rowwise" and not any(moment.second for moment in self.method.moments):
+                raise ValueError(
+                    f"{rule} asks for one second moment a row, but {self.method.name} has no second moment. Use 'bf16' "
+                    "or 8."
+                )
+
     # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-        leaves = [(path_name(path), _with_shape(box)) for path, box in leaves]
+        leaves = [(path_name(path), with_shape(box)) for path, box in leaves]
         decisions = [
-            self.rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if _is_array(box) else None
+            self.rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
             for path, box in leaves
         ]
         self._check_rules(params, leaves, decisions)
-        self._report(leaves, decisions)
-        moments, scales = {}, {}
+        fields, sizes = {}, [0] * len(leaves)
         for moment in self.method.moments:
-            pairs = [_zeros(box, moment, d) if d else (box, box) for (_, box), d in zip(leaves, decisions)]
-            moments[moment.name] = tree.unflatten([value for value, _ in pairs])
-            scales[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
-        count = jnp.zeros([], jnp.int32)
-        return self.method.state(
-            count=count, **moments, **scales, format=jnp.asarray(_format_bytes(self.rules.formats))
-        )
+            pairs = [initial(box, moment, d) if d else (box, box) for (_, box), d in zip(leaves, decisions)]
+            fields[moment.name] = tree.unflatten([value for value, _ in pairs])
+            fields[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
+            sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
+        self._report(leaves, decisions, sizes)
+        counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
+        return self.method.state(**counts, **fields, format=jnp.asarray(format_bytes(self.rules.formats)))
 
     def _check_rules(self, params, leaves, decisions):
         hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
         named = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d]
-        if not named or hidden or any(not _is_array(box) for _, box in leaves):
+        if not named or hidden or any(not is_array(box) for _, box in leaves):
             return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
         if unmatched := self.rules.unmatched(named):
             paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
@@ -148,73 +141,102 @@ class Engine:
                     stacklevel=4,
                 )
 
-    def _report(self, leaves, decisions):
+    def _report(self, leaves, decisions, sizes):
         if (rows := REPORT.get()) is None:
             return
-        for (path, box), d in zip(leaves, decisions):
+        for (path, box), d, size in zip(leaves, decisions, sizes):
             if d is None:
                 continue
-            shape, n = unbox(box).shape, len(self.method.moments)
-            if d.blocks is None:
-                size = n * prod(shape) * _wide_dtype(unbox(box).dtype).itemsize + n * 4
-                rows.append(Row(path, shape, 32, "", d.reason, "optax's formula", size))
-            else:
-                size = n * (prod(shape) + 4 * prod(d.blocks.absmax_shape(shape)))
-                block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}"
-                rows.append(Row(path, shape, 8, block, d.reason, self.implementation or "xla", size))
+            block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
+            how = (self.implementation or "xla") if d.blocks else "optax's formula"
+            rows.append(Row(path, unbox(box).shape, d.bits, block, d.reason, how, size, d.rule.shown))
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, grads: Any, state: Any, params: Any, *, fused: bool = False, tail: Tail = Tail()) -> tuple[Any, Any]:
         """Updates (or, fused, the new parameters) and the new state."""
+        if not isinstance(state, self.method.state):
+            raise TypeError(
+                f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {_kind(state)}. The order "
+                "is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
+            )
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_none)
         trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}
         columns = {name: jax.tree.leaves(x, is_leaf=_is_none) for name, x in trees.items()}
         p_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params, is_leaf=_is_none)
         if {len(column) for column in (*columns.values(), p_leaves)} != {len(leaves)}:
+            stored = len(next(iter(columns.values()), leaves))
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, the parameters {len(p_leaves)} and the optimizer state "
-                f"{len(columns[self.method.moments[0].name])}: was the state made by `init` of the same parameters?"
+                f"{stored}: was the state made by `init` of the same parameters?"
             )
-        _check_same_paths(leaves, trees[self.method.moments[0].name])
+        for moment in self.method.moments[:1]:
+            _check_same_paths(leaves, trees[moment.name])
         self._check_format(state.format)
-        allowed = _broadcast_mask(tail.mask, grads, len(leaves))
+        allowed, before_allowed = (_broadcast_mask(m, grads, len(leaves)) for m in (tail.mask, tail.gradient_mask))
         count = jnp.asarray(optax.safe_increment(state.count))
-        hyper = self.method.hyper(count)
+        hypers = {}  # by what rules set: most parameters share theirs
         outputs = []
         for i, (path, g) in enumerate(leaves):
             p, stored = p_leaves[i], {name: column[i] for name, column in columns.items()}
             if g is None:
                 outputs.append(p if fused else None)
                 continue
-            own = dict(hyper)
-            if tail.weight_decay is not None and allowed[i]:
-                own["weight_decay"] = tail.weight_decay
-            if tail.step_size is not None:
-                own["step_size"] = tail.step_size
-            out, stored = self._step_leaf(path_name(path), g, p, stored, own, count, fused)
+            path = path_name(path)
+            g, p = jnp.asarray(g), None if p is None else jnp.asarray(p)  # numpy's arrays and Python's numbers too
+            rule = self.rules.first_match(path, g.shape)[1]
+            overrides = {k: v for k, v in rule.overrides.items() if k != "weight_decay"}
+            key = tuple(overrides.items())
+            if key not in hypers:
+                hypers[key] = self.method.hyper(state.count, count, **overrides)
+            own = _tail_of(tail, rule, allowed[i], before_allowed[i])
+            out, stored = self._step_leaf(path, g, p, stored, dict(hypers[key]), own, count, fused)
             outputs.append(out)
             for name, value in stored.items():
                 columns[name][i] = value
         new = {name: jax.tree.structure(x, is_leaf=_is_none).unflatten(columns[name]) for name, x in trees.items()}
-        return tree.unflatten(outputs), state._replace(count=count, **new)
+        new |= {name: count for name in _counts(self.method.state)}
+        return tree.unflatten(outputs), state._replace(**new)
 
-    def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, count, fused: bool):
-        g, p = jnp.asarray(g), None if p is None else jnp.asarray(p)  # numpy's arrays and Python's numbers too
+    def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, tail: Tail, count, fused: bool):
+        moments = tuple(stored[m.name] for m in self.method.moments)
+        bits = self._check_moments(path, g, p, moments)
+        dtype = np.dtype(g.dtype if p is None else p.dtype)
+        if bits == 8:
+            compute = np.dtype(np.float32)
+        else:
+            compute = moments[0].dtype if moments and bits == 32 else wide_dtype(dtype)
+        wide_p: Any = None if p is None else p.astype(compute)
+        if tail.weight_decay is not None:
+            hyper["coupled_weight_decay" if tail.coupled else "weight_decay"] = tail.weight_decay
+        if tail.gradient_hyper is not None:
+            given = g.astype(compute)
+            if tail.coupled and tail.weight_decay is not None:
+                given = given + tail.weight_decay * wide_p
+            hyper |= tail.gradient_hyper(given, wide_p)
+        if tail.rescale is None:
+            if tail.step_size is not None:
+                hyper["step_size"] = tail.step_size
+            return self._apply(path, g, p, stored, moments, bits, hyper, count, fused, dtype, compute)
+        u, stored = self._apply(path, g, p, stored, moments, bits, hyper, count, False, compute, compute)
+        u = tail.rescale(u, wide_p)
+        if tail.step_size is not None:
+            u = tail.step_size * u
+        return (wide_p + u if fused else u).astype(dtype), stored
+
+    def _apply(self, path: str, g, p, stored, moments, bits, hyper: dict, count, fused: bool, dtype, compute):
         names = [m.name for m in self.method.moments]
+        if bits == "rowwise":
+            hyper["square"] = row_mean_square
+        elif bits == "bf16":
+            hyper["rounded"] = True
         # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
         static = tuple((k, float(v) if isinstance(v, float) else v) for k, v in hyper.items() if _is_static(v))
         traced = {k: v for k, v in hyper.items() if not _is_static(v)}
-        step = Step(
-            self.method.rule,
-            hyper=static,
-            fused=fused,
-            skip_nonfinite=self.skip_nonfinite,
-            dtype=np.dtype(g.dtype if p is None else p.dtype),
-        )
-        moments = tuple(stored[name] for name in names)
-        if not _is_codes(moments[0].dtype):
-            out, new = apply_rule(step, g, p, moments, traced)
+        step = Step(self.method.rule, hyper=static, fused=fused, skip_nonfinite=self.skip_nonfinite, dtype=dtype)
+        if bits != 8:
+            wide = tuple(m.astype(compute) for m in moments)
+            out, new = apply_rule(step, g, p, wide, traced, compute)
             new = [after.astype(before.dtype) for after, before in zip(new, moments)]
             return out, stored | dict(zip(names, new))
         state_format, blocks = self.rules.blocks(path, g.shape)
@@ -223,18 +245,45 @@ class Engine:
         self._check_storage(path, g.shape, step, moments, absmax)
         traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
         key = mix(jnp.uint32(zlib.crc32(path.encode())) + mix(count.astype(jnp.uint32))) if step.stochastic else None
-        operands = Operands(g, p if fused or "weight_decay" in hyper else None, moments, absmax, traced, key)
+        needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
+        operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
         out, codes, absmax = step_blockwise(step, operands, self.implementation)
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 
+    # --- what a state may be -----------------------------------------------------------------------------------------
+
     def _check_format(self, vector):
         """By its length, which names the codecs: their dtypes and shapes can be the same."""
-        want = _format_bytes(self.rules.formats).shape
+        want = format_bytes(self.rules.formats).shape
         if vector.shape != want:
             raise ValueError(
                 f"The state's `format` has the shape {vector.shape}, but rules and `state_format` ask for {want}: its "
-                "codecs are others. Make the optimizer with those that made the state."
+                "codecs are others. Make the optimizer with those that made the state, or convert the state: "
+                "fse.convert_state."
             )
+
+    def _check_moments(self, path: str, g, p, moments):
+        """How a parameter's moments are stored, of all of which the gradient must have the shape."""
+        if p is not None and p.shape != g.shape:
+            raise ValueError(f"Parameter {path!r} has the shape {p.shape}, but its gradient {g.shape}.")
+        if not moments:
+            return 32
+        kinds = [bits_of(m, g.shape) for m in moments]
+        bits = "rowwise" if "rowwise" in kinds else kinds[0]
+        for m, stored, kind in zip(self.method.moments, moments, kinds):
+            rows = m.second and bits == "rowwise"
+            if stored.shape not in ({(*g.shape[:-1], 1)} if rows else {g.shape}) or kind not in (bits, 32):
+                raise ValueError(
+                    f"The gradient of parameter {path!r} has the shape {g.shape}, but its `{m.name}` in the state is "
+                    f"{stored.dtype} of shape {stored.shape}: was the state made by `init` of the same parameters?"
+                )
+        dtype = g.dtype if p is None else p.dtype
+        if rule := self.rules.conflict(path, g.shape, dtype, bits):
+            raise ValueError(
+                f"The state of parameter {path!r} is stored with bits {bits!r}, but `rules` has {rule} for it. Make "
+                "the optimizer with the rules that made the state, or convert the state: fse.convert_state."
+            )
+        return bits
 
     def _check_storage(self, path, shape, step: Step, moments, absmax):
         for m, codes, scales in zip(step.moments, moments, absmax):
@@ -245,6 +294,28 @@ class Engine:
                     f"rules and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
                     "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
                 )
+
+
+def _tail_of(tail: Tail, rule: Rule, decays: bool, in_gradient: bool) -> Tail:
+    """The tail for one parameter: what its rule sets, and what masks leave out."""
+    step_size, decay = tail.step_size, tail.weight_decay if decays else None
+    if rule.lr_scale != 1:
+        step_size = rule.lr_scale if step_size is None else rule.lr_scale * step_size
+    if rule.weight_decay is not None:
+        decay = rule.weight_decay
+    if isinstance(decay, int | float) and decay == 0:
+        decay = None
+    hook = tail.gradient_hyper if in_gradient else None
+    return tail._replace(step_size=step_size, weight_decay=decay, gradient_hyper=hook)
+
+
+def _counts(state: Any) -> list[str]:
+    return [name for name in state._fields if name.startswith("count")]
+
+
+def _kind(state: Any) -> str:
+    names = [type(x).__name__ for x in state] if type(state) is tuple else []
+    return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 
 
 def _check_same_paths(leaves, moment: Any):
@@ -258,70 +329,16 @@ def _check_same_paths(leaves, moment: Any):
             )
 
 
-# --- leaves ----------------------------------------------------------------------------------------------------------
-
-
 def _is_none(x: Any) -> bool:
     return x is None
 
 
 def _is_static(hyper: Any) -> bool:
-    return isinstance(hyper, int | float)
+    return isinstance(hyper, int | float) or callable(hyper)
 
 
 def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def _is_array(box: Any) -> bool:
-    """Whether there is an array in the wrapper, and not, say, optax's MaskedNode."""
-    return hasattr(unbox(box), "shape") and hasattr(unbox(box), "dtype")
-
-
-def _is_codes(dtype: Any) -> bool:
-    return dtype in (jnp.int8, jnp.uint8)
-
-
-def _with_shape(box: Any) -> Any:
-    """Python numbers as shapes; all else as it is."""
-    if not isinstance(box, int | float | complex) or _is_array(box):
-        return box
-    return jax.ShapeDtypeStruct((), jax.typeof(box).dtype)
-
-
-def _wide_dtype(dtype: Any) -> np.dtype:
-    """The dtype of moments that are not in 8 bits: float32, or what is wider; complex as it is."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    wide = jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64
-    return np.dtype(dtype if wide else jnp.float32)
-
-
-def _zeros(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]:
-    """A moment of zeros and its scales, in the parameter's wrapper and on its devices."""
-    p = unbox(box)
-    if decision.blocks is None:
-        values = jnp.zeros_like(p, dtype=_wide_dtype(p.dtype))
-        shape = (1,) * len(p.shape)
-    else:
-        code = moment.stored(decision.format).code
-        values = jnp.full_like(p, code.zero, dtype=code.dtype)
-        shape = decision.blocks.absmax_shape(p.shape)
-    scales = jnp.zeros(shape, jnp.float32, device=_scales_sharding(p, shape, decision.blocks))
-    return rebox(box, values), rebox_scales(box, scales, decision.blocks, decision.format.shards)
-
-
-def _scales_sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSharding | None:
-    """The sharding of `p`, less what would not divide; None where JAX chooses, as for `jnp.zeros_like`."""
-    sharding = jax.typeof(p).sharding if isinstance(p, Tracer) else getattr(p, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return None
-    if isinstance(p, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    spec = []
-    for axis, names in enumerate(sharding.spec):
-        ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
-        spec.append(names if blocks is not None and shape[axis] % ways == 0 else None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _broadcast_mask(mask: Any, grads: Any, n: int) -> list[bool]:
@@ -333,22 +350,3 @@ def _broadcast_mask(mask: Any, grads: Any, n: int) -> list[bool]:
         return jax.tree.map(lambda _: bool(m), part, is_leaf=_is_none)
 
     return jax.tree.leaves(jax.tree.map(spread, mask, grads, is_leaf=_is_none))
-
-
-def _format_bytes(formats: list[StateFormat]) -> np.ndarray:
-    """The formats in use as one small uint8 vector.
-
-    Its length differs for every sequence of codecs, so that a checkpoint of another codec fails on shape (orbax casts
-    dtypes without a word): 12 bytes times the sequence read as a number in bijective base 3.
-    """
-    number, content = 0, []
-    for f in formats:
-        codec = list(CODECS).index(f.codec) + 1
-        number = 3 * number + codec
-        numbers = (f.block_size or 0, f.shards, f.min_size)
-        axis = 255 if f.block_axis is None else f.block_axis % 254
-        content += [codec, int(f.rounding == "stochastic"), axis]
-        content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
-    vector = np.zeros(_FORMAT_SIZE * number, np.uint8)
-    vector[: len(content)] = content
-    return vector

@@ -4,6 +4,7 @@ A decision depends on the parameter's path, global shape and dtype alone: never 
 identity or its position among the parameters.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,28 +80,67 @@ class StateFormat:
             raise ValueError(f"parameter {path!r}: {error}") from None
 
 
+Bits = Literal[8, 32, "bf16", "rowwise"]
+BITS = (8, 32, "bf16", "rowwise")
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a rule sets for the parameters that it matches; None leaves the matter to what comes next.
 
     Args:
-        bits: 32 keeps fp32 moments, 8 asks for bytes (the size rules of `StateFormat` still hold).
+        bits: 32 keeps fp32 moments. 8 asks for bytes (the size rules of `StateFormat` still hold). "bf16" keeps
+            bfloat16 moments. "rowwise" keeps an fp32 first moment and one fp32 second moment for each row (the last
+            axis): of the mean of squares over the row, as trainers of large embeddings do.
         state_format: how the bytes are stored, in place of the optimizer's `state_format`.
+        lr_scale: multiplies the learning rate.
+        b1: the decay rate of the first moment, in place of the optimizer's (SGD, LARS, RMSprop: of the momentum).
+        b2: the decay rate of the second moment (RMSprop's `decay`; Lion's second rate).
+        eps: the term in the denominator.
+        weight_decay: in place of the optimizer's, also where its mask says no.
 
     Raises:
-        ValueError: other bits, or a format for moments that are not in 8 bits.
+        ValueError: other bits, or a format for moments that are not in 8 bits. When the optimizer is made: a
+            hyper-parameter that it does not have.
+        TypeError: a hyper-parameter that is not a number; schedules belong to the optimizer.
+
+    >>> import flax_stable_embed as fse
+    >>> rules = (("wte", fse.Rule("rowwise", lr_scale=0.1)), ("head", fse.Rule(32, weight_decay=0.0)))
+    >>> tx = fse.adamw8bit(1e-3, rules=rules)
     """
 
-    bits: Literal[32, 8] | None = None
+    bits: Bits | None = None
     state_format: StateFormat | None = None
+    lr_scale: float = 1.0
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
 
     def __post_init__(self):
-        if self.bits not in (None, 8, 32) or isinstance(self.bits, bool):
-            raise ValueError(f"`bits` must be 8 or 32, got {self.bits!r}.")
+        if self.bits is not None and (isinstance(self.bits, bool) or self.bits not in BITS):
+            raise ValueError(f"`bits` must be 8, 32, 'bf16' or 'rowwise', got {self.bits!r}.")
         if self.state_format is not None and not isinstance(self.state_format, StateFormat):
             raise TypeError(f"`state_format` must be a StateFormat, got {self.state_format!r}.")
-        if self.bits == 32 and self.state_format is not None:
-            raise ValueError(f"`state_format` says how 8-bit moments are stored, but `bits` is 32: {self}. Drop one.")
+        if self.bits not in (None, 8) and self.state_format is not None:
+            raise ValueError(
+                f"`state_format` says how 8-bit moments are stored, but `bits` is {self.bits!r}: {self}. Drop one."
+            )
+        for name, value in (("lr_scale", self.lr_scale), *self.overrides.items()):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"`{name}` of a Rule must be a number, got {value!r}.")
+
+    @property
+    def overrides(self) -> dict[str, float]:
+        """The hyper-parameters that it sets, but for `lr_scale`."""
+        values = {name: getattr(self, name) for name in ("b1", "b2", "eps", "weight_decay")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def shown(self) -> str:
+        """What it sets besides the storage, in words."""
+        scale = {} if self.lr_scale == 1 else {"lr_scale": self.lr_scale}
+        return ", ".join(f"{name}={value:g}" for name, value in (scale | self.overrides).items())
 
 
 @dataclass(frozen=True)
@@ -115,18 +155,31 @@ def where(predicate: Callable[[str, tuple[int, ...]], bool]) -> Where:
 
     >>> rules = ((where(lambda path, shape: len(shape) == 3), 32),)
     """
-    if not callable(predicate):
-        raise TypeError(f"`predicate` must be a function of a path and a shape, got {predicate!r}.")
+    if not callable(predicate) or not _takes_two(predicate):
+        raise TypeError(
+            f"`predicate` must be a function of a path and a shape, got {predicate!r}. Try lambda path, shape: ..."
+        )
     return Where(predicate)
+
+
+def _takes_two(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind("block/kernel", (64, 64))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not tell
+        pass
+    return True
 
 
 class Decision(NamedTuple):
     """What the rules say of one parameter."""
 
-    bits: int
+    bits: int | str
     format: StateFormat
     blocks: Blocks | None  # None for moments that are not in 8 bits
     reason: str
+    rule: Rule = Rule()  # the user's, which may set hyper-parameters too
 
 
 class Rules:
@@ -161,16 +214,29 @@ class Rules:
         if bits is None:
             bits, reason = _default(path)
         state_format, blocks = self.blocks(path, shape)
+        obstacle = ""
+        if bits != 32:
+            obstacle = _cannot(shape, dtype)
         if bits == 8:
-            too_small = _cannot(shape, dtype) or _too_small(shape, state_format, blocks)
-            if not too_small:
-                return Decision(8, state_format, blocks, reason)
-            reason = too_small
-        return Decision(32, state_format, None, reason)
+            obstacle = obstacle or _too_small(shape, state_format, blocks)
+        if bits == "rowwise" and not shape:
+            obstacle = obstacle or "a scalar has no rows"
+        if obstacle:
+            bits, reason = 32, obstacle
+        return Decision(bits, state_format, blocks if bits == 8 else None, reason, rule)
+
+    def conflict(self, path: str, shape: tuple[int, ...], dtype: Any, stored_bits: int | str) -> str | None:
+        """The user's rule that a stored state contradicts; metadata of NNX is not at hand after `init`."""
+        pattern, rule = self.first_match(path, shape)
+        if rule.bits is None or self.decide(path, shape, dtype).bits == stored_bits:
+            return None
+        return f"({_show(pattern)}, {rule.bits!r})"
 
     def unmatched(self, leaves: Sequence[tuple[str, tuple[int, ...]]]) -> list[Any]:
         """Patterns of user rules that match none of the parameters."""
-        return [_show(p) for p, _ in self.user if not any(_matches(p, path, shape) for path, shape in leaves)]
+        missing = [p for p, _ in self.user if not any(_matches(p, path, shape) for path, shape in leaves)]
+        hint = " (a label's path; a pattern goes into a pair: (({path!r}, ...),))"
+        return [_show(p) + (hint.format(path=p.path) if isinstance(p, _Path) else "") for p in missing]
 
 
 def _default(path: str) -> tuple[int, str]:
@@ -209,10 +275,12 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
     if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
         return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
+    if _is_pair(rules) and not _is_pair(rules[0]):
+        raise TypeError(f"`rules` must be pairs, got one: {rules!r}. Put it into a tuple: rules=({rules!r},).")
     if not labels or isinstance(rules, str):
         raise TypeError(
-            "`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, "
-            f"got {rules!r}."
+            "`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, or () for "
+            f"the defaults; got {rules!r}."
         )
     return [(_Path(path_name(path)), _rule(label)) for path, label in labels]
 
@@ -237,9 +305,9 @@ def _pattern(pattern: Any) -> re.Pattern | Where:
 def _rule(value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
-    if _is_int(value) and value in (8, 32):
-        return Rule(8 if value == 8 else 32)
-    raise ValueError(f"`rules` must give 8, 32 or a Rule for each pattern, got {value!r}.")
+    if (_is_int(value) or isinstance(value, str)) and value in BITS:
+        return Rule(value)  # pyright: ignore[reportArgumentType]  # one of them
+    raise ValueError(f"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got {value!r}.")
 
 
 def _matches(pattern: re.Pattern | Where | _Path, path: str, shape: tuple[int, ...]) -> bool:

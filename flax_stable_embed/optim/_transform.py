@@ -32,43 +32,78 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         return (*self, getattr(self, "fused_update", None))
 
 
-def scale_by(engine: Engine) -> optax.GradientTransformationExtraArgs:
-    """The chainable half: the method's direction, neither scaled nor decayed."""
+def scale_by(engine: Engine, tail: Tail = Tail()) -> optax.GradientTransformationExtraArgs:
+    """The chainable half: the method's direction, not yet scaled by a learning rate. `tail` may hold schedules."""
+    engine.check_overrides(decays=tail.weight_decay is not None)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        return engine.step(updates, state, params)
+        _need_params(params, tail.needs_params)
+        now = tail
+        if callable(tail.weight_decay):
+            now = now._replace(weight_decay=tail.weight_decay(state.count))
+        return engine.step(updates, state, params, tail=_with_masks(now, updates))
 
-    update.__qualname__ = f"scale_by_{engine.method.rule.__name__}8bit"  # what `fused_update` calls it in its error
+    update.__qualname__ = f"scale_by_{engine.method.name}8bit"  # what `fused_update` calls it in its error
     return optax.GradientTransformationExtraArgs(engine.init, update)
+
+
+# Members of optax's namesakes that keep nothing, and whose place in the state is kept.
+KEEPS_NOTHING = optax.identity()
+MASKED_KEEPS_NOTHING = optax.GradientTransformation(
+    lambda params: optax.MaskedState(optax.EmptyState()), lambda updates, state, params=None: (updates, state)
+)
 
 
 def optimizer(
     engine: Engine,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Any = None,
+    *,
+    tail: Tail = Tail(),
+    members: tuple[str | optax.GradientTransformation, ...] = ("method", "rate"),
 ) -> FusedTransformation:
-    """Method, decoupled weight decay (None for an optimizer without), learning rate; state as of optax's namesake."""
-    decay_tx = None if weight_decay is None else optax.add_decayed_weights(weight_decay, mask)
+    """Method, weight decay and learning rate as one optimizer.
+
+    Args:
+        engine: the method's.
+        learning_rate: a number or a schedule.
+        tail: everything but the step size; its weight decay may be a schedule, its masks functions of the updates.
+        members: the state's order, which is that of the members of optax's namesake: "method", "decay", "rate", or a
+            transform whose state only holds a place.
+    """
+    decay_tx = optax.add_decayed_weights(tail.weight_decay, tail.mask) if "decay" in members else None
     rate_tx = optax.scale_by_learning_rate(learning_rate)
+    engine.check_overrides(decays=decay_tx is not None)
+    inits: list[Any] = [
+        {"method": engine.init, "decay": decay_tx and decay_tx.init, "rate": rate_tx.init}[m]
+        if isinstance(m, str)
+        else m.init
+        for m in members
+    ]
 
     def init(params):
-        tail = () if decay_tx is None else (decay_tx.init(params),)
-        return (engine.init(params), *tail, rate_tx.init(params))
+        states = []
+        for one in inits:  # a loop, so that a warning finds the caller's line
+            states.append(one(params))
+        return tuple(states)
 
     def step(fused, grads, state, params):
-        core, *decay, rate = state
-        if params is None and (fused or decay):
-            raise ValueError("this optimizer needs `params`: call `update(grads, state, params)`; got None.")
-        tail = Tail(step_size=-1 * (learning_rate(rate.count) if callable(learning_rate) else learning_rate))
-        if decay:
-            value, decay = _decay(weight_decay, mask, decay[0])
-            active = None if isinstance(value, int | float) and value == 0 else value
-            tail = tail._replace(weight_decay=active, mask=mask(grads) if callable(mask) else mask)
-        out, core = engine.step(grads, core, params, fused=fused, tail=tail)
-        _, rate = rate_tx.update((), rate)
-        return out, (core, *decay, rate)
+        if not isinstance(state, tuple) or len(state) != len(members):
+            raise TypeError(
+                f"`state` must be a tuple of {len(members)}, as `init` makes it, got {type(state).__name__}. The order "
+                "is update(grads, state, params)."
+            )
+        _need_params(params, fused or decay_tx is not None or tail.needs_params)
+        states = dict(zip(members, state))
+        now = tail
+        if decay_tx is not None:
+            value, states["decay"] = _decay(tail.weight_decay, tail.mask, states["decay"])
+            now = now._replace(weight_decay=value)
+        rate = states["rate"]
+        now = now._replace(step_size=-1 * (learning_rate(rate.count) if callable(learning_rate) else learning_rate))
+        out, states["method"] = engine.step(grads, states["method"], params, fused=fused, tail=_with_masks(now, grads))
+        _, states["rate"] = rate_tx.update((), rate)
+        return out, tuple(states.values())
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -81,13 +116,24 @@ def optimizer(
     return FusedTransformation(init, update, fused)
 
 
+def _need_params(params: Any, needed: bool) -> None:
+    if params is None and needed:
+        raise ValueError("this optimizer needs `params`: call `update(grads, state, params)`; got None.")
+
+
+def _with_masks(tail: Tail, grads: Any) -> Tail:
+    """Masks that are functions of the updates, called."""
+    masks = (m(grads) if callable(m) else m for m in (tail.mask, tail.gradient_mask))
+    return tail._replace(**dict(zip(("mask", "gradient_mask"), masks)))
+
+
 def _decay(weight_decay, mask, state):
     """The weight decay of this step, and the next state of `optax.add_decayed_weights`."""
     if not callable(weight_decay):
-        return weight_decay, (state,)
+        return weight_decay, state
     inner = state if mask is None else state.inner_state
     following = inner._replace(count=optax.safe_increment(inner.count))
-    return weight_decay(inner.count), (following if mask is None else state._replace(inner_state=following),)
+    return weight_decay(inner.count), following if mask is None else state._replace(inner_state=following)
 
 
 def _is_fused(tx: Any) -> TypeGuard[FusedTransformation]:

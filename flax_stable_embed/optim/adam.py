@@ -16,7 +16,8 @@ import optax
 from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
-from ._engine import Engine, Method, MomentName
+from ._engine import Engine, Tail
+from ._method import Method, MomentName
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
 
@@ -32,41 +33,49 @@ class ScaleByAdam8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
-def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov):
+def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square):
     """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
     m = (1 - b1) * g + b1 * m
-    v = (1 - b2) * (g**2 if jnp.isrealobj(g) else g.real**2 + g.imag**2) + b2 * v
+    v = (1 - b2) * square(g) + b2 * v
     if nesterov:
-        m_hat = b1 * _over(m, c1_next) + (1 - b1) * _over(g, c1)
+        m_hat = b1 * over(m, c1_next) + (1 - b1) * over(g, c1)
     else:
-        m_hat = _over(m, c1)
-    return m_hat / (jnp.sqrt(_over(v, c2) + eps_root) + eps), (m, v)
+        m_hat = over(m, c1)
+    return m_hat / (jnp.sqrt(over(v, c2) + eps_root) + eps), (m, v)
 
 
-def _over(x, correction):
-    # Broadcast first: an eager division by a scalar would be a product with its reciprocal, which optax's is not.
+def over(x, correction):
+    """`x` by a scalar. Broadcast first: an eager division by a scalar would be a product with its reciprocal."""
     return x / jnp.broadcast_to(correction.astype(x.dtype), x.shape)
 
 
 @partial(jax.jit, inline=True)
-def _correction(b, count):
+def correction(b, count):
+    """1 - b^t, the share of the first t gradients in a moving average, as optax computes it."""
     return 1 - b ** count.astype(jnp.result_type(float))
 
 
-def _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options) -> Engine:
-    if mu_dtype is not None:
-        raise TypeError(
-            f"`mu_dtype` must be None, got {mu_dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
-            "rules=((pattern, 8 or 32),)."
-        )
+def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction=correction, name="adam") -> Engine:
+    """Adam's engine, for all who scale, decay or clip its direction; the options are `Engine`'s."""
+    refuse_dtype("mu_dtype", mu_dtype)
 
-    def hyper(count):
-        c1_next = _correction(b1, optax.safe_increment(count))
-        corrections = {"c1": _correction(b1, count), "c2": _correction(b2, count), "c1_next": c1_next}
+    def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
+        del before
+        c1_next = correction(b1, jnp.asarray(optax.safe_increment(after)))
+        corrections = {"c1": correction(b1, after), "c2": correction(b2, after), "c1_next": c1_next}
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
 
     moments = MomentName("mu", True, True), MomentName("nu", False, False, second=True)
-    return Engine(Method(ScaleByAdam8bitState, adam, moments, hyper), *options)
+    return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper), *options)
+
+
+def refuse_dtype(name: str, dtype: Any) -> None:
+    """Raises where a dtype is asked for that optax takes for its moments."""
+    if dtype is not None:
+        raise TypeError(
+            f"`{name}` must be None, got {dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
+            "rules=((pattern, 8 or 32),)."
+        )
 
 
 def scale_by_adam8bit(
@@ -88,7 +97,7 @@ def scale_by_adam8bit(
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
     """
     return scale_by(
-        _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
+        engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
     )
 
 
@@ -111,8 +120,8 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
     """
-    engine = _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
-    return optimizer(engine, learning_rate)
+    options = rules, state_format, implementation, skip_nonfinite
+    return optimizer(engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options), learning_rate)
 
 
 def adamw8bit(
@@ -150,9 +159,10 @@ def adamw8bit(
         weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
         mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
         nesterov: Nesterov momentum.
-        rules: pairs (pattern, 8 | 32 | Rule), the first match wins, before the defaults: embeddings, norm scales and
-            biases keep fp32. A pattern is a regular expression searched in the parameter's path, "block/attn/kernel",
-            or `fse.where(predicate)`. Or a pytree of such values, labelled like the parameters.
+        rules: pairs (pattern, 8 | 32 | "bf16" | "rowwise" | Rule), the first match wins, before the defaults:
+            embeddings, norm scales and biases keep fp32. A pattern is a regular expression searched in the parameter's
+            path, "block/attn/kernel", or `fse.where(predicate)`. Or a pytree of such values, labelled like the
+            parameters.
         state_format: codec, rounding and blocks, see `StateFormat`.
         implementation: None runs everywhere; "xla" names what it runs.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments. By default they
@@ -176,5 +186,10 @@ def adamw8bit(
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
     """
-    engine = _engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
-    return optimizer(engine, learning_rate, weight_decay, mask)
+    options = rules, state_format, implementation, skip_nonfinite
+    return optimizer(
+        engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options),
+        learning_rate,
+        tail=Tail(weight_decay=weight_decay, mask=mask),
+        members=("method", "decay", "rate"),
+    )

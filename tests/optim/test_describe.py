@@ -98,6 +98,7 @@ def test_the_table_shows_what_is_where():
         "rule 'wte'",
         "xla",
         2 * (32 * 64 + 4 * 32 * 4),
+        "",
     )
     assert rows["block/kernel"].block == "32 on axis 1, root"
     assert rows["block/norm/scale"][2:5] == (32, "", "norm or bias")

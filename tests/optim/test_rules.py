@@ -99,7 +99,7 @@ def test_metadata_of_an_nnx_variable_decides_after_the_rules():
 
 def test_metadata_that_cannot_be_is_refused():
     params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits=7)}
-    with pytest.raises(ValueError, match="`bits` must be 8 or 32, got 7"):
+    with pytest.raises(ValueError, match="`bits` must be 8, 32, 'bf16' or 'rowwise', got 7"):
         fse.scale_by_adam8bit(state_format=SMALL).init(params)
 
 
@@ -279,9 +279,9 @@ def test_no_warning_without_need():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rules": (("a", 16),)}, r"`rules` must give 8, 32 or a Rule for each pattern, got 16"),
-        ({"rules": (("a", True),)}, r"`rules` must give 8, 32 or a Rule for each pattern, got True"),
-        ({"rules": (("a", "8"),)}, r"`rules` must give 8, 32 or a Rule for each pattern, got '8'"),
+        ({"rules": (("a", 16),)}, r"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got 16"),
+        ({"rules": (("a", True),)}, r"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got True"),
+        ({"rules": (("a", "8"),)}, r"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got '8'"),
         ({"rules": (("(", 8),)}, r"`rules` has '\(', which is not a regular expression: "),
         ({"rules": "kernel"}, r"`rules` must be pairs such as .* got 'kernel'"),
         ({"rules": None}, r"`rules` must be pairs such as .* got None"),
@@ -329,8 +329,8 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 4}, r"`bits` must be 8 or 32, got 4"),
-        ({"bits": True}, r"`bits` must be 8 or 32, got True"),
+        ({"bits": 4}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got 4"),
+        ({"bits": True}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got True"),
         ({"state_format": "root"}, r"`state_format` must be a StateFormat, got 'root'"),
         ({"bits": 32, "state_format": SMALL}, r"but `bits` is 32: .* Drop one"),
     ],

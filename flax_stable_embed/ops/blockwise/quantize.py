@@ -170,8 +170,8 @@ def dequantize_view(codes: Array, absmax: Array, axis: int, code: Code) -> Array
     return decode(codes, code) * jnp.expand_dims(absmax, axis + 1)
 
 
-def split(x: Array, blocks: Blocks) -> Array:
-    """`x` with its blocked axis cut into (number of blocks, block size); a short last block is padded with zeros."""
+def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
+    """`x` with its blocked axis cut into (number of blocks, block size); a short last block is padded with `zero`."""
     axis, size = blocks
     count = blocks.count(x.shape)
     if _straddles(x, blocks):
@@ -179,7 +179,7 @@ def split(x: Array, blocks: Blocks) -> Array:
     if count * size != x.shape[axis]:
         widths = [(0, 0, 0)] * x.ndim
         widths[axis] = (0, count * size - x.shape[axis], 0)
-        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        x = lax.pad(x, jnp.full((), zero, x.dtype), widths)
     return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
 
 

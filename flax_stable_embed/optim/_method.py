@@ -1,0 +1,51 @@
+"""What tells one optimizer from another: its formula, its moments and its hyper-parameters."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..ops.blockwise.step import Moment
+from ._rules import StateFormat
+
+
+class MomentName(NamedTuple):
+    """A moment's field in the state, whether it can be negative, and what it begins with.
+
+    `dynamic_signed` is the sign with the `dynamic` codec, where bitsandbytes decides; `second` moments are means or
+    sums of squares: those that stochastic rounding acts on, and that `rowwise` keeps one of for each row.
+    """
+
+    name: str
+    signed: bool
+    dynamic_signed: bool
+    second: bool = False
+    initial: Any = 0.0
+
+    def stored(self, state_format: StateFormat) -> Moment:
+        signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
+        return Moment(signed, state_format.codec, self.second and state_format.rounding == "stochastic")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One optimizer, for the engine.
+
+    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function of arrays in float32 that knows no storage;
+    `ops.blockwise.step.apply_rule` says what it can ask for by a parameter's name.
+    `hyper(before, after, *, ...)` gives the rule's keyword arguments at a step, from the state's count before and after
+    it: Python numbers and functions are static, arrays are traced. What it takes by keyword only (`b1`, `b2`, `eps`) a
+    `Rule` can set for one parameter.
+    """
+
+    name: str
+    state: type  # a NamedTuple: count, the moments, <moment>_absmax each, format
+    rule: Callable
+    moments: tuple[MomentName, ...]
+    hyper: Callable[..., dict[str, Any]]
+
+    @property
+    def overridable(self) -> tuple[str, ...]:
+        """The hyper-parameters that a `Rule` can set."""
+        parameters = inspect.signature(self.hyper).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -1,0 +1,107 @@
+r"""Adagrad with its sum of squares in one byte each.
+
+    s <- s + g^2;   u <- g / sqrt(s + eps)
+
+Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a). Storage: Dettmers et al. 2022, sec. 2
+(arXiv:2110.02861).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..ops.blockwise.implementations import Implementation
+from ._engine import Engine
+from ._method import Method, MomentName
+from ._rules import StateFormat
+from ._transform import FusedTransformation, optimizer, scale_by
+
+
+class ScaleByAdagrad8bitState(NamedTuple):
+    """State of Adagrad. `sum_of_squares`: codes, or fp32 values, in the parameter's shape."""
+
+    count: Array  # shape=(), dtype=int32
+    sum_of_squares: optax.Updates
+    sum_of_squares_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis
+    format: Array  # uint8, names the codecs and block settings
+
+
+def adagrad(g, s, *, eps, eps_in_sqrt, square):
+    """The rule, operation by operation as optax writes it, or with eps outside of the square root."""
+    s = square(g) + s
+    if not eps_in_sqrt:
+        return g / (jnp.sqrt(s) + eps), (s,)
+    return jnp.where(s > 0, jax.lax.rsqrt(s + eps), 0.0) * g, (s,)
+
+
+def engine(initial_accumulator_value, eps, eps_in_sqrt, *options) -> Engine:
+    """Adagrad's engine; the options are `Engine`'s."""
+
+    def hyper(before, after, *, eps=eps):
+        del before, after
+        return {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
+
+    moment = MomentName("sum_of_squares", False, True, second=True, initial=initial_accumulator_value)
+    return Engine(Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper), *options)
+
+
+def scale_by_adagrad8bit(
+    initial_accumulator_value: float = 0.1,
+    eps: float = 1e-7,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_rss` with one byte each; see `adagrad8bit` for the arguments.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(fse.scale_by_adagrad8bit(), optax.scale_by_learning_rate(0.1))
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return scale_by(engine(initial_accumulator_value, eps, True, *options))
+
+
+def adagrad8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    initial_accumulator_value: float = 0.1,
+    eps: float = 1e-7,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.adagrad` with its sum of squares in one byte each: 1.02 to 1.13 bytes of state a parameter.
+
+    $$s_t = s_{t-1} + g_t^2, \quad u_t = -\alpha_t \frac{g_t}{\sqrt{s_t + \epsilon}}$$
+
+    A sum only grows, and late steps add less to it than a code can show: what an element adds is rounded away while its
+    block's scale grows with others'. `StateFormat(rounding="stochastic")` keeps the sums right in the mean.
+    bitsandbytes' `Adagrad8bit` begins from 0, puts eps outside the square root, adds weight decay to the gradient and
+    stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        initial_accumulator_value: what the sum begins with.
+        eps: inside the square root.
+        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and sum.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> tx = fse.adagrad8bit(0.1)
+    >>> state = tx.init({"kernel": jnp.ones((64, 512))})[0]
+    >>> state.sum_of_squares["kernel"].dtype, float(state.sum_of_squares_absmax["kernel"].min())
+    (dtype('uint8'), 0.1...)
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return optimizer(engine(initial_accumulator_value, eps, True, *options), learning_rate)

@@ -1,0 +1,106 @@
+r"""LAMB: Adam's direction, decayed, at the length of its parameter; moments in one byte each.
+
+    u <- r (adam(g) + w p),   r = |p| / |adam(g) + w p|
+
+Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+"""
+
+from functools import partial
+from typing import Any
+
+import optax
+
+from ..ops.blockwise.implementations import Implementation
+from ._engine import Tail
+from ._rules import StateFormat
+from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
+from ._trust_ratio import clipping, trust_ratio
+from .adam import engine
+
+
+def rescale(u, p, *, max_unorm=None):
+    """`u` at the length that the trust ratio, or bitsandbytes' clipping, gives it."""
+    return u * (trust_ratio(u, p) if max_unorm is None else clipping(u, p, max_unorm))
+
+
+def scale_by_lamb8bit(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    eps_root: float = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    *,
+    max_unorm: float | None = None,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """LAMB's direction, all but the learning rate; see `lamb8bit` for the arguments.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(fse.scale_by_lamb8bit(weight_decay=0.01), optax.scale_by_learning_rate(1e-3))
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    tail = Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm))
+    return scale_by(engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"), tail)
+
+
+def lamb8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    eps_root: float = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    *,
+    max_unorm: float | None = None,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.lamb` with its moments in one byte each, stored as `adamw8bit` stores them.
+
+    $$u_t = -\alpha_t \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert} d_t, \quad d_t = \mathrm{adam}(g_t) + \lambda
+    \theta_t$$
+
+    This is the trust ratio of the paper. bitsandbytes' 32-bit `LAMB` has none: it clips, $\min(1, \mathrm{max\_unorm}
+    \lVert \theta \rVert / \lVert u \rVert)$, which `max_unorm` asks for here, in place of the ratio; its 8-bit `LAMB`
+    on CPU does neither and is Adam. Norms are sums over a whole parameter: on another mesh they may differ in their
+    last bits, and with them the updates, but not the moments.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added outside the square root.
+        eps_root: added inside the square root.
+        weight_decay: a number or a schedule; part of the direction whose length is set.
+        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
+        max_unorm: bitsandbytes' clipping in place of the trust ratio: the longest direction, in lengths of the
+            parameter (1.0 there). A parameter of length 0 is not clipped.
+        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> params = {"kernel": jnp.ones((64, 512))}
+    >>> tx = fse.lamb8bit(0.5)
+    >>> params, state = fse.fused_update(tx, params, tx.init(params), params)
+    >>> round(float(params["kernel"][0, 0]), 4)  # moved by half of its length
+    0.5
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return optimizer(
+        engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"),
+        learning_rate,
+        tail=Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm)),
+        members=("method", "decay", KEEPS_NOTHING, "rate"),
+    )

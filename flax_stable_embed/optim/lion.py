@@ -1,0 +1,113 @@
+r"""Lion with its moment in one byte each.
+
+    u <- sign(b1 m + (1 - b1) g);   m <- b2 m + (1 - b2) g
+
+Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..ops.blockwise.implementations import Implementation
+from ._engine import Engine, Tail
+from ._method import Method, MomentName
+from ._rules import StateFormat
+from ._transform import FusedTransformation, optimizer, scale_by
+from .adam import refuse_dtype
+
+
+class ScaleByLion8bitState(NamedTuple):
+    """State of Lion. `mu`: int8 or uint8 codes, or fp32 values, in the parameter's shape."""
+
+    count: Array  # shape=(), dtype=int32
+    mu: optax.Updates
+    mu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
+    format: Array  # uint8, names the codecs and block settings
+
+
+def lion(g, m, *, b1, b2):
+    """The rule, operation by operation as optax writes it."""
+    return jnp.sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
+
+
+def _engine(b1, b2, mu_dtype, *options) -> Engine:
+    refuse_dtype("mu_dtype", mu_dtype)
+
+    def hyper(before, after, *, b1=b1, b2=b2):
+        del before, after
+        return {"b1": b1, "b2": b2}
+
+    return Engine(Method("lion", ScaleByLion8bitState, lion, (MomentName("mu", True, True),), hyper), *options)
+
+
+def scale_by_lion8bit(
+    b1: float = 0.9,
+    b2: float = 0.99,
+    mu_dtype: None = None,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_lion` with its moment in one byte each; see `lion8bit` for the arguments.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
+    """
+    return scale_by(_engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite))
+
+
+def lion8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    mu_dtype: None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Any = None,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.lion` with its moment in one byte each: 1.02 to 1.13 bytes of state a parameter.
+
+    $$u_t = -\alpha_t \left( \mathrm{sign}(b_1 m_{t-1} + (1 - b_1) g_t) + \lambda \theta_t \right), \quad
+    m_t = b_2 m_{t-1} + (1 - b_2) g_t$$
+
+    From bitsandbytes' `Lion8bit` it differs in its defaults (learning rate 1e-4 and no decay there) and in that a
+    coordinate without a gradient never moves: zero is a code here, while the table of bitsandbytes' CPU quantizer has
+    none, and the sign of what it stores instead moves such a coordinate by the learning rate on every step.
+
+    Args:
+        learning_rate: a number or a schedule.
+        b1: weight of the moment in the direction.
+        b2: decay rate of the moment.
+        mu_dtype: only there for the order of arguments; must be None.
+        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
+        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
+        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moment.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> params = {"kernel": jnp.ones((64, 512))}
+    >>> tx = fse.lion8bit(1e-4, weight_decay=0.1)
+    >>> params, state = fse.fused_update(tx, params, tx.init(params), params)
+    >>> state[0].mu["kernel"].dtype
+    dtype('int8')
+    """
+    return optimizer(
+        _engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite),
+        learning_rate,
+        tail=Tail(weight_decay=weight_decay, mask=mask),
+        members=("method", "decay", "rate"),
+    )

@@ -1,0 +1,173 @@
+r"""RMSprop with its moments in one byte each.
+
+    v <- b v + (1 - b) g^2;   u <- g / sqrt(v + eps)
+    centered: m <- b m + (1 - b) g, and v - m^2 in place of v;   with momentum: t <- a u + c t, and t in place of u
+
+Rule: Hinton 2012 (cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf); centered: Graves 2013, eq. 38 to 41
+(arXiv:1308.0850). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..ops.blockwise.implementations import Implementation
+from ..ops.blockwise.step import square as abs_square
+from ._engine import Engine, Tail
+from ._method import Method, MomentName
+from ._rules import StateFormat
+from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
+from .adam import correction, over
+from .sgd import sgd
+
+
+class ScaleByRmsprop8bitState(NamedTuple):
+    """State of RMSprop. Moments: codes, or fp32 values, in the parameter's shape; None where the option is off."""
+
+    count: Array  # shape=(), dtype=int32
+    nu: optax.Updates
+    nu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
+    format: Array  # uint8, names the codecs and block settings
+    mu: optax.Updates | None = None  # centered
+    mu_absmax: optax.Updates | None = None
+    trace: optax.Updates | None = None  # momentum
+    trace_absmax: optax.Updates | None = None
+
+
+def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, nesterov, square, rounded, step_size=None):
+    """The rule, operation by operation as optax writes it; `others`: the mean if centered, the trace if momentum.
+
+    Decoded moments need not satisfy v >= m^2: where they were rounded, the variance is clipped at zero.
+    """
+    others = list(others)
+    new = [(1 - decay) * square(g) + decay * v]
+    variance = new[0] if c is None else over(new[0], c)
+    if centered:
+        new.append((1 - decay) * g + decay * others.pop(0))
+        variance = variance - abs_square(new[1] if c is None else over(new[1], c))
+        if rounded:
+            variance = jnp.maximum(variance, 0.0)
+    u = (jax.lax.rsqrt(variance + eps) if eps_in_sqrt else 1 / (jnp.sqrt(variance) + eps)) * g
+    if step_size is not None:
+        u = step_size * u
+    if others:
+        u, trace = sgd(u, others.pop(), momentum=momentum, nesterov=nesterov)
+        new += trace
+    return u, tuple(new)
+
+
+def engine(
+    decay,
+    eps,
+    initial_scale,
+    eps_in_sqrt,
+    centered,
+    momentum,
+    nesterov,
+    bias_correction,
+    *options,
+    correction=correction,
+) -> Engine:
+    """RMSprop's engine; the options are `Engine`'s."""
+    moments = [MomentName("nu", False, True, second=True, initial=initial_scale)]
+    if centered:
+        moments.append(MomentName("mu", True, True))
+    if momentum is not None:
+        moments.append(MomentName("trace", True, True))
+
+    def static(after, decay, eps):
+        c = correction(decay, after) if bias_correction else None
+        flags = {"eps_in_sqrt": eps_in_sqrt, "centered": centered, "nesterov": nesterov}
+        return {"decay": decay, "eps": eps, "c": c, **flags}
+
+    def hyper(before, after, *, b2=decay, eps=eps):
+        del before
+        return static(after, b2, eps) | {"momentum": 0.0}
+
+    def hyper_with_momentum(before, after, *, b1=momentum, b2=decay, eps=eps):
+        del before
+        return static(after, b2, eps) | {"momentum": b1}
+
+    hyper = hyper if momentum is None else hyper_with_momentum
+    return Engine(Method("rmsprop", ScaleByRmsprop8bitState, rmsprop, tuple(moments), hyper), *options)
+
+
+def scale_by_rmsprop8bit(
+    decay: float = 0.9,
+    eps: float = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+    *,
+    centered: bool = False,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_rms`, or centered `optax.scale_by_stddev`, in one byte each; see `rmsprop8bit`.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(fse.scale_by_rmsprop8bit(), optax.scale_by_learning_rate(1e-3))
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return scale_by(engine(decay, eps, initial_scale, eps_in_sqrt, centered, None, False, bias_correction, *options))
+
+
+def rmsprop8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    decay: float = 0.9,
+    eps: float = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.rmsprop` with its moments in one byte each: 1.02 to 1.13 bytes a parameter for each of them.
+
+    $$v_t = b v_{t-1} + (1 - b) g_t^2, \quad u_t = -\alpha_t \frac{g_t}{\sqrt{v_t + \epsilon}}$$
+
+    Centered, $v_t - m_t^2$ stands for $v_t$, clipped at zero where the moments are rounded; with momentum, $t_t = u_t +
+    c\, t_{t-1}$ is the update, as in optax after the learning rate. bitsandbytes' `RMSprop8bit` has neither of them
+    (it takes momentum and ignores it), puts eps outside the square root, adds weight decay to the gradient and stores
+    $v$ with a signed code, which leaves half of the codes unused: `fse.interop.bitsandbytes.rmsprop8bit`. With the
+    `dynamic` codec it is stored so here as well.
+
+    Args:
+        learning_rate: a number or a schedule.
+        decay: decay rate of the second moment (and of the first, if centered).
+        eps: in the denominator.
+        initial_scale: what the second moment begins with.
+        eps_in_sqrt: whether eps is inside the square root, or outside as in PyTorch.
+        centered: divide by the standard deviation, not by the root of the second moment.
+        momentum: decay rate of a trace of the scaled updates; None for none.
+        nesterov: Nesterov momentum, in that trace.
+        bias_correction: correct the moments for their beginning.
+        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
+            `b1` is the momentum and `b2` the decay.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> params = {"kernel": jnp.ones((64, 512))}
+    >>> state = fse.rmsprop8bit(1e-3, centered=True, momentum=0.9).init(params)[0]
+    >>> state.nu["kernel"].dtype, state.mu["kernel"].dtype, state.trace["kernel"].dtype
+    (dtype('uint8'), dtype('int8'), dtype('int8'))
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    method = engine(decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction, *options)
+    return optimizer(method, learning_rate, tail=Tail(), members=("method", "rate", KEEPS_NOTHING))

@@ -1,0 +1,114 @@
+r"""SGD with momentum, its trace in one byte each.
+
+    t <- g + b t;   u <- t, or with Nesterov momentum g + b t
+
+Rule: Sutskever et al. 2013, sec. 2 (proceedings.mlr.press/v28/sutskever13). Storage: Dettmers et al. 2022, sec. 2
+(arXiv:2110.02861).
+"""
+
+from typing import Any, NamedTuple
+
+import optax
+from jax import Array
+
+from ..ops.blockwise.implementations import Implementation
+from ._engine import Engine
+from ._method import Method, MomentName
+from ._rules import StateFormat
+from ._transform import FusedTransformation, optimizer, scale_by
+from .adam import refuse_dtype
+
+
+class ScaleBySgd8bitState(NamedTuple):
+    """State of SGD. `trace`: int8 or uint8 codes, or fp32 values, in the parameter's shape; None without momentum."""
+
+    count: Array  # shape=(), dtype=int32
+    format: Array  # uint8, names the codecs and block settings
+    trace: optax.Updates | None = None
+    trace_absmax: optax.Updates | None = None  # float32, the parameter's shape with blocks for elements on one axis
+
+
+def sgd(g, t, *, momentum, nesterov):
+    """The rule, operation by operation as optax writes it."""
+    t = g + momentum * t
+    return g + momentum * t if nesterov else t, (t,)
+
+
+def plain_sgd(g):
+    """The rule without momentum."""
+    return g, ()
+
+
+def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd") -> Engine:
+    """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
+    refuse_dtype("accumulator_dtype", accumulator_dtype)
+    if momentum is None:
+        return Engine(Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}), *options)
+
+    def hyper(before, after, *, b1=momentum):
+        del before, after
+        return {"momentum": b1, "nesterov": nesterov}
+
+    return Engine(Method(name, ScaleBySgd8bitState, rule, (MomentName("trace", True, True),), hyper), *options)
+
+
+def scale_by_sgd8bit(
+    momentum: float | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: None = None,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace` with one byte each; see `sgd8bit` for the arguments.
+
+    >>> import optax, flax_stable_embed as fse
+    >>> tx = optax.chain(fse.scale_by_sgd8bit(momentum=0.9), optax.scale_by_learning_rate(0.1))
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return scale_by(engine(momentum, nesterov, accumulator_dtype, *options))
+
+
+def sgd8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: None = None,
+    *,
+    rules: Any = (),
+    state_format: StateFormat = StateFormat(),
+    implementation: Implementation | None = None,
+    skip_nonfinite: bool = False,
+) -> FusedTransformation:
+    r"""`optax.sgd` with its momentum in one byte each: 1.02 to 1.13 bytes of state a parameter.
+
+    $$t_t = g_t + b\, t_{t-1}, \quad u_t = -\alpha_t t_t \ \text{ or, Nesterov, } -\alpha_t (g_t + b\, t_t)$$
+
+    bitsandbytes' `SGD8bit` has no Nesterov momentum (it takes the argument and ignores it) and adds weight decay to the
+    gradient; that formula is `fse.interop.bitsandbytes.sgd8bit`, or `optax.chain(optax.add_decayed_weights(...),
+    sgd8bit(...))`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        momentum: decay rate of the trace; None, as in optax, keeps no state at all.
+        nesterov: Nesterov momentum.
+        accumulator_dtype: only there for the order of arguments; must be None.
+        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
+            `b1` is the momentum.
+        state_format: codec, rounding and blocks, see `StateFormat`.
+        implementation: None runs everywhere; "xla" names what it runs.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and trace.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> params = {"kernel": jnp.ones((64, 512))}
+    >>> tx = fse.sgd8bit(0.1, momentum=0.9, nesterov=True)
+    >>> tx.init(params)[0].trace["kernel"].dtype
+    dtype('int8')
+    """
+    options = rules, state_format, implementation, skip_nonfinite
+    return optimizer(engine(momentum, nesterov, accumulator_dtype, *options), learning_rate)
