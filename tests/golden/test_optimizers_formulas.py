@@ -1,0 +1,252 @@
+"""The frozen steps of bitsandbytes against the formulas that we take them for, in float64 numpy, rules and encoding.
+
+One step from a frozen one must agree within float32 roundings. All steps from the first are the same within the few
+codes that a rounding turns at a midpoint.
+"""
+
+import json
+from functools import cache
+from math import exp, log, sqrt
+
+import numpy as np
+import pytest
+
+from tests.golden.make_optimizers import (
+    BLOCK,
+    CASES,
+    CLIPPED,
+    CONTINUED,
+    FROZEN,
+    FROZEN_STATE_DICTS,
+    HERE,
+    MATRIX,
+    SAVED,
+    STATE_DICTS,
+    VECTOR,
+    given_key,
+    gradient,
+    gradients_sha256,
+    kept_steps,
+    parameter,
+    state_dict,
+    without_gradient,
+)
+
+EPS = np.finfo(np.float32).eps
+every_case = pytest.mark.parametrize("case", [*CASES, *CLIPPED], ids=lambda case: case.name)
+every_state_dict = pytest.mark.parametrize("case", STATE_DICTS, ids=lambda case: case.name)
+
+
+@cache
+def frozen(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+# --- the rules: (p, g, state1, state2, t) -> (u before the learning rate, state1, state2) -----------------------------
+
+
+def adam(p, g, m, v, t, betas=(0.9, 0.999), eps=1e-8, **_):
+    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+    return m / (1 - betas[0] ** t) / (np.sqrt(v / (1 - betas[1] ** t)) + eps), m, v
+
+
+def ademamix(p, g, m, v, t, betas=(0.9, 0.999, 0.9999), alpha=5.0, t_alpha=None, t_beta3=None, eps=1e-8, **_):
+    b1, b2, b3 = betas
+    if t_alpha:
+        alpha = min(alpha * t / t_alpha, alpha)
+    if t_beta3:
+        b3 = min(exp(log(b1) * log(b3) / ((1 - t / t_beta3) * log(b3) + t / t_beta3 * log(b1))), b3)
+    m = np.stack([b1 * m[0] + (1 - b1) * g, b3 * m[1] + (1 - b3) * g])
+    v = b2 * v + (1 - b2) * g**2
+    return (m[0] / (1 - b1**t) + alpha * m[1]) / (np.sqrt(v) / sqrt(1 - b2**t) + eps), m, v
+
+
+def momentum(p, g, m, _v, t, momentum=0.9, **_):
+    m = momentum * m + g  # from zeros the first step is the gradient, so its special case needs no line here
+    return m, m, None
+
+
+def lion(p, g, m, _v, t, betas=(0.9, 0.99), **_):
+    return np.sign(betas[0] * m + (1 - betas[0]) * g), betas[1] * m + (1 - betas[1]) * g, None
+
+
+def rmsprop(p, g, v, _v, t, alpha=0.99, eps=1e-8, **_):
+    v = alpha * v + (1 - alpha) * g**2
+    return g / (np.sqrt(v) + eps), v, None
+
+
+def adagrad(p, g, v, _v, t, eps=1e-10, **_):
+    return g / (np.sqrt(v + g**2) + eps), v + g**2, None
+
+
+RULES = {
+    "Adam": adam,
+    "AdamW": adam,
+    "LAMB": adam,
+    "AdEMAMix": ademamix,
+    "SGD": momentum,
+    "LARS": momentum,
+    "Lion": lion,
+    "RMSprop": rmsprop,
+    "Adagrad": adagrad,
+}
+COUPLED = ("SGD", "LARS", "RMSprop", "Adagrad")  # the decay joins the gradient; elsewhere p (1 - lr decay) comes first
+DECAYS = {"AdamW": 0.01, "AdEMAMix": 0.01}
+MAX_UNORM = {"LAMB": 1.0, "LARS": 0.02}
+
+
+def one_step(case, step, p, g, states, clipped):
+    """(parameter, states, norm of the update) in float64, of float64 states."""
+    name = case.optimizer.removesuffix("8bit").removesuffix("32bit")
+    lr, decay = case.options["lr"], case.options.get("weight_decay", DECAYS.get(name, 0.0))
+    start = p
+    if name in COUPLED:
+        g = g + decay * p
+    else:
+        p = p * (1 - lr * decay)
+    update, *states = RULES[name](p, g, *states, step, **case.options)
+    unorm, scale = 0.0, 1.0
+    if clipped and name in MAX_UNORM:
+        b1, b2 = case.options.get("betas", (0.9, 0.999))
+        # The CPU build takes the norm of LAMB's update without its bias corrections.
+        unorm = np.linalg.norm(update) * ((1 - b1**step) / sqrt(1 - b2**step) if name == "LAMB" else 1.0)
+        scale = min(1.0, case.options.get("max_unorm", MAX_UNORM[name]) * np.linalg.norm(start) / unorm)
+    return p - lr * scale * update, states, unorm
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def code_values(signed):
+    words = json.loads((HERE / "dynamic_map.json").read_text())["signed" if signed else "unsigned"]
+    return np.array([int(word, 16) for word in words], np.uint32).view(np.float32)
+
+
+def decode(codes, absmax, code):
+    scales = np.repeat(absmax, BLOCK, axis=-1)[..., : codes[0].size if absmax.ndim == 2 else codes.size]
+    return code[codes].astype(np.float64) * scales.reshape(codes.shape)
+
+
+def encode(x, rows, signed):
+    """The nearest code, the lower one of two, and the absmax of each block; `rows` are encoded one by one."""
+    flat = x.astype(np.float32).reshape(rows, -1)
+    absmax = np.maximum.reduceat(np.abs(flat), range(0, flat.shape[1], BLOCK), axis=1)
+    scales = np.repeat(np.where(absmax > 0, absmax, 1), BLOCK, axis=1)[:, : flat.shape[1]]
+    code = code_values(signed)
+    codes = np.searchsorted((code[:-1] + code[1:]) * np.float32(0.5), flat / scales)
+    return codes.astype(np.uint8).reshape(x.shape), absmax if rows == 2 else absmax[0]
+
+
+def values(state):
+    """(state1, state2) of a kept step, in float64."""
+    return [
+        None
+        if f"state{i}" not in state
+        else decode(state[f"state{i}"], state[f"absmax{i}"], state.get(f"qmap{i}", code_values(i == 1)))
+        if f"absmax{i}" in state
+        else state[f"state{i}"].astype(np.float64)
+        for i in (1, 2)
+    ]
+
+
+def next_step(case, step, before):
+    """The kept step after `before`, in the same dtypes; `before` of step 0 is what bitsandbytes starts with."""
+    p, states, unorm = one_step(
+        case,
+        step,
+        before["p"].astype(np.float64),
+        gradient(before["p"].shape, step),
+        values(before),
+        "absmax1" not in before,
+    )
+    after = {"p": p.astype(np.float32)}
+    for i, state in enumerate(states, 1):
+        if f"absmax{i}" in before:
+            after[f"state{i}"], after[f"absmax{i}"] = encode(state, before[f"absmax{i}"].ndim, i == 1)
+        elif state is not None:
+            after[f"state{i}"] = state.astype(np.float32)
+    if "unorm_vec" in before and "absmax1" not in before:
+        after["unorm_vec"] = np.float32([unorm])
+    return {**before, **after}
+
+
+def start(case, like):
+    return {name: np.zeros_like(array) for name, array in like.items()} | {"p": parameter(case.shape)}
+
+
+def assert_the_same(found, expected, before, roundings, turned_codes=0):
+    """Within float32 roundings of the larger of before and now; codes all equal, but for `turned_codes` of a field."""
+    assert found.keys() == expected.keys()
+    for name, theirs in expected.items():
+        ours = found[name]
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
+        if theirs.dtype == np.uint8:
+            difference = np.abs(ours.astype(int) - theirs)
+            assert difference.max() <= 1 and np.count_nonzero(difference) <= turned_codes, name
+        else:
+            off = np.abs(ours - theirs) / np.maximum(np.maximum(np.abs(theirs), np.abs(before[name])), 1e-30) / EPS
+            print(name, off.max(), np.sort(off.ravel())[-6:])
+            assert np.count_nonzero(off > roundings) <= 2 * turned_codes, f"{name}: {off.max()} roundings"
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [VECTOR, MATRIX])
+def test_parameters_and_gradients_are_made_anew_as_they_were(shape):
+    assert np.array_equal(frozen(FROZEN)[f"{given_key(shape)}/p"], parameter(shape))
+    assert frozen(FROZEN)[f"{given_key(shape)}/gradients_sha256"] == gradients_sha256(shape)
+
+
+@every_case
+def test_the_first_two_steps_are_the_formula(case):
+    kept = kept_steps(case, frozen(FROZEN))
+    kept[0] = start(case, kept[1])
+    for step in (1, 2):
+        found = next_step(case, step, kept[step - 1])
+        assert_the_same(found, kept[step], kept[step - 1], roundings=4)
+
+
+@every_case
+def test_all_steps_are_the_formula(case):
+    kept = kept_steps(case, frozen(FROZEN))
+    now = start(case, kept[1])
+    for step in range(1, case.steps + 1):
+        now = next_step(case, step, now)
+        if step in kept:
+            assert_the_same(now, kept[step], start(case, kept[1]), roundings=4 * step, turned_codes=3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_elements_without_gradient_stay_where_they_were_unless_they_decay(case):
+    still = without_gradient(case.shape)
+    moved = [
+        not np.array_equal(kept["p"][still], parameter(case.shape)[still])
+        for kept in kept_steps(case, frozen(FROZEN)).values()
+    ]
+    assert all(moved) if case.options.get("weight_decay") else not any(moved)
+
+
+@every_state_dict
+def test_state_dicts_are_those_of_bitsandbytes_and_go_on_by_the_formula(case):
+    arrays = {
+        name.removeprefix(f"{case.name}/"): array
+        for name, array in frozen(FROZEN_STATE_DICTS).items()
+        if name.startswith(f"{case.name}/")
+    }
+    saved = state_dict(arrays["structure"], arrays)
+    assert saved.keys() == {"state", "param_groups"} and saved["state"].keys() == {0, 1}
+    assert saved["param_groups"][0]["params"] == [0, 1]
+    assert isinstance(saved["param_groups"][0]["betas"], tuple)
+    for i, name in enumerate(("weight", "bias")):
+        state = saved["state"][i]
+        assert state.keys() == {"step", "__bnb_optimizer_quant_state__"} and state["step"] == SAVED
+        state = state["__bnb_optimizer_quant_state__"]
+        assert ("absmax1" in state) == ("qmap1" in state) == (name == "weight" and "8bit" in case.optimizer)
+        now = {"p": arrays[f"{SAVED}/{name}"], **state}
+        for step in range(SAVED + 1, CONTINUED + 1):
+            now = next_step(case, step, now)
+        expected = {"p": arrays[f"{CONTINUED}/{name}"]}
+        assert_the_same({"p": now["p"]}, expected, {"p": arrays[f"{SAVED}/{name}"]}, roundings=8)
