@@ -15,9 +15,9 @@ optimizers.npz holds, by bitsandbytes' own names and stacked over the steps of K
     {case}/unorm_vec            32-bit cases: the norm of the update before it was clipped, float32 (1,)
     given/{shape}/p, gradients_sha256    what every case of that shape began with, and a check on `gradient`
 
-`kept_steps` unstacks a case: {step: {name: array}}.
-AdEMAMix stacks its two first moments: state1 is (2, *shape), absmax1 (2, blocks). Momentum, Lion, RMSprop and Adagrad
-have no state2. Zeros have the gradient zero: a whole block, and every seventh element of the others.
+`kept_steps` unstacks a case: {step: {name: array}}. AdEMAMix stacks its two
+first moments: state1 is (2, *shape), absmax1 (2, blocks). Momentum, Lion, RMSprop and Adagrad have no state2. Some
+elements never get a gradient: one block, and every seventh element of the others.
 
 state_dicts.npz holds, for each of STATE_DICTS, a weight of which bitsandbytes keeps 8 bits (where the optimizer is an
 8-bit one) and a bias too small for that:
@@ -104,6 +104,7 @@ CLIPPED = [
 
 WEIGHT = (20, 31)  # two blocks and a short one
 BIAS = (31,)
+SHAPES = (VECTOR, MATRIX, WEIGHT, BIAS)
 SAVED, CONTINUED = 3, 5
 
 
@@ -335,15 +336,13 @@ def saved_and_continued(case: Case) -> dict[str, np.ndarray]:
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def check_map() -> None:
-    """Refuse a machine where torch rounds the map otherwise: the frozen codes would mean other numbers."""
+def torch_rounds_as_frozen() -> bool:
+    """Whether torch uses fused multiply-adds here, told by bitsandbytes' map: without, it rounds other last bits."""
     from bitsandbytes.functional import create_dynamic_map
 
     frozen = json.loads((HERE / "dynamic_map.json").read_text())
-    for name, signed in (("signed", True), ("unsigned", False)):
-        bits = create_dynamic_map(signed=signed).numpy().view(np.uint32)
-        if [f"{word:08x}" for word in bits.tolist()] != frozen[name]:
-            raise SystemExit(f"the {name} map of this machine is not the one in dynamic_map.json")
+    maps = {name: create_dynamic_map(signed=name == "signed").numpy().view(np.uint32) for name in frozen}
+    return all([f"{bits:08x}" for bits in maps[name].tolist()] == frozen[name] for name in frozen)
 
 
 def check_zeros(case: Case, kept: dict[int, dict[str, np.ndarray]]) -> None:
@@ -366,9 +365,10 @@ def write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     """Write both files."""
-    check_map()
+    if not torch_rounds_as_frozen():
+        raise SystemExit("the codes of this machine do not mean what dynamic_map.json says: it lacks AVX2")
     frozen = {}
-    for shape in (VECTOR, MATRIX):
+    for shape in SHAPES:
         frozen[f"{given_key(shape)}/p"] = parameter(shape)
         frozen[f"{given_key(shape)}/gradients_sha256"] = np.array(gradients_sha256(shape))
     for case in (*CASES, *CLIPPED):

@@ -1,10 +1,11 @@
-"""The frozen steps of bitsandbytes against the formulas that we take them for, in float64 numpy, rules and encoding.
+"""The frozen steps of bitsandbytes against the formulas that we take them for, in float64 numpy: rules and encoding.
 
-One step from a frozen one must agree within float32 roundings. All steps from the first are the same within the few
-codes that a rounding turns at a midpoint.
+Every code is the same, 20 steps long; parameters, scales and 32-bit states agree within a few float32 roundings. Where
+torch and bitsandbytes are installed, the frozen steps are also taken again.
 """
 
 import json
+import warnings
 from functools import cache
 from math import exp, log, sqrt
 
@@ -19,16 +20,19 @@ from tests.golden.make_optimizers import (
     FROZEN,
     FROZEN_STATE_DICTS,
     HERE,
-    MATRIX,
     SAVED,
+    SHAPES,
     STATE_DICTS,
-    VECTOR,
     given_key,
     gradient,
     gradients_sha256,
     kept_steps,
+    one_step,
     parameter,
+    saved_and_continued,
     state_dict,
+    torch_rounds_as_frozen,
+    trajectory,
     without_gradient,
 )
 
@@ -96,7 +100,7 @@ DECAYS = {"AdamW": 0.01, "AdEMAMix": 0.01}
 MAX_UNORM = {"LAMB": 1.0, "LARS": 0.02}
 
 
-def one_step(case, step, p, g, states, clipped):
+def rule_step(case, step, p, g, states, clipped):
     """(parameter, states, norm of the update) in float64, of float64 states."""
     name = case.optimizer.removesuffix("8bit").removesuffix("32bit")
     lr, decay = case.options["lr"], case.options.get("weight_decay", DECAYS.get(name, 0.0))
@@ -153,7 +157,7 @@ def values(state):
 
 def next_step(case, step, before):
     """The kept step after `before`, in the same dtypes; `before` of step 0 is what bitsandbytes starts with."""
-    p, states, unorm = one_step(
+    p, states, unorm = rule_step(
         case,
         step,
         before["p"].astype(np.float64),
@@ -176,25 +180,23 @@ def start(case, like):
     return {name: np.zeros_like(array) for name, array in like.items()} | {"p": parameter(case.shape)}
 
 
-def assert_the_same(found, expected, before, roundings, turned_codes=0):
-    """Within float32 roundings of the larger of before and now; codes all equal, but for `turned_codes` of a field."""
+def assert_the_same(found, expected, before, roundings):
+    """Codes all equal; the rest within float32 roundings of the larger of before and now."""
     assert found.keys() == expected.keys()
     for name, theirs in expected.items():
         ours = found[name]
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
         if theirs.dtype == np.uint8:
-            difference = np.abs(ours.astype(int) - theirs)
-            assert difference.max() <= 1 and np.count_nonzero(difference) <= turned_codes, name
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
         else:
             off = np.abs(ours - theirs) / np.maximum(np.maximum(np.abs(theirs), np.abs(before[name])), 1e-30) / EPS
-            print(name, off.max(), np.sort(off.ravel())[-6:])
-            assert np.count_nonzero(off > roundings) <= 2 * turned_codes, f"{name}: {off.max()} roundings"
+            assert off.max() <= roundings, f"{name}: {off.max()} roundings"
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [VECTOR, MATRIX])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_and_gradients_are_made_anew_as_they_were(shape):
     assert np.array_equal(frozen(FROZEN)[f"{given_key(shape)}/p"], parameter(shape))
     assert frozen(FROZEN)[f"{given_key(shape)}/gradients_sha256"] == gradients_sha256(shape)
@@ -212,11 +214,12 @@ def test_the_first_two_steps_are_the_formula(case):
 @every_case
 def test_all_steps_are_the_formula(case):
     kept = kept_steps(case, frozen(FROZEN))
-    now = start(case, kept[1])
+    now = peak = start(case, kept[1])
     for step in range(1, case.steps + 1):
         now = next_step(case, step, now)
+        peak = {name: np.maximum(np.abs(now[name]), np.abs(peak[name])) for name in now}
         if step in kept:
-            assert_the_same(now, kept[step], start(case, kept[1]), roundings=4 * step, turned_codes=3)
+            assert_the_same(now, kept[step], peak, roundings=10)  # measured: 8.9
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -250,3 +253,41 @@ def test_state_dicts_are_those_of_bitsandbytes_and_go_on_by_the_formula(case):
             now = next_step(case, step, now)
         expected = {"p": arrays[f"{CONTINUED}/{name}"]}
         assert_the_same({"p": now["p"]}, expected, {"p": arrays[f"{SAVED}/{name}"]}, roundings=8)
+
+
+@pytest.fixture
+def live():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they warn of when imported is not ours
+        for name in ("torch", "bitsandbytes"):
+            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
+        if not torch_rounds_as_frozen():
+            pytest.skip("torch has no fused multiply-adds on this CPU, and other last bits in its codes")
+        yield
+
+
+@every_case
+def test_live_bitsandbytes_takes_the_frozen_steps(case, live):
+    kept = kept_steps(case, frozen(FROZEN))
+    for step, found in trajectory(case).items():
+        assert_the_same(found, kept[step], kept[step], roundings=10)  # torch's square root depends on the CPU
+
+
+@every_case
+def test_the_quantizer_that_was_replaced_touches_no_parameter(case, live):
+    kept = kept_steps(case, frozen(FROZEN))
+    found = one_step(case, 2, kept[1]["p"], kept[1])
+    assert_the_same({"p": found["p"]}, {"p": kept[2]["p"]}, kept[2], roundings=2)
+    if "absmax1" in found and not case.options.get("weight_decay"):
+        zero = found["state1"][..., without_gradient(case.shape)]
+        assert np.any(zero == 131), "bitsandbytes stores zero as zero now: drop our quantizer"
+
+
+@every_state_dict
+def test_live_bitsandbytes_makes_the_frozen_state_dicts(case, live):
+    for name, found in saved_and_continued(case).items():
+        expected = frozen(FROZEN_STATE_DICTS)[f"{case.name}/{name}"]
+        if name == "structure":
+            assert found == expected
+        else:
+            assert_the_same({name: found}, {name: expected}, {name: expected}, roundings=10)
