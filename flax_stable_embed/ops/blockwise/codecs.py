@@ -17,7 +17,7 @@ float32 values; `linear` is that paper's ablation; `root` is ours.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,7 @@ def _dynamic(signed: bool) -> Code:
     return Code(np.dtype(np.uint8), 127 if signed else 0, 127 if signed else 0, top, 0, value, nearest, below)
 
 
+Codec = Literal["root", "dynamic", "linear"]
 CODECS: dict[str, Callable[[bool], Code]] = {"root": _root, "dynamic": _dynamic, "linear": _linear}
 
 

@@ -18,9 +18,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .blocks import Blocks
-from .codecs import CODECS, TINY, Code, decode, encode, hashed_uniform
+from .codecs import CODECS, TINY, Code, Codec, decode, encode, hashed_uniform
 
-Codec = Literal["root", "dynamic", "linear"]
 Rounding = Literal["nearest", "stochastic"]
 
 

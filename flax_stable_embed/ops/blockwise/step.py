@@ -18,14 +18,14 @@ import numpy as np
 from jax import Array
 
 from .blocks import Blocks
-from .codecs import CODECS, Code
+from .codecs import CODECS, Code, Codec
 
 
 class Moment(NamedTuple):
     """How one moment is stored."""
 
     signed: bool
-    codec: str
+    codec: Codec
     stochastic: bool = False
 
     @property
