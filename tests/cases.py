@@ -54,7 +54,8 @@ MODULES = [
 class OptimizerCase:
     """An 8-bit optimizer and what it must equal where nothing is in 8 bits.
 
-    `hyper` goes to `ours` and to `theirs`, `hyper` without the keys in `only_whole` to the halves.
+    `hyper` goes to `ours` and to `theirs`, `hyper` without the keys in `only_whole` to the halves. `moments` are those
+    that the state holds with these hyper-parameters, by optax's names.
     """
 
     name: str
@@ -62,14 +63,111 @@ class OptimizerCase:
     theirs: Callable  # of optax
     hyper: dict[str, Any]
     state: type
+    moments: tuple[str, ...]
     half: Callable
     their_half: Callable
     only_whole: tuple[str, ...] = ("learning_rate", "weight_decay")
+    mask: str = "mask"  # the name of the argument that says where weights decay
+    sums: bool = False  # over a whole parameter, whose last bits depend on how it is cut
+    bounded: bool = True  # a huge gradient moves its parameter no further than a small one
+    teaches: dict[str, Any] | None = None  # hyper-parameters that learn a small regression in 200 steps
 
 
-ADAM = fse.ScaleByAdam8bitState, fse.scale_by_adam8bit, optax.scale_by_adam
+def _lamb_half(**hyper):
+    return optax.chain(optax.scale_by_adam(eps=1e-6), optax.add_decayed_weights(**hyper), optax.scale_by_trust_ratio())
+
+
+def _lars_half(weight_decay, momentum, trust_coefficient):
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
+        optax.trace(momentum),
+    )
+
+
+ADAM = fse.ScaleByAdam8bitState, ("mu", "nu")
+ADAM_HALVES = fse.scale_by_adam8bit, optax.scale_by_adam
 
 OPTIMIZERS = [
-    OptimizerCase("adam8bit", fse.adam8bit, optax.adam, {"learning_rate": 0.01}, *ADAM),
-    OptimizerCase("adamw8bit", fse.adamw8bit, optax.adamw, {"learning_rate": 0.01, "weight_decay": 0.1}, *ADAM),
+    OptimizerCase("adam8bit", fse.adam8bit, optax.adam, {"learning_rate": 0.01}, *ADAM, *ADAM_HALVES),
+    OptimizerCase(
+        "adamw8bit", fse.adamw8bit, optax.adamw, {"learning_rate": 0.01, "weight_decay": 0.1}, *ADAM, *ADAM_HALVES
+    ),
+    OptimizerCase(
+        "sgd8bit",
+        fse.sgd8bit,
+        optax.sgd,
+        {"learning_rate": 0.01, "momentum": 0.9},
+        fse.ScaleBySgd8bitState,
+        ("trace",),
+        fse.scale_by_sgd8bit,
+        lambda momentum: optax.trace(momentum),
+        bounded=False,
+        teaches={"learning_rate": 0.1},
+    ),
+    OptimizerCase(
+        "rmsprop8bit",
+        fse.rmsprop8bit,
+        optax.rmsprop,
+        {"learning_rate": 0.01, "decay": 0.99},
+        fse.ScaleByRmsprop8bitState,
+        ("nu",),
+        fse.scale_by_rmsprop8bit,
+        optax.scale_by_rms,
+    ),
+    OptimizerCase(
+        "adagrad8bit",
+        fse.adagrad8bit,
+        optax.adagrad,
+        {"learning_rate": 0.01, "initial_accumulator_value": 0.01},
+        fse.ScaleByAdagrad8bitState,
+        ("sum_of_squares",),
+        fse.scale_by_adagrad8bit,
+        optax.scale_by_rss,
+        teaches={"learning_rate": 0.1},
+    ),
+    OptimizerCase(
+        "lion8bit",
+        fse.lion8bit,
+        optax.lion,
+        {"learning_rate": 0.01, "weight_decay": 0.1},
+        fse.ScaleByLion8bitState,
+        ("mu",),
+        fse.scale_by_lion8bit,
+        optax.scale_by_lion,
+    ),
+    OptimizerCase(
+        "lamb8bit",
+        fse.lamb8bit,
+        optax.lamb,
+        {"learning_rate": 0.01, "weight_decay": 0.1},
+        *ADAM,
+        fse.scale_by_lamb8bit,
+        _lamb_half,
+        only_whole=("learning_rate",),
+        sums=True,
+    ),
+    OptimizerCase(
+        "lars8bit",
+        fse.lars8bit,
+        optax.lars,
+        {"learning_rate": 0.1, "weight_decay": 0.01, "momentum": 0.9, "trust_coefficient": 0.1},
+        fse.ScaleBySgd8bitState,
+        ("trace",),
+        fse.scale_by_lars8bit,
+        _lars_half,
+        only_whole=("learning_rate",),
+        mask="weight_decay_mask",
+        sums=True,
+    ),
+    OptimizerCase(
+        "ademamix8bit",
+        fse.ademamix8bit,
+        optax.contrib.ademamix,
+        {"learning_rate": 0.01, "weight_decay": 0.1, "alpha": 2.0, "b3": 0.99},
+        fse.ScaleByAdemamix8bitState,
+        ("m1", "m2", "nu"),
+        fse.scale_by_ademamix8bit,
+        optax.contrib.scale_by_ademamix,
+    ),
 ]

@@ -88,7 +88,18 @@ def core(case, state):
 
 def moments(case):
     """The names of the state's moments."""
-    return [name for name in case.state._fields if f"{name}_absmax" in case.state._fields]
+    return case.moments
+
+
+def first_moment(case, state):
+    """The tree of the state's first moment."""
+    return getattr(core(case, state), case.moments[0])
+
+
+def their_moment(state, name):
+    """A moment of optax's, wherever it lies in a state."""
+    (found,) = [getattr(x, name) for x in state if hasattr(x, name)]
+    return found
 
 
 def is_codes(x):
@@ -124,9 +135,15 @@ def assert_nearly(ours, theirs, rtol=2e-6):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        wide_a, wide_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        wide = np.complex128 if np.iscomplexobj(a) else np.float64
+        wide_a, wide_b = np.asarray(a, wide), np.asarray(b, wide)
         atol = 1 if is_codes(a) else rtol * np.abs(wide_b).max(initial=0)
         np.testing.assert_allclose(wide_a, wide_b, rtol=rtol, atol=atol)
+
+
+def assert_equal(case, ours, theirs):
+    """The same bits; nearly so where norms of whole parameters are summed, in an order that the compiler chooses."""
+    (assert_nearly if case.sums else assert_same_bits)(ours, theirs)
 
 
 def types(tree):

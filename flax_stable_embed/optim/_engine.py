@@ -193,7 +193,8 @@ class Engine:
             for name, value in stored.items():
                 columns[name][i] = value
         new = {name: jax.tree.structure(x, is_leaf=_is_none).unflatten(columns[name]) for name, x in trees.items()}
-        new |= {name: count for name in _counts(self.method.state)}
+        # One array each: an array that is in the state twice could not be donated.
+        new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in _counts(self.method.state)}
         return tree.unflatten(outputs), state._replace(**new)
 
     def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, tail: Tail, count, fused: bool):
@@ -220,6 +221,8 @@ class Engine:
         u = tail.rescale(u, wide_p)
         if tail.step_size is not None:
             u = tail.step_size * u
+        if self.skip_nonfinite:
+            u = jnp.where(jnp.isfinite(g), u, jnp.full_like(u, -0.0))  # again: by now it may be 0.0, which -0.0 is not
         return (wide_p + u if fused else u).astype(dtype), stored
 
     def _apply(self, path: str, g, p, stored, moments, bits, hyper: dict, count, fused: bool, dtype, compute):
@@ -332,7 +335,7 @@ def _is_none(x: Any) -> bool:
 
 
 def _is_static(hyper: Any) -> bool:
-    return isinstance(hyper, int | float) or callable(hyper)
+    return hyper is None or isinstance(hyper, int | float) or callable(hyper)
 
 
 def _is_masked_node(x: Any) -> bool:

@@ -15,14 +15,14 @@ from jax import Array
 
 def trust_ratio(u: Array, p: Array, coefficient: float = 1.0, eps: float = 0.0) -> Array:
     """The factor for `u`, a scalar, operation by operation as optax computes it."""
-    p_norm, u_norm = optax.safe_norm(p, 0.0), optax.safe_norm(_finite(u), 0.0)
+    p_norm, u_norm = optax.safe_norm(_finite(p), 0.0), optax.safe_norm(_finite(u), 0.0)
     ratio = coefficient * p_norm / (u_norm + eps)
     return jnp.where((p_norm == 0.0) | (u_norm == 0.0), jnp.ones((), p.dtype), ratio)
 
 
 def clipping(u: Array, p: Array, max_unorm: float | Array) -> Array:
     """The factor for `u`, a scalar of at most 1."""
-    p_norm, u_norm = optax.safe_norm(p, 0.0), optax.safe_norm(_finite(u), 0.0)
+    p_norm, u_norm = optax.safe_norm(_finite(p), 0.0), optax.safe_norm(_finite(u), 0.0)
     limit = max_unorm * p_norm
     return jnp.where((u_norm > limit) & (limit > 0), limit / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
 

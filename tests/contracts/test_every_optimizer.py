@@ -19,11 +19,13 @@ from tests.tools import (
     ALL_FP32,
     SMALL,
     assert_8bit,
+    assert_equal,
     assert_nearly,
     assert_same_bits,
     build,
     build_theirs,
     core,
+    first_moment,
     gradients,
     halves,
     is_codes,
@@ -33,6 +35,7 @@ from tests.tools import (
     parameters,
     run,
     takes,
+    their_moment,
     types,
 )
 
@@ -149,7 +152,7 @@ def test_gradients_may_have_another_dtype_than_parameters(case):
     assert types(updates) == types(params)
 
 
-@every_optimizer
+@pytest.mark.parametrize("case", [case for case in OPTIMIZERS if not case.sums], ids=lambda case: case.name)
 def test_the_half_works_without_params(case):
     ours, _ = halves(case)
     params, grads = parameters(), gradients()
@@ -174,7 +177,7 @@ def test_hyperparameters_can_be_injected(case, which):
     expected, expected_state = jax.jit(plain.update)(grads, plain.init(params), params)
     step = jax.jit(lambda *args: injected.update(*args))
     updates, state = step(grads, state, params)
-    assert core(case, state).mu["kernel"].dtype == jnp.uint8  # the rule's codec, so the rule survived
+    assert first_moment(case, state)["kernel"].dtype == jnp.uint8  # the rule's codec, so the rule survived
     assert_8bit(case, state)
     # The decay 1 - b is one rounding of float32 off, which is 6e-5 of 1 - 0.999.
     assert_nearly(updates, expected, rtol=1e-4)
@@ -182,7 +185,7 @@ def test_hyperparameters_can_be_injected(case, which):
     for _ in range(2):
         updates, state = step(grads, state, params)
     assert step._cache_size() == 1
-    if which == "whole":
+    if which == "whole" and case.name != "lars8bit":  # whose trace has the rates of earlier steps in it
         state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
         updates, state = step(grads, state, params)
         assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
@@ -251,7 +254,7 @@ def test_float64_parameters_keep_float64_moments(case):
             assert getattr(found, f"{name}_absmax")["kernel"].dtype == jnp.float32
         (new, state), (expected, _) = (run(t, params, step=jax.jit(jitted(t))) for t in (tx, theirs))
         assert types(state) == types(tx.init(params)) and types(new) == types(params)
-        assert_same_bits((new["norm"], new["wte"]), (expected["norm"], expected["wte"]))
+        assert_equal(case, (new["norm"], new["wte"]), (expected["norm"], expected["wte"]))
         fused, _ = jitted_fused(tx)(gradients(like=params), tx.init(params), params)
         assert types(fused) == types(params)
 
@@ -340,7 +343,7 @@ def test_parameters_after_a_step_are_differentiable(case):
     for fused in (False, True):
         found = gradient(ours, fused)(0.01, grads, state)
         # At the first step the moments are zero in either state: nothing is rounded, so optax's derivative is ours.
-        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(found, expected, rtol=1e-3 if case.sums else 1e-4, atol=1e-6)
     rematerialized = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, ours, False)), argnums=(0, 1)))
     chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=1e-4, atol=1e-6)
 
@@ -372,12 +375,11 @@ def test_fp32_moments_give_optax_bit_for_bit(case):
     params = parameters()
     ours, theirs = build(case, rules=ALL_FP32), build_theirs(case)
     (new, state), (expected, expected_state) = run(ours, params), run(theirs, params)
-    assert not any(map(is_codes, jax.tree.leaves(core(case, state).mu)))
-    assert_same_bits(new, expected)
+    assert not any(map(is_codes, jax.tree.leaves(first_moment(case, state))))
+    assert_equal(case, new, expected)
     found = core(case, state)
-    (reference,) = [x for x in expected_state if type(x).__name__ == case.state.__name__.replace("8bit", "")]
     for name in moments(case):
-        assert_same_bits(getattr(found, name), getattr(reference, name))
+        assert_equal(case, getattr(found, name), their_moment(expected_state, name))
 
 
 @every_optimizer
@@ -393,7 +395,7 @@ def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(
             state, expected_state = out[1], expected[1]
             updates, expected_updates = (o[2] if len(o) == 3 else o[0] for o in (out, expected))
             for name in ("norm", "wte"):
-                assert_same_bits(updates[name], expected_updates[name])
+                assert_equal(case, updates[name], expected_updates[name])
         assert_8bit(case, state)
 
 
@@ -410,7 +412,7 @@ def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
         _, expected_state, expected = jitted(theirs)(wide(grads), expected_state, wide(params))
         new, state, updates = jitted(tx)(grads, state, params)
         expected = jax.tree.map(lambda u, p: u.astype(p.dtype), expected, params)
-        assert_same_bits((updates["norm"], updates["wte"]), (expected["norm"], expected["wte"]))
+        assert_equal(case, (updates["norm"], updates["wte"]), (expected["norm"], expected["wte"]))
         params = new
     found = core(case, state)
     for name in moments(case):
@@ -427,13 +429,12 @@ def test_complex_parameters_keep_the_state_of_optax(case):
         grads = jax.tree.map(lambda p: p.conj() * 0.1, params)
         params_, state, updates = jitted(ours)(grads, state, params)
         _, expected_state, expected = jitted(theirs)(grads, expected_state, params)
-        assert_same_bits(updates, expected)
+        assert_equal(case, updates, expected)
         params = params_
     (row,) = fse.describe(ours, params).rows
     assert (row.bits, row.reason) == (32, "complex")
-    (reference,) = [x for x in expected_state if type(x).__name__ == case.state.__name__.replace("8bit", "")]
     for name in moments(case):
-        assert_same_bits(getattr(core(case, state), name), getattr(reference, name))
+        assert_equal(case, getattr(core(case, state), name), their_moment(expected_state, name))
 
 
 @every_optimizer
@@ -453,7 +454,8 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
 def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
-    params["kernel"] = params["kernel"].at[0].set(-0.0)
+    if case.name != "lars8bit":  # whose trace begins with 0.0, which -0.0 plus it is then, in optax too
+        params["kernel"] = params["kernel"].at[0].set(-0.0)
     zero, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
     new, after, _ = jitted(tx)(zero, state, params)
     assert_same_bits(new, params)
@@ -484,8 +486,9 @@ def test_coordinates_without_a_gradient_stay_untouched(case, codec, rounding):
     assert not moved[untouched].any()
     assert moved[~untouched].mean() > 0.9
     for name in moments(case):
-        codes = np.asarray(getattr(found, name)["kernel"])
-        np.testing.assert_array_equal(codes[untouched], zero_codes[name][untouched])
+        if not np.any(getattr(core(case, tx.init(params)), f"{name}_absmax")["kernel"]):  # it begins with zeros
+            codes = np.asarray(getattr(found, name)["kernel"])
+            np.testing.assert_array_equal(codes[untouched], zero_codes[name][untouched])
 
 
 BAD = [jnp.nan, jnp.inf, -jnp.inf]
@@ -524,19 +527,23 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
         assert_same_bits(getattr(found, name)["wte"], getattr(reference, name)["wte"])
     assert_same_bits(np.asarray(new["kernel"])[~where], np.asarray(expected["kernel"])[~where])
     assert_same_bits(new["wte"], expected["wte"])
-    scale, expected_scale = (np.asarray(x["norm"]["scale"]) for x in (new, expected))
-    assert_same_bits(scale[~where_scale], expected_scale[~where_scale])
+    if not case.sums:  # where the clean element, which has a moment, has a share in the norm
+        scale, expected_scale = (np.asarray(x["norm"]["scale"]) for x in (new, expected))
+        assert_same_bits(scale[~where_scale], expected_scale[~where_scale])
     # A step later nothing of it is left in the state, and nothing but the bad elements has become NaN.
     (later, state, _), (_, expected_state, _) = (jitted(tx)(gradients(2), s, new) for s in (state, expected_state))
     for name in moments(case):
-        assert_same_bits(
-            getattr(core(case, state), name)["kernel"], getattr(core(case, expected_state), name)["kernel"]
-        )
+        codes, expected = (np.asarray(getattr(core(case, s), name)["kernel"]) for s in (state, expected_state))
+        if case.name == "adagrad8bit":  # a sum that was forgotten is smaller than one that never was
+            codes, expected = codes[~where], expected[~where]
+        assert_same_bits(codes, expected)
+    if case.name == "lion8bit":  # the sign of an infinite gradient is as good as any
+        where = where & np.isnan(bad["kernel"])
     np.testing.assert_array_equal(np.isfinite(later["kernel"]), ~where)
     np.testing.assert_array_equal(np.isfinite(later["norm"]["scale"]), ~where_scale)
 
 
-@every_optimizer
+@pytest.mark.parametrize("case", [case for case in OPTIMIZERS if case.bounded], ids=lambda case: case.name)
 @every_storage
 @pytest.mark.parametrize("spike", [1e20, 1e30])
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
@@ -682,7 +689,7 @@ def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
     tx, theirs = build(case), build_theirs(case)
     _, state, updates = jitted(tx)(grads, tx.init(params), params)
-    assert is_codes(core(case, state).mu["scalar"]["temperature"])
+    assert is_codes(first_moment(case, state)["scalar"]["temperature"])
     assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2])
 
 
@@ -738,7 +745,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
     with pytest.raises(ValueError, match="The gradients have 3 leaves, the parameters 3 and the optimizer state 1"):
         tx.update(params, tx.init({"kernel": params["kernel"]}), params)
     other = build(case, state_format=fse.StateFormat(block_size=64, min_size=0))
-    with pytest.raises(ValueError, match="'kernel' has int8 codes and scales of shape"):
+    with pytest.raises(ValueError, match="'kernel' has u?int8 codes and scales of shape"):
         tx.update(params, other.init(params), params)
 
 
@@ -754,10 +761,14 @@ def test_learning_rates_may_follow_a_schedule(case):
     new, state = run(tx, params, 2)
     expected, expected_state = run(theirs, params, 2)
     assert_8bit(case, state)
-    assert_same_bits((new["norm"], new["wte"], state[-1]), (expected["norm"], expected["wte"], expected_state[-1]))
+    assert_equal(case, (new["norm"], new["wte"]), (expected["norm"], expected["wte"]))
+    schedules = [[x for x in s if isinstance(x, optax.ScaleByScheduleState)] for s in (state, expected_state)]
+    assert len(schedules[0]) == 1
+    assert_same_bits(*schedules)
     assert_nearly(jitted_fused(tx)(gradients(), state, new), jitted(tx)(gradients(), state, new)[:2])
-    new, state = run(tx, new, 2, state=state)  # the schedule has come to its end
-    assert_same_bits(run(tx, new, 1, state=state)[0], new)
+    if case.name != "lars8bit":  # whose trace has the rates of earlier steps in it
+        new, state = run(tx, new, 2, state=state)  # the schedule has come to its end
+        assert_same_bits(run(tx, new, 1, state=state)[0], new)
 
 
 MASKS = {
@@ -775,16 +786,16 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
-    hyper = case.hyper | {"weight_decay": decay, "mask": MASKS[mask]}
+    hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}
     tx, theirs = case.ours(**hyper, state_format=SMALL, rules=(("kernel", 8),)), case.theirs(**hyper)
     params = parameters()
-    assert jax.tree.structure(tx.init(params)[1:]) == jax.tree.structure(theirs.init(params)[1:])
     grads, state, expected_state = gradients(), tx.init(params), theirs.init(params)
     fused = fse.fused_update(tx, grads, state, params)
     for i in range(2):
         updates, state = tx.update(grads, state, params)
         expected, expected_state = theirs.update(grads, expected_state, params)
-        assert_same_bits(state[1:], expected_state[1:])
+        rest = lambda whole: tuple(x for x in whole if not hasattr(x, moments(case)[0]))  # noqa: E731
+        assert_same_bits(rest(state), rest(expected_state))
         assert_nearly((updates["norm"], updates["wte"]), (expected["norm"], expected["wte"]), rtol=1e-6)
         if i == 0:
             assert_nearly(updates, expected)
@@ -811,7 +822,8 @@ def test_8bit_follows_fp32_on_a_small_regression(case):
     def loss(params):
         return jnp.mean((jnp.tanh(x @ params["kernel"]) + params["bias"] - y) ** 2)
 
-    start = {"kernel": jnp.zeros((32, 32)), "bias": jnp.zeros((1, 32))}
+    start = {"kernel": jnp.asarray(0.1 * rng.normal(size=(32, 32)), jnp.float32), "bias": jnp.zeros((1, 32))}
+    hyper = case.hyper | (case.teaches or {})
 
     def train(tx):
         def step(carry, _):
@@ -822,8 +834,8 @@ def test_8bit_follows_fp32_on_a_small_regression(case):
 
         return jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), length=200))()
 
-    (_, state), losses = train(build(case))
-    (_, _), expected = train(build_theirs(case))
+    (_, state), losses = train(case.ours(**hyper, state_format=SMALL))
+    (_, _), expected = train(case.theirs(**hyper))
     assert_8bit(case, state)
     assert expected[-1] < 0.6 * expected[0]
     np.testing.assert_allclose(losses[-1], expected[-1], rtol=0, atol=0.005 * expected[0])
