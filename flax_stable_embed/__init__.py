@@ -30,11 +30,15 @@ from .optim.lars import scale_by_lars8bit as scale_by_lars8bit
 from .optim.lion import ScaleByLion8bitState as ScaleByLion8bitState
 from .optim.lion import lion8bit as lion8bit
 from .optim.lion import scale_by_lion8bit as scale_by_lion8bit
+from .optim.percentile_clipping import PercentileClippingState as PercentileClippingState
+from .optim.percentile_clipping import percentile_clipping as percentile_clipping
 from .optim.rmsprop import ScaleByRmsprop8bitState as ScaleByRmsprop8bitState
 from .optim.rmsprop import rmsprop8bit as rmsprop8bit
 from .optim.rmsprop import scale_by_rmsprop8bit as scale_by_rmsprop8bit
 from .optim.sgd import ScaleBySgd8bitState as ScaleBySgd8bitState
 from .optim.sgd import scale_by_sgd8bit as scale_by_sgd8bit
 from .optim.sgd import sgd8bit as sgd8bit
+from .optim.stochastic_rounding import StochasticRoundState as StochasticRoundState
+from .optim.stochastic_rounding import stochastic_round_updates as stochastic_round_updates
 
 __version__ = _version("flax-stable-embed")

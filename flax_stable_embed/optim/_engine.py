@@ -17,12 +17,13 @@ import numpy as np
 import optax
 from jax import Array
 
+from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
 from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square
 from ._boxes import is_box, optim_bits, unbox
 from ._method import Method
 from ._rules import LIKE_AN_EMBEDDING, Rule, Rules, StateFormat, path_name
-from ._storage import bits_of, format_bytes, initial, is_array, nbytes, rounding_key, wide_dtype, with_shape
+from ._storage import bits_of, format_bytes, initial, is_array, nbytes, wide_dtype, with_shape
 
 
 class Row(NamedTuple):
@@ -245,7 +246,7 @@ class Engine:
         absmax = tuple(stored[f"{name}_absmax"] for name in names)
         self._check_storage(path, g.shape, step, moments, absmax)
         traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
-        key = rounding_key(path, count) if step.stochastic else None
+        key = array_key(path, count) if step.stochastic else None
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
         operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
         out, codes, absmax = step_blockwise(step, operands, self.implementation)

@@ -5,7 +5,6 @@
 - "rowwise": as 32, but second moments have a last axis of 1.
 """
 
-import zlib
 from math import prod
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..ops.blockwise.blocks import Blocks
-from ..ops.blockwise.codecs import CODECS, Code, mix
+from ..ops.blockwise.codecs import CODECS, Code
 from ..ops.blockwise.quantize import dequantize, quantize
 from ..ops.blockwise.step import Moment
 from ._boxes import rebox, rebox_scales, unbox
@@ -55,7 +54,7 @@ def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple
 
 
 def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
-    """Codes and scales of a moment; `key` (`rounding_key`) where it is rounded stochastically."""
+    """Codes and scales of a moment; `key` (`array_key`) where it is rounded stochastically."""
     rounding = "stochastic" if moment.stochastic else "nearest"
     return quantize(
         x,
@@ -71,11 +70,6 @@ def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -
 def decode(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
     """The float32 moment that `encode` stored."""
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
-
-
-def rounding_key(path: str, count: Array) -> Array:
-    """The key of a parameter's stochastic rounding at a step: no two share theirs, and no state holds one."""
-    return mix(jnp.uint32(zlib.crc32(path.encode())) + mix(count.astype(jnp.uint32)))
 
 
 def bits_of(stored: Any, shape: tuple[int, ...]) -> int | str:

@@ -151,7 +151,8 @@ def fused_update(
     Under `jit`, donate `state` and `params`.
 
     Args:
-        tx: an `*8bit` optimizer of this library, or `fse.chain(..., one of them)`.
+        tx: an `*8bit` optimizer of this library, `fse.stochastic_round_updates` of any optimizer, or `fse.chain(...,
+            one of them)`.
         grads: the gradients, a tree like `params`.
         state: from `tx.init(params)`.
         params: the parameters.

@@ -15,6 +15,7 @@ Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.
 float32 values; `linear` is that paper's ablation; `root` is ours.
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -188,9 +189,19 @@ def mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+def array_key(path: str, count: Array) -> Array:
+    """The key of one array at one step, uint32: the CRC-32 of its path and the step's number."""
+    return mix(jnp.uint32(zlib.crc32(path.encode())) + mix(count.astype(jnp.uint32)))
+
+
+def hashed_bits(index: Array, key: Array) -> Array:
+    """Random uint32 from a uint32 counter and key, the same on every device and mesh."""
+    return mix(index * (key | np.uint32(1)) + key)
+
+
 def hashed_uniform(index: Array, key: Array) -> Array:
-    """Uniform float32 of [0, 1) from a uint32 counter and key, the same on every device and mesh."""
-    return (mix(index * (key | np.uint32(1)) + key) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+    """Uniform float32 of [0, 1) from the top 24 of `hashed_bits`."""
+    return (hashed_bits(index, key) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def table(codec: str, signed: bool) -> np.ndarray:
