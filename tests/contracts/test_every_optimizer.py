@@ -745,7 +745,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
     with pytest.raises(ValueError, match="The gradients have 3 leaves, the parameters 3 and the optimizer state 1"):
         tx.update(params, tx.init({"kernel": params["kernel"]}), params)
     other = build(case, state_format=fse.StateFormat(block_size=64, min_size=0))
-    with pytest.raises(ValueError, match="'kernel' has u?int8 codes and scales of shape"):
+    with pytest.raises(ValueError, match=r"'kernel' has u?int8 codes and scales of shape"):
         tx.update(params, other.init(params), params)
 
 

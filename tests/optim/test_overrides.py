@@ -1,0 +1,185 @@
+"""Hyper-parameters that a rule sets for its parameters, and that the rule holds whatever happens to the parameters."""
+
+import copy
+import io
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import flax_stable_embed as fse
+from tests.tools import SMALL, assert_nearly, assert_same_bits, gradients, is_codes, jitted, jitted_fused, parameters
+
+EVERY = {
+    "adamw8bit": (fse.adamw8bit, {"b1": 0.5, "b2": 0.9, "eps": 1e-2, "weight_decay": 0.3}),
+    "adam8bit": (fse.adam8bit, {"b1": 0.5, "b2": 0.9, "eps": 1e-2}),
+    "lamb8bit": (fse.lamb8bit, {"b1": 0.5, "b2": 0.9, "eps": 1e-2, "weight_decay": 0.3}),
+    "lion8bit": (fse.lion8bit, {"b1": 0.5, "b2": 0.9, "weight_decay": 0.3}),
+    "ademamix8bit": (fse.ademamix8bit, {"b1": 0.5, "b2": 0.9, "eps": 1e-2, "weight_decay": 0.3}),
+    "adagrad8bit": (fse.adagrad8bit, {"eps": 1e-2}),
+    "rmsprop8bit": (fse.rmsprop8bit, {"b2": 0.5, "eps": 1e-2}),
+    "sgd8bit": (lambda lr, **hyper: fse.sgd8bit(lr, 0.9, **hyper), {"b1": 0.5}),
+    "lars8bit": (fse.lars8bit, {"b1": 0.5, "weight_decay": 0.3}),
+}
+THEIR_NAMES = {("rmsprop8bit", "b2"): "decay", ("sgd8bit", "b1"): "momentum", ("lars8bit", "b1"): "momentum"}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
+def test_a_rule_sets_hyperparameters_of_the_parameters_that_it_matches(name, fused):
+    """They then step as with an optimizer that has these for all, and the others as without the rule."""
+    make, overrides = EVERY[name]
+    renamed = {THEIR_NAMES.get((name, key), key): value for key, value in overrides.items()}
+    if name == "sgd8bit":
+        special = fse.sgd8bit(0.005, renamed["momentum"], state_format=SMALL)
+    else:
+        special = make(0.005, **renamed, state_format=SMALL)
+    plain = make(0.01, state_format=SMALL)
+    tx = make(0.01, rules=(("^(kernel|wte)", fse.Rule(lr_scale=0.5, **overrides)),), state_format=SMALL)
+    results = []
+    for one in (tx, special, plain):
+        params, state = parameters(), one.init(parameters())
+        for i in range(2):
+            grads = gradients(i)
+            params, state = jitted_fused(one)(grads, state, params) if fused else jitted(one)(grads, state, params)[:2]
+        results.append(params)
+    found, with_all, without = results
+    for key in ("kernel", "wte"):
+        assert_nearly(found[key], with_all[key])
+        assert not np.allclose(jax.tree.leaves(found[key])[0], jax.tree.leaves(without[key])[0], rtol=0, atol=1e-6)
+    assert_nearly(found["norm"], without["norm"])
+
+
+def test_a_rule_says_more_than_a_mask():
+    rules = (("kernel", fse.Rule(weight_decay=0.5)),)
+    tx = fse.adamw8bit(1.0, weight_decay=0.1, mask=False, rules=rules, state_format=SMALL)
+    zero = jax.tree.map(jnp.zeros_like, parameters())
+    updates, _ = tx.update(zero, tx.init(parameters()), parameters())
+    assert_nearly(updates["kernel"], -0.5 * parameters()["kernel"])
+    assert not np.any(np.asarray(updates["norm"]["scale"]))
+    none = fse.adamw8bit(1.0, weight_decay=0.1, rules=(("kernel", fse.Rule(weight_decay=0.0)),), state_format=SMALL)
+    updates, _ = none.update(zero, none.init(parameters()), parameters())
+    assert not np.any(np.asarray(updates["kernel"]))
+
+
+def test_the_first_rule_that_matches_is_the_only_one():
+    rules = (("kernel", fse.Rule(lr_scale=0.0)), (".*", fse.Rule(32)))
+    tx = fse.adam8bit(1.0, rules=rules, state_format=SMALL)
+    updates, state = jitted(tx)(gradients(), tx.init(parameters()), parameters())[2::-1][:2]
+    assert not np.any(np.asarray(updates["kernel"]))
+    assert is_codes(state[0].mu["kernel"])  # what the first leaves open is for the defaults
+
+
+def test_halves_scale_too():
+    tx = fse.scale_by_adam8bit(rules=(("kernel", fse.Rule(lr_scale=0.25)),), state_format=SMALL)
+    plain = fse.scale_by_adam8bit(state_format=SMALL)
+    updates, _ = jax.jit(tx.update)(gradients(), tx.init(parameters()))
+    expected, _ = jax.jit(plain.update)(gradients(), plain.init(parameters()))
+    assert_nearly(updates, expected | {"kernel": 0.25 * expected["kernel"]})
+
+
+def test_describe_shows_them():
+    rules = (("kernel", fse.Rule(8, lr_scale=0.1, b2=0.99, weight_decay=0.0)), ("wte", fse.Rule(lr_scale=2.0)))
+    report = fse.describe(fse.adamw8bit(1e-3, rules=rules, state_format=SMALL), parameters())
+    found = {row.path: row.overrides for row in report.rows}
+    assert found == {
+        "kernel": "lr_scale=0.1, b2=0.99, weight_decay=0",
+        "norm/scale": "",
+        "wte/embedding": "lr_scale=2",
+    }
+    assert "lr_scale=0.1, b2=0.99, weight_decay=0" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "message"),
+    [
+        (lambda r: fse.lion8bit(1e-3, rules=r), fse.Rule(eps=1e-3), r"sets eps, but lion has no such .*b1, b2, weight"),
+        (lambda r: fse.adam8bit(1e-3, rules=r), fse.Rule(weight_decay=0.1), r"sets weight_decay, but adam has no"),
+        (lambda r: fse.scale_by_adam8bit(rules=r), fse.Rule(weight_decay=0.1), r"sets weight_decay, but adam has no"),
+        (lambda r: fse.sgd8bit(1e-3, rules=r), fse.Rule(b1=0.5), r"sets b1, but sgd has no such"),
+        (lambda r: fse.sgd8bit(1e-3, 0.9, rules=r), fse.Rule(b1=0.5, b2=0.1, eps=1), r"sets b2, eps, but sgd"),
+        (lambda r: fse.rmsprop8bit(1e-3, rules=r), fse.Rule(b1=0.5), r"sets b1, but rmsprop has no such"),
+        (lambda r: fse.lion8bit(1e-3, rules=r), fse.Rule("rowwise"), r"lion has no second moment. Use 'bf16' or 8"),
+    ],
+)
+def test_a_hyperparameter_that_is_not_there_is_refused(make, rule, message):
+    with pytest.raises(ValueError, match=message):
+        make((("kernel", rule),))
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, optax.constant_schedule(0.1), jnp.float32(0.1)], ids=str)
+def test_a_scale_that_is_not_a_number_is_refused(value):
+    with pytest.raises(TypeError, match="`lr_scale` of a Rule must be a number"):
+        fse.Rule(lr_scale=value)
+
+
+# --- what breaks overrides that go by identity or by position, as bitsandbytes' do -----------------------------------
+
+HEAD = (("head", fse.Rule(32, lr_scale=0.5)),)
+
+
+def tree(**leaves):
+    return {name: {"kernel": jnp.full((64, 64), value)} for name, value in leaves.items()}
+
+
+def bits(state):
+    return {name: x["kernel"].dtype for name, x in state[0].mu.items()}
+
+
+def test_two_optimizers_in_one_process_have_rules_of_their_own():
+    first, second = fse.adam8bit(1e-3, rules=HEAD), fse.adam8bit(1e-3)
+    params = tree(body=1.0, head=2.0)
+    first.init(params)
+    assert bits(second.init(params)) == {"body": jnp.int8, "head": jnp.int8}
+    assert bits(first.init(params)) == {"body": jnp.int8, "head": jnp.float32}
+    other = tree(head=1.0, neck=2.0)  # the same positions, other names
+    assert bits(first.init(other)) == {"head": jnp.float32, "neck": jnp.int8}
+
+
+def test_copies_and_restored_checkpoints_keep_the_rule(tmp_path):
+    tx, params = fse.adam8bit(1e-3, rules=HEAD), tree(body=1.0, head=2.0)
+    state = tx.init(params)
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    expected = jitted(tx)(grads, state, params)
+    assert not np.allclose(expected[2]["head"]["kernel"], expected[2]["body"]["kernel"])
+    copied = copy.deepcopy(tx)
+    assert_same_bits(jitted(copied)(grads, copy.deepcopy(state), copy.deepcopy(params)), expected)
+    again = fse.adam8bit(1e-3, rules=HEAD)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", (params, state))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: (params, again.init(params))))
+    assert_same_bits(jitted(again)(grads, restored[1], restored[0]), expected)
+    buffer = io.BytesIO(flax.serialization.to_bytes(state))
+    state = flax.serialization.from_bytes(again.init(params), buffer.getvalue())
+    assert_same_bits(jitted(again)(grads, jax.tree.map(jnp.asarray, state), params), expected)
+
+
+def test_a_tied_weight_is_one_parameter_with_one_rule():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.wte = fse.nnx.Embed(64, 64, rngs=nnx.Rngs(0))
+            self.head = self.wte  # the same variable under a second name
+
+        def __call__(self, ids):
+            return self.head.attend(self.wte(ids))
+
+    model = Tied()
+    optimizer = nnx.Optimizer(model, fse.adam8bit(1e-3), wrt=nnx.Param)
+    for _ in range(2):
+        grads = nnx.grad(lambda model: jnp.mean(model(jnp.arange(8)) ** 2))(model)
+        optimizer.update(model, grads)
+    leaves = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].mu))
+    assert [x.dtype for x in leaves] == [jnp.float32]  # found as an embedding, under whichever name
+
+
+def test_a_rule_holds_where_parameters_move_to_another_top_level():
+    for wrap in (lambda p: p, lambda p: {"params": p}, lambda p: {"model": {"inner": p}}):
+        state = fse.adam8bit(1e-3, rules=HEAD).init(wrap(tree(body=1.0, head=2.0)))
+        dtypes = sorted(str(x.dtype) for x in jax.tree.leaves(state[0].mu))
+        assert dtypes == ["float32", "int8"]

@@ -1,0 +1,85 @@
+"""RMSprop by hand, and every option beside optax."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_stable_embed as fse
+from tests.tools import (
+    ALL_FP32,
+    SMALL,
+    assert_nearly,
+    assert_same_bits,
+    gradients,
+    jitted,
+    jitted_fused,
+    parameters,
+    run,
+)
+
+
+def test_two_steps_by_hand():
+    """Squares 0.1 and 0.1/16: level 127.5 of 255 in the fourth-root domain, to even 128."""
+    tx = fse.scale_by_rmsprop8bit(decay=0.9, eps=0.0, state_format=SMALL)
+    updates, state = jax.jit(tx.update)(jnp.array([1.0, 0.25]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, [0.1**-0.5] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(state.nu, np.array([255, 128], np.uint8))
+    updates, _ = jax.jit(tx.update)(jnp.array([1.0, 1.0]), state)
+    v = np.array([0.9 * 0.1 + 0.1, 0.9 * 0.1 * (128 / 255) ** 4 + 0.1])
+    np.testing.assert_allclose(updates, v**-0.5, rtol=1e-6)
+
+
+OPTIONS = [
+    {"centered": centered, "momentum": momentum, "bias_correction": bias}
+    for centered, momentum, bias in itertools.product((False, True), (None, 0.9), (False, True))
+] + [
+    {"eps_in_sqrt": False, "eps": 1e-3},
+    {"initial_scale": 0.5, "centered": True},
+    {"momentum": 0.9, "nesterov": True, "decay": 0.99},
+]
+
+
+@pytest.mark.parametrize("hyper", OPTIONS, ids=str)
+def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
+    hyper = {"eps": 1e-6} | hyper
+    ours, theirs = fse.rmsprop8bit(1e-2, **hyper, rules=ALL_FP32), optax.rmsprop(1e-2, **hyper)
+    assert_same_bits(run(ours, parameters())[0], run(theirs, parameters())[0])
+    params, grads = parameters(), gradients()
+    in_8bit = fse.rmsprop8bit(1e-2, **hyper, state_format=SMALL)
+    _, state, updates = jitted(in_8bit)(grads, in_8bit.init(params), params)
+    stored = [getattr(state[0], name) for name in ("nu", "mu", "trace")]
+    assert [x is not None for x in stored] == [True, hyper.get("centered", False), hyper.get("momentum") is not None]
+    assert {x["kernel"].dtype.itemsize for x in stored if x is not None} == {1}
+    assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2], rtol=1e-5)
+    fused, fused_state = jitted_fused(in_8bit)(grads, in_8bit.init(params), params)
+    assert_same_bits(fused_state, state)
+    assert_nearly(fused, optax.apply_updates(params, updates))
+
+
+def test_a_centered_variance_is_never_negative_on_8bit_leaves():
+    """A gradient without noise: v = m^2, and the codes of m^2 and v are rounded on their own."""
+    tx = fse.rmsprop8bit(1e-3, centered=True, state_format=SMALL)
+    theirs = optax.rmsprop(1e-3, centered=True)
+    rng = np.random.default_rng(0)
+    grads = {"kernel": jnp.asarray(10 ** rng.uniform(-3, 0, (64, 64)), jnp.float32)}
+    params = {"kernel": jnp.zeros((64, 64))}
+    (new, state), (_, _) = run_constant(tx, grads, params), run_constant(theirs, grads, params)
+    assert state[0].nu["kernel"].dtype == jnp.uint8
+    assert np.isfinite(new["kernel"]).all()
+
+
+def run_constant(tx, grads, params, steps=20):
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state, _ = jitted(tx)(grads, state, params)
+    return params, state
+
+
+def test_with_the_map_of_bitsandbytes_the_second_moment_has_its_signed_code():
+    tx = fse.rmsprop8bit(1e-3, state_format=fse.StateFormat("dynamic", min_size=0))
+    state = tx.init({"kernel": jnp.zeros((64, 64))})[0]
+    assert np.unique(state.nu["kernel"]).tolist() == [127]
