@@ -9,20 +9,30 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import errors, report
+from . import errors, quality_report, report
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
 
 
 def newest() -> dict:
-    """The newest results of a full run."""
+    """The newest results of a full run of `python -m benchmarks`."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    return max(found, key=lambda r: r["environment"]["date"])
+    return max((r for r in found if "shapes" in r), key=lambda r: r["environment"]["date"])
+
+
+def quality() -> str:
+    """The tables and the figure of `python -m benchmarks.quality`, once it has run."""
+    file = RESULTS / "quality.json"
+    if not file.exists():
+        return "No results yet: `python -m benchmarks.quality` makes them."
+    figure = "![Losses by learning rate, and the ladder](benchmarks/results/quality.png)"
+    return f"{quality_report.markdown(json.loads(file.read_text()))}\n\n{figure}"
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("README.md", "quality"): quality,
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
 

@@ -1,0 +1,485 @@
+"""Whether the default codec and rounding are earned: real trainings, from ordinary learning rates up to unstable ones.
+
+    python -m benchmarks.quality                 every run of the grid that is not there yet, then table and plot
+    python -m benchmarks.quality --hours 2       ends after two hours; the same command goes on later
+    python -m benchmarks.quality --seeds 5       more seeds than 3
+    python -m benchmarks.quality --only digits   the runs whose names match a regular expression
+    python -m benchmarks.quality --list          the names of the runs, with a mark at those that are done
+    python -m benchmarks.quality --collect       results/quality.json and .png from what is done; trains nothing
+    python -m benchmarks.quality --table         the Markdown of results/quality.json
+    python -m benchmarks.quality --plot          results/quality.png from results/quality.json
+
+Two tasks. `language`: the model and the text of examples/language_model.py, made small. `digits`: a convolutional
+network on scikit-learn's handwritten digits (extras: examples, test), with noise on every pixel, so that the loss does
+not end near zero, where all is chance; it is quick, and has more seeds to a cell. Seeds fix the first parameters and
+the batches, so that runs of one seed and one learning rate differ in the optimizer's storage alone.
+
+A run is a file of its own in runs/quality/, so the grid may be interrupted at any moment; all cells get their first
+seed before any gets its second, so what is done is balanced. See `quality_report.py` for what counts as unstable.
+
+Scales. Blocks are the library's choice ("default"), or of 256 neighbours of the flattened parameter, which are
+bitsandbytes' blocks, or the whole parameter ("tensor"): one scale for all its elements, the paper's rung without
+blocks. For the last two, parameters are flattened before they reach the optimizer and updates shaped back.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import flax_stable_embed as fse
+
+from . import quality_report, report
+
+ROOT = report.HOME.parent
+RUNS = ROOT / "runs" / "quality"
+SEEDS = 3
+CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.1, 0.1  # as in the example: global norm; decay of matrices; share of the steps
+VALIDATIONS = 5  # over a run, besides the one before the first step
+NUDGE = 1e-6  # relative; a few units in the last place of float32
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """What a run stores its optimizer's state in, and what embeds its tokens; with a rate and a seed it is a run."""
+
+    task: Literal["language", "digits"]
+    codec: Literal["fp32", "root", "dynamic", "linear"]
+    blocks: Literal["default", "256", "tensor"] = "default"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    embedding: Literal["stable", "embed"] = "stable"
+    embedding_bits: Literal[32, 8] = 32
+    nudged: bool = False  # the first parameters differ by NUDGE: how far two runs part that should be one
+
+    @property
+    def name(self) -> str:
+        """Short, and of no other cell: the fields that are not the default."""
+        own = [str(v) for v, default in zip(self[2:6], Cell._field_defaults.values()) if v != default]
+        return "-".join([self.task, self.codec, *own, *["nudged"] * self.nudged])
+
+
+_lm, _digits = functools.partial(Cell, "language"), functools.partial(Cell, "digits")
+_paper = functools.partial(_lm, embedding="embed", embedding_bits=8)  # before the stable embedding all is in 8 bits
+
+# The questions, and the cells that answer them: (label, cell); the first cell of a question is its reference.
+QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
+    "The paper's ladder": (
+        ("fp32, plain embedding", _lm("fp32", embedding="embed")),
+        ("linear, a scale a tensor, plain embedding", _paper("linear", "tensor")),
+        ("dynamic, a scale a tensor, plain embedding", _paper("dynamic", "tensor")),
+        ("dynamic, blocks, plain embedding", _paper("dynamic")),
+        ("dynamic, blocks, stable embedding", _lm("dynamic")),
+        ("root, a scale a tensor, plain embedding", _paper("root", "tensor")),
+        ("root, blocks, plain embedding", _paper("root")),
+        ("root, blocks, stable embedding: the default", _lm("root")),
+        ("fp32, stable embedding", _lm("fp32")),
+    ),
+    "Codecs": (
+        ("fp32", _lm("fp32")),
+        ("fp32, first parameters nudged", _lm("fp32", nudged=True)),
+        ("root", _lm("root")),
+        ("dynamic", _lm("dynamic")),
+        ("linear", _lm("linear")),
+    ),
+    "Rounding": (
+        ("fp32", _lm("fp32")),
+        ("root, nearest", _lm("root")),
+        ("root, stochastic", _lm("root", rounding="stochastic")),
+        ("dynamic, nearest", _lm("dynamic")),
+        ("dynamic, stochastic", _lm("dynamic", rounding="stochastic")),
+    ),
+    "Moments of the embedding": (
+        ("fp32", _lm("fp32")),
+        ("root, embedding in fp32", _lm("root")),
+        ("root, embedding in 8 bits", _lm("root", embedding_bits=8)),
+        ("root, embedding in 8 bits, stochastic", _lm("root", rounding="stochastic", embedding_bits=8)),
+        ("dynamic, embedding in fp32", _lm("dynamic")),
+        ("dynamic, embedding in 8 bits", _lm("dynamic", embedding_bits=8)),
+        ("linear, embedding in fp32", _lm("linear")),
+        ("linear, embedding in 8 bits", _lm("linear", embedding_bits=8)),
+    ),
+    "Blocks": (
+        ("fp32", _lm("fp32")),
+        ("root, default blocks", _lm("root")),
+        ("root, blocks of 256", _lm("root", "256")),
+        ("dynamic, default blocks", _lm("dynamic")),
+        ("dynamic, blocks of 256: bitsandbytes", _lm("dynamic", "256")),
+    ),
+    "Handwritten digits": (
+        ("fp32", _digits("fp32")),
+        ("fp32, first parameters nudged", _digits("fp32", nudged=True)),
+        ("root, nearest", _digits("root")),
+        ("root, stochastic", _digits("root", rounding="stochastic")),
+        ("dynamic, nearest", _digits("dynamic")),
+        ("dynamic, stochastic", _digits("dynamic", rounding="stochastic")),
+        ("linear, nearest", _digits("linear")),
+        ("linear, stochastic", _digits("linear", rounding="stochastic")),
+    ),
+}
+CELLS = tuple(dict.fromkeys(cell for rows in QUESTIONS.values() for _, cell in rows))
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    cell: Cell
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}-rate{self.rate:g}-seed{self.seed}"
+
+
+# --- the tasks -------------------------------------------------------------------------------------------------------
+
+
+GRID = ("rates", "more_seeds")  # of a task's fields, those that say which runs there are
+
+
+@dataclass(frozen=True)
+class Language:
+    """The example's language model and text."""
+
+    steps: int = 300
+    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2, 6.4e-2)  # the second is fp32's best
+    width: int = 128
+    layers: int = 2
+    vocab: int = 2048
+    context: int = 64
+    batch_size: int = 8
+    windows: int = 128  # of the held-out text
+    more_seeds: int = 1  # for each one asked for
+    text: tuple[Path, ...] = ()  # files in place of the standard library's
+    cache: Path = ROOT / "runs"
+
+    @functools.cached_property
+    def corpus(self) -> Any:
+        return _example("corpus").load(self.cache, self.vocab, list(self.text))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a run depends on, besides its cell, rate and seed."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in own.items() if k not in (*GRID, "text", "cache")} | {"text": self.corpus.key}
+
+    def model(self, cell: Cell, seed: int) -> nnx.Module:
+        lm = _example("language_model")
+        return lm.LanguageModel(self.vocab, self.width, self.layers, embedding=cell.embedding, rngs=nnx.Rngs(seed))
+
+    def loss(self, params, graphdef, windows) -> jax.Array:
+        return _example("language_model").loss_of(params, graphdef, windows)
+
+    def batch(self, seed: int, step: int) -> np.ndarray:
+        length = self.context + 1  # a window's last token is only a target
+        return _example("corpus").batch(self.corpus.train, seed, step, batch_size=self.batch_size, length=length)
+
+    def held_out(self) -> np.ndarray:
+        """In groups, which pass one at a time."""
+        text = self.corpus.validation
+        windows = _example("corpus").evenly_spaced(text, windows=self.windows, length=self.context + 1)
+        return windows.reshape(-1, self.batch_size, self.context + 1)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A convolutional network on 1797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), made noisy."""
+
+    steps: int = 300
+    rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2, 1e-1)  # the second is fp32's best
+    width: int = 32
+    batch_size: int = 64
+    held_out_images: int = 597  # so that 1200 are left to learn from
+    noise: float = 0.5  # standard deviation; ink is 1 and paper 0
+    more_seeds: int = 3
+
+    @functools.cached_property
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(images))
+        return (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32), labels[order].astype(np.int32)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in GRID}
+
+    def model(self, cell: Cell, seed: int) -> nnx.Module:
+        return ConvNet(self.width, rngs=nnx.Rngs(seed))
+
+    def loss(self, params, graphdef, batch) -> jax.Array:
+        images, labels = batch
+        logits = nnx.merge(graphdef, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def batch(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = (x[self.held_out_images :] for x in self.data)
+        rng = np.random.default_rng((seed, step))
+        chosen = rng.integers(len(images), size=self.batch_size)
+        return self._noisy(images[chosen], rng), labels[chosen]
+
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = (x[None, : self.held_out_images] for x in self.data)
+        return self._noisy(images, np.random.default_rng(1)), labels
+
+    def _noisy(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return images + np.float32(self.noise) * rng.standard_normal(images.shape, np.float32)
+
+
+class ConvNet(nnx.Module):
+    """Two convolutions, a pooling, two dense layers."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.first = nnx.Conv(1, width, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(width, 2 * width, (3, 3), rngs=rngs)
+        self.dense = nnx.Linear(16 * 2 * width, 4 * width, rngs=rngs)
+        self.head = nnx.Linear(4 * width, 10, rngs=rngs)
+
+    def __call__(self, images):
+        x = jax.nn.relu(self.second(jax.nn.relu(self.first(images))))
+        x = nnx.max_pool(x, (2, 2), (2, 2))
+        return self.head(jax.nn.relu(self.dense(x.reshape(len(x), -1))))
+
+
+def _example(name: str) -> Any:
+    """A module of examples/, which hold scripts: they find one another by their folder."""
+    folder = str(ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
+def tasks() -> dict[str, Any]:
+    """The tasks for this machine: with an accelerator models are wider and train longer."""
+    if jax.default_backend() == "cpu":
+        return {"language": Language(), "digits": Digits()}
+    return {"language": Language(steps=1200, width=256, batch_size=32), "digits": Digits(steps=1200, width=64)}
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def optimizer(cell: Cell, schedule: Callable, params: Any) -> optax.GradientTransformation:
+    """Clipping, then AdamW as the cell stores it."""
+    mask = _example("language_model").decayed(params)
+    options = {"weight_decay": WEIGHT_DECAY, "mask": lambda _: mask}  # the mask of flat parameters is the same
+    if cell.codec == "fp32":
+        adamw = optax.adamw(schedule, **options)
+    else:
+        # Longer than the parameter means one block.
+        size = {"default": None, "256": 256, "tensor": max(p.size for p in jax.tree.leaves(params))}[cell.blocks]
+        form = fse.StateFormat(codec=cell.codec, rounding=cell.rounding, block_size=size)
+        rules = (("embedding$", 8),) if cell.embedding_bits == 8 else ()
+        adamw = fse.adamw8bit(schedule, **options, rules=rules, state_format=form)
+    return optax.chain(optax.clip_by_global_norm(CLIP), adamw if cell.blocks == "default" else flattened(adamw))
+
+
+def flattened(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on parameters without their shape, so that a block may be any run of neighbours."""
+
+    def flat(tree):
+        return jax.tree.map(jnp.ravel, tree)
+
+    def update(grads, state, params):
+        updates, state = tx.update(flat(grads), state, flat(params))
+        return jax.tree.map(lambda u, p: u.reshape(p.shape), updates, params), state
+
+    return optax.GradientTransformation(lambda params: tx.init(flat(params)), update)
+
+
+class Program(NamedTuple):
+    """What runs of one cell share: compiled once, for every rate and seed."""
+
+    init: Callable  # params -> opt_state
+    step: Callable  # params, opt_state, batch, rate -> params, opt_state, loss
+    validate: Callable  # params, held_out -> loss
+
+
+def program(task: Any, cell: Cell) -> Program:
+    """The compiled functions of a cell."""
+    graphdef, params = nnx.split(task.model(cell, 0))
+    shapes = jax.eval_shape(lambda: params)
+    warmup = max(1, round(WARMUP * task.steps))
+    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, task.steps, end_value=0.1)
+
+    def tx(rate):
+        return optimizer(cell, lambda count: rate * unit(count), shapes)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, batch, rate):
+        loss, grads = jax.value_and_grad(task.loss)(params, graphdef, batch)
+        updates, opt_state = tx(rate).update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def validate(params, held_out):
+        return jax.lax.map(lambda batch: task.loss(params, graphdef, batch), held_out).mean()
+
+    return Program(jax.jit(tx(1.0).init), step, validate)
+
+
+def train(task: Any, run: Run, compiled: Program, held_out: Any) -> dict[str, Any]:
+    """The losses of one run: of every batch, and at a few points on the held-out data. The first NaN there ends it."""
+    _, params = nnx.split(task.model(run.cell, run.seed))
+    if run.cell.nudged:
+        params = jax.tree.map(lambda p: p * (1 + NUDGE), params)
+    opt_state = compiled.init(params)
+    losses, validation = [], [[0, float(compiled.validate(params, held_out))]]
+    every = math.ceil(task.steps / VALIDATIONS)
+    for step in range(1, task.steps + 1):
+        params, opt_state, loss = compiled.step(params, opt_state, task.batch(run.seed, step), run.rate)
+        losses.append(loss)
+        if step % every == 0 or step == task.steps:
+            validation.append([step, float(compiled.validate(params, held_out))])
+            if not math.isfinite(validation[-1][1]):
+                break
+    return {"losses": [_number(x) for x in losses], "validation": [[s, _number(x)] for s, x in validation]}
+
+
+def _number(x: Any) -> float | None:
+    """A loss as JSON has it: six digits; None where it is not finite."""
+    return float(f"{float(x):.6g}") if math.isfinite(x) else None
+
+
+# --- the grid's runs -------------------------------------------------------------------------------------------------
+
+
+def settings_of(task: Any, run: Run) -> dict[str, Any]:
+    """Everything that a run's result depends on."""
+    return {**run.cell._asdict(), "rate": run.rate, "seed": run.seed, "sizes": task.settings}
+
+
+def grid(field: dict[str, Any], seeds: int, only: str = "") -> list[Run]:
+    """The runs in the order in which they are done: all cells with the first seed, then all with the second."""
+    runs = []
+    for turn in range(seeds):
+        for cell in CELLS:
+            task = field[cell.task]
+            own = range(turn * task.more_seeds, (turn + 1) * task.more_seeds)
+            runs += [Run(cell, rate, seed) for rate in task.rates for seed in own]
+    return [run for run in runs if re.search(only, run.name)]
+
+
+def finished(folder: Path, task: Any, run: Run) -> dict[str, Any] | None:
+    """The record of a run with these very settings, if there is one."""
+    path = folder / f"{run.name}.json"
+    record = json.loads(path.read_text()) if path.exists() else None
+    return record if record and record["settings"] == settings_of(task, run) else None
+
+
+def train_all(runs: list[Run], field: dict[str, Any], folder: Path, hours: float) -> None:
+    """Trains those of `runs` that are not finished, until the time is over; says how long the rest will take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    left = [run for run in runs if finished(folder, field[run.cell.task], run) is None]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them done", flush=True)
+    programs, held_out = {}, {name: task.held_out() for name, task in field.items()}
+    began, seconds = time.monotonic(), {name: [] for name in field}
+    for i, run in enumerate(left):
+        start, task = time.monotonic(), field[run.cell.task]
+        if start - began > 3600 * hours:
+            return print(f"{hours:g} hours are over; {len(left) - i} runs are left", flush=True)
+        if run.cell not in programs:
+            programs[run.cell] = program(task, run.cell)
+        record = {"settings": settings_of(task, run), **train(task, run, programs[run.cell], held_out[run.cell.task])}
+        record["seconds"] = round(time.monotonic() - start, 2)
+        seconds[run.cell.task].append(record["seconds"])
+        unfinished = folder / f"{run.name}.tmp"
+        unfinished.write_text(json.dumps(record) + "\n")
+        unfinished.replace(folder / f"{run.name}.json")
+        minutes = _seconds_left([r.cell.task for r in left[i + 1 :]], seconds) / 60
+        judged = quality_report.unstable(record["losses"], record["validation"]) or "stable"
+        last = record["validation"][-1][1]
+        print(
+            f"{i + 1}/{len(left)} {run.name}: {last} ({judged}), {record['seconds']:.0f} s; {minutes:.0f} minutes left",
+            flush=True,
+        )
+
+
+def _seconds_left(names: list[str], seconds: dict[str, list[float]]) -> float:
+    """By the mean of each task's runs so far; a task that has not run yet counts as the slowest that has."""
+    means = {name: sum(s) / len(s) for name, s in seconds.items() if s}
+    return sum(means.get(name, max(means.values())) for name in names)
+
+
+def collect(runs: list[Run], field: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
+    """The finished ones of `runs` as one record for programs: without the losses of single batches."""
+    rows = []
+    for run in runs:
+        record = finished(folder, field[run.cell.task], run)
+        if record is None:
+            continue
+        losses, validation = record["losses"], record["validation"]
+        row = {**run.cell._asdict(), "cell": run.cell.name, "rate": run.rate, "seed": run.seed}
+        row |= {"validation": validation, "unstable": quality_report.unstable(losses, validation)}
+        row |= {"highest_loss": max((x for x in losses if x is not None), default=None), "seconds": record["seconds"]}
+        rows.append(row)
+    return {
+        "environment": report.environment(command),
+        "planned": len(runs),
+        "tasks": {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()},
+        "questions": {title: [[label, cell.name] for label, cell in rows] for title, rows in QUESTIONS.items()},
+        "runs": rows,
+    }
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
+    """Trains, collects and reports. `field` has the tasks by name; by default those for this machine."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__, formatter_class=form)
+    option = parser.add_argument
+    option("--hours", type=float, default=math.inf, help="begin no run after so many")
+    option("--seeds", type=int, default=SEEDS)
+    option("--only", default="", metavar="PATTERN", help="train only runs whose names match")
+    option("--list", action="store_true")
+    option("--collect", action="store_true")
+    option("--table", action="store_true")
+    option("--plot", action="store_true")
+    option("--runs", type=Path, default=RUNS, metavar="DIR")
+    option("--results", type=Path, default=report.HOME / "results", metavar="DIR")
+    args = parser.parse_args(arguments)
+    file = args.results / "quality.json"
+    if not (args.table or args.plot):
+        field = field or tasks()
+        runs = grid(field, args.seeds, args.only)
+        if args.list:
+            for run in runs:
+                print("x" if finished(args.runs, field[run.cell.task], run) else " ", run.name)
+            return
+        if not args.collect:
+            train_all(runs, field, args.runs, args.hours)
+        command = shlex.join(["python", "-m", "benchmarks.quality", "--seeds", str(args.seeds)])
+        results = collect(grid(field, args.seeds), field, args.runs, command)
+        report.save(results, file)
+        print(f"{len(results['runs'])} of {results['planned']} runs collected")
+    results = json.loads(file.read_text())
+    if not args.plot:
+        print(quality_report.markdown(results))
+    if not args.table:
+        quality_report.plot(results, args.results / "quality.png")
+        print(f"plotted: {args.results / 'quality.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

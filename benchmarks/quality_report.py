@@ -1,0 +1,283 @@
+"""What the trainings of `quality.py` say: which of them were unstable, one table for each question, one figure.
+
+Unstable is a run that diverges, whatever comes of it. One of these has happened:
+
+- *not finite*: a training or validation loss is NaN or infinite;
+- *exploded*: a training loss exceeds EXPLODED times the first one, that of a model that knows nothing;
+- *fell back*: the last validation loss gives back more than FELL_BACK of the most that the run had gained on the loss
+  before its first step.
+
+So a run that merely learns little, at a rate too high or too low, is stable: its loss says so.
+"""
+
+import math
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+EXPLODED, FELL_BACK = 1.5, 0.2
+
+
+def unstable(losses: list[float | None], validation: list[list]) -> str:
+    """Why a run counts as unstable, by its training losses and its validation losses (step, loss); "" if it does not.
+
+    >>> unstable([8.3, 6.1, 5.0], [[0, 8.3], [3, 5.0]]), unstable([8.3, None], [[0, 8.3]])
+    ('', 'not finite')
+    """
+    held_out = [loss for _, loss in validation]
+    if None in losses or None in held_out or not all(map(math.isfinite, [*losses, *held_out])):
+        return "not finite"
+    if max(losses) > EXPLODED * losses[0]:
+        return "exploded"
+    lowest = min(held_out)
+    return "fell back" if held_out[-1] - lowest > FELL_BACK * (held_out[0] - lowest) else ""
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def final(run: dict[str, Any]) -> float:
+    """The last validation loss; infinite where it is not a number."""
+    loss = run["validation"][-1][1]
+    return math.inf if loss is None else loss
+
+
+def of_cell(results: dict[str, Any], cell: str, rate: float | None = None) -> list[dict[str, Any]]:
+    """The runs of a cell, of one rate or of all."""
+    return [run for run in results["runs"] if run["cell"] == cell and rate in (None, run["rate"])]
+
+
+def differences(results: dict[str, Any], cell: str, reference: str, rate: float | None = None) -> list[float]:
+    """Relative differences of the last validation loss from the run of the reference with the same rate and seed.
+
+    Only pairs that are both stable.
+    """
+    other = {(run["rate"], run["seed"]): run for run in of_cell(results, reference, rate) if not run["unstable"]}
+    runs = [run for run in of_cell(results, cell, rate) if not run["unstable"]]
+    pairs = [(run, other[run["rate"], run["seed"]]) for run in runs if (run["rate"], run["seed"]) in other]
+    return [final(run) / final(base) - 1 for run, base in pairs]
+
+
+def _rates(results: dict[str, Any], cell: str) -> list[float]:
+    return results["tasks"][cell.split("-")[0]]["rates"]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table for each question, with a line for each of its cells."""
+    env, done = results["environment"], len(results["runs"])
+    seeds = {name: len({run["seed"] for run in results["runs"] if run["task"] == name}) for name in results["tasks"]}
+    counted = f"{done} runs" if done == results["planned"] else f"{done} of {results['planned']} runs"
+    parts = [
+        f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}, {env['device']}; "
+        f"`{env['command']}`, {env['date']}.",
+        "By learning rate: the last validation loss, median over seeds, and how many of the runs were unstable where "
+        f"some were: a loss not finite, or above {EXPLODED:g} times the first, or more than {FELL_BACK:.0%} of what "
+        "was gained lost again by the end. `against` compares stable runs with the first line's of the same rate and "
+        "seed: the mean difference and its standard error.",
+    ]
+    for title, rows in results["questions"].items():
+        if any(of_cell(results, cell) for _, cell in rows):
+            parts.append(_question(results, title, rows))
+    return "\n\n".join(parts)
+
+
+def _sizes(results: dict[str, Any], seeds: dict[str, int]) -> str:
+    language, digits = results["tasks"]["language"], results["tasks"]["digits"]
+    return (
+        f"language model: width {language['width']}, {language['layers']} layers, vocabulary {language['vocab']}, "
+        f"{language['steps']} steps, {seeds['language']} seeds; "
+        f"digits: {digits['steps']} steps, {seeds['digits']} seeds"
+    )
+
+
+def _question(results: dict[str, Any], title: str, rows: list[list[str]]) -> str:
+    rates, reference = _rates(results, rows[0][1]), rows[0]
+    lines = [
+        [title, *(f"{rate:g}" for rate in rates), "unstable", f"against {reference[0]}"],
+        ["---", *["--:"] * (len(rates) + 2)],
+    ]
+    for label, cell in rows:
+        runs = of_cell(results, cell)
+        by_rate = (_at_rate(of_cell(results, cell, rate)) for rate in rates)
+        compared = "" if cell == reference[1] else _spread(differences(results, cell, reference[1]))
+        lines.append([label, *by_rate, _share(runs), compared])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _at_rate(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    loss, count = median(map(final, runs)), sum(bool(run["unstable"]) for run in runs)
+    text = "not finite" if math.isinf(loss) else f"{loss:.0f}" if loss >= 100 else f"{loss:.4f}"
+    return f"{text} ({count}/{len(runs)})" if count else text
+
+
+def _share(runs: list[dict[str, Any]]) -> str:
+    return f"{unstable_share(runs):.0%}" if runs else ""
+
+
+def unstable_share(runs: list[dict[str, Any]]) -> float:
+    """How many of these runs were unstable."""
+    return mean(bool(run["unstable"]) for run in runs)
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return "" if not values else f"{values[0]:+.2%}"
+    return f"{mean(values):+.2%} ± {stdev(values) / math.sqrt(len(values)):.2%}"
+
+
+# --- the figure ------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, which can be told apart with any kind of colour vision; markers say it again.
+STYLES = {
+    "fp32": ("#000000", "o", "-"),
+    "root": ("#0072B2", "s", "-"),
+    "dynamic": ("#D55E00", "^", "-"),
+    "linear": ("#CC79A7", "D", "-"),
+    "root, stochastic": ("#56B4E9", "s", "--"),
+    "dynamic, stochastic": ("#E69F00", "^", "--"),
+    "linear, stochastic": ("#999999", "D", "--"),
+}
+SHADES = ("#9ecae1", "#4292c6", "#08519c", "#041f4a")  # learning rates, from low to high
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Loss by learning rate and the difference from fp32 for both tasks, and the ladder between them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.15, 1))
+    shown = ("fp32", "root", "dynamic", "linear")
+    axes = [figure.add_subplot(grid[i, j]) for i in range(3) for j in range(2)]
+    _losses(axes[0], results, "language", shown, "Language model, stable embedding: validation loss, nats a token")
+    _differences(axes[1], results, "language", "Language model: difference from fp32 of the same seed")
+    _ladder(axes[2], axes[3], results)
+    _losses(axes[4], results, "digits", shown, "Handwritten digits: validation loss, nats")
+    _differences(axes[5], results, "digits", "Handwritten digits: difference from fp32 of the same seed")
+    for a in axes:
+        a.grid(color="0.9", linewidth=0.6)
+        a.set_axisbelow(True)
+        a.spines[["top", "right"]].set_visible(False)
+        a.title.set(fontsize=10.5, fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def _offset(rate: float, i: int, n: int) -> float:
+    """Side by side on the logarithmic axis, so that error bars do not hide one another."""
+    return rate * 1.06 ** (i - (n - 1) / 2)
+
+
+def _losses(axes, results, task: str, labels, title: str) -> None:
+    """Median over seeds, with the lowest and the highest; a run far above the rest leaves at the top, as an arrow."""
+    rates = results["tasks"][task]["rates"]
+    cells = {label: f"{task}-{label}" for label in labels}
+    first = [run["validation"][0][1] for run in results["runs"] if run["task"] == task]
+    if not first:
+        return
+    top = 1.05 * max(first)
+    for i, (label, cell) in enumerate(cells.items()):
+        colour, marker, line = STYLES[label]
+        points = [(r, [final(run) for run in of_cell(results, cell, r)]) for r in rates]
+        points = [(_offset(r, i, len(cells)), losses) for r, losses in points if losses]
+        if not points:
+            continue
+        x, groups = zip(*points)
+        middle = [min(median(g), top) for g in groups]
+        low = [m - min(min(g), top) for m, g in zip(middle, groups)]
+        high = [min(max(g), top) - m for m, g in zip(middle, groups)]
+        axes.errorbar(
+            x, middle, (low, high), color=colour, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
+            linewidth=1.3,
+        )  # fmt: skip
+        gone = [a for a, g in zip(x, groups) if median(g) > top]
+        axes.plot(gone, [top] * len(gone), color=colour, marker="^", markersize=9, linestyle="", clip_on=False)
+    axes.axhline(median(first), color="0.6", linewidth=1, linestyle=":")
+    axes.annotate("before the first step", (0.01, median(first)), xycoords=("axes fraction", "data"), color="0.4",
+                  fontsize=8, va="bottom")  # fmt: skip
+    _rate_axis(axes, rates)
+    axes.set_title(title, loc="left")
+    _legend(axes)
+
+
+def _differences(axes, results, task: str, title: str) -> None:
+    """Mean over seeds, with the lowest and the highest; the grey band is what a nudge of the first parameters does."""
+    rates = results["tasks"][task]["rates"]
+    reference = f"{task}-fp32"
+    nudged = [differences(results, f"{reference}-nudged", reference, rate) for rate in rates]
+    band = [(r, 100 * min(v), 100 * max(v)) for r, v in zip(rates, nudged) if v]
+    if band:
+        axes.fill_between(*zip(*band), color="0.85", label="fp32 from nudged parameters")
+    axes.axhline(0, color="black", linewidth=1)
+    labels = [label for label in STYLES if label.split(",")[0] not in ("fp32", "linear")]
+    for i, label in enumerate(labels):
+        colour, marker, line = STYLES[label]
+        cell = f"{task}-{label.replace(', ', '-')}"
+        points = [(_offset(r, i, len(labels)), differences(results, cell, reference, r)) for r in rates]
+        points = [(x, [100 * v for v in values]) for x, values in points if values]
+        if points:
+            x, groups = zip(*points)
+            y = [mean(g) for g in groups]
+            spread = [m - min(g) for m, g in zip(y, groups)], [max(g) - m for m, g in zip(y, groups)]
+            axes.errorbar(
+                x, y, spread, color=colour, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
+                linewidth=1.2,
+            )  # fmt: skip
+    _rate_axis(axes, rates)
+    axes.set_ylabel("%")
+    axes.set_title(title, loc="left")
+    _legend(axes)
+
+
+def _legend(axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, ncols=2)
+
+
+def _rate_axis(axes, rates: list[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(rates[0] / 1.4, rates[-1] * 1.4)
+    axes.set_xlabel("learning rate")
+
+
+def _ladder(share, losses, results) -> None:
+    """A line for each rung: how many runs were unstable, and the loss of every single one."""
+    from matplotlib.lines import Line2D
+
+    title, rows = next(iter(results["questions"].items()))
+    rows = [(label, cell) for label, cell in rows if of_cell(results, cell)]
+    if not rows:
+        return
+    rates = _rates(results, rows[0][1])
+    for y, (label, cell) in enumerate(rows):
+        runs = of_cell(results, cell)
+        value = 100 * unstable_share(runs)
+        colour = STYLES[label.split(",")[0]][0]
+        share.barh(y, value, color=colour, height=0.6)
+        share.annotate(f"{value:.0f}%", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        for i, rate in enumerate(rates):
+            shade, height = SHADES[i % len(SHADES)], y + 0.16 * (i - (len(rates) - 1) / 2)
+            numbers = [final(run) for run in of_cell(results, cell, rate)]
+            finite = [x for x in numbers if math.isfinite(x)]
+            losses.plot(finite, [height] * len(finite), "o", color=shade, markersize=5, alpha=0.85)
+            if len(finite) < len(numbers):  # at the edge, outside all numbers
+                losses.plot([0.985], [height], "x", color=shade, transform=losses.get_yaxis_transform())
+    labels = [label.replace(", plain", ",\nplain").replace(", stable", ",\nstable") for label, _ in rows]
+    share.set_yticks(range(len(rows)), labels, fontsize=9)
+    losses.set_yticks(range(len(rows)), [])
+    for axes in (share, losses):
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+    share.set_xlim(0, 112)
+    share.set_xticks(range(0, 101, 25))
+    share.set_xlabel("unstable runs, % of all learning rates and seeds")
+    share.set_title(f"{title}: language model", loc="left")
+    losses.set_xscale("log")
+    losses.set_xlabel("last validation loss of every run, nats a token (x: not finite)")
+    losses.set_title("From low to high learning rates", loc="left")
+    handles = [Line2D([], [], color=s, marker="o", linestyle="", label=f"{r:g}") for s, r in zip(SHADES, rates)]
+    losses.legend(handles=handles, frameon=False, fontsize=9, title="learning rate", title_fontsize=9)
