@@ -142,6 +142,7 @@ STYLES = {
     "dynamic, stochastic": ("#E69F00", "^", "--"),
     "linear, stochastic": ("#999999", "D", "--"),
 }
+TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold"}
 SHADES = ("#9ecae1", "#4292c6", "#08519c", "#041f4a")  # learning rates, from low to high
 
 
@@ -149,26 +150,25 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Loss by learning rate and the difference from fp32 for both tasks, and the ladder between them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 12), layout="constrained")
+    figure = Figure(figsize=(11, 13), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.15, 1))
     shown = ("fp32", "root", "dynamic", "linear")
     axes = [figure.add_subplot(grid[i, j]) for i in range(3) for j in range(2)]
-    _losses(axes[0], results, "language", shown, "Language model, stable embedding: validation loss, nats a token")
-    _differences(axes[1], results, "language", "Language model: difference from fp32 of the same seed")
+    _losses(axes[0], results, "language", shown, "Language model, stable embedding")
+    _differences(axes[1], results, "language", "Language model: difference from fp32")
     _ladder(axes[2], axes[3], results)
-    _losses(axes[4], results, "digits", shown, "Handwritten digits: validation loss, nats")
-    _differences(axes[5], results, "digits", "Handwritten digits: difference from fp32 of the same seed")
+    _losses(axes[4], results, "digits", shown, "Handwritten digits")
+    _differences(axes[5], results, "digits", "Handwritten digits: difference from fp32")
     for a in axes:
         a.grid(color="0.9", linewidth=0.6)
         a.set_axisbelow(True)
         a.spines[["top", "right"]].set_visible(False)
-        a.title.set(fontsize=10.5, fontweight="bold")
     figure.savefig(path, dpi=130)
 
 
 def _offset(rate: float, i: int, n: int) -> float:
     """Side by side on the logarithmic axis, so that error bars do not hide one another."""
-    return rate * 1.06 ** (i - (n - 1) / 2)
+    return rate * 1.1 ** (i - (n - 1) / 2)
 
 
 def _losses(axes, results, task: str, labels, title: str) -> None:
@@ -194,13 +194,15 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
             linewidth=1.3,
         )  # fmt: skip
         gone = [a for a, g in zip(x, groups) if median(g) > top]
-        axes.plot(gone, [top] * len(gone), color=colour, marker="^", markersize=9, linestyle="", clip_on=False)
+        if gone:  # no clipping, and so no empty line: the layout would make room for it
+            axes.plot(gone, [top] * len(gone), color=colour, marker="^", markersize=9, linestyle="", clip_on=False)
     axes.axhline(median(first), color="0.6", linewidth=1, linestyle=":")
-    axes.annotate("before the first step", (0.01, median(first)), xycoords=("axes fraction", "data"), color="0.4",
-                  fontsize=8, va="bottom")  # fmt: skip
+    axes.annotate("before the first step ", (1, median(first)), xycoords=("axes fraction", "data"), color="0.4",
+                  fontsize=8, ha="right", va="top")  # fmt: skip
     _rate_axis(axes, rates)
-    axes.set_title(title, loc="left")
-    _legend(axes)
+    axes.set_ylabel("validation loss, nats")
+    axes.set_title(title, **TITLE)
+    _legend(axes, 4)
 
 
 def _differences(axes, results, task: str, title: str) -> None:
@@ -227,14 +229,16 @@ def _differences(axes, results, task: str, title: str) -> None:
                 linewidth=1.2,
             )  # fmt: skip
     _rate_axis(axes, rates)
-    axes.set_ylabel("%")
-    axes.set_title(title, loc="left")
-    _legend(axes)
+    axes.set_ylabel("validation loss, % from the\nfp32 run of the same seed")
+    axes.set_title(title, **TITLE)
+    _legend(axes, 3)
 
 
-def _legend(axes) -> None:
+def _legend(axes, ncols: int) -> None:
+    """Under the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, ncols=2)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "columnspacing": 1}
+        axes.legend(frameon=False, fontsize=9, ncols=ncols, **place)
 
 
 def _rate_axis(axes, rates: list[float]) -> None:
@@ -254,6 +258,7 @@ def _ladder(share, losses, results) -> None:
     if not rows:
         return
     rates = _rates(results, rows[0][1])
+    top = 1.05 * median(run["validation"][0][1] for run in results["runs"] if run["task"] == "language")
     for y, (label, cell) in enumerate(rows):
         runs = of_cell(results, cell)
         value = 100 * unstable_share(runs)
@@ -262,11 +267,11 @@ def _ladder(share, losses, results) -> None:
         share.annotate(f"{value:.0f}%", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
         for i, rate in enumerate(rates):
             shade, height = SHADES[i % len(SHADES)], y + 0.16 * (i - (len(rates) - 1) / 2)
-            numbers = [final(run) for run in of_cell(results, cell, rate)]
-            finite = [x for x in numbers if math.isfinite(x)]
-            losses.plot(finite, [height] * len(finite), "o", color=shade, markersize=5, alpha=0.85)
-            if len(finite) < len(numbers):  # at the edge, outside all numbers
-                losses.plot([0.985], [height], "x", color=shade, transform=losses.get_yaxis_transform())
+            shown = [final(run) for run in of_cell(results, cell, rate)]
+            inside = [x for x in shown if x <= top]
+            losses.plot(inside, [height] * len(inside), "o", color=shade, markersize=5, alpha=0.85)
+            if len(inside) < len(shown):
+                losses.plot([top], [height], ">", color=shade, markersize=7, clip_on=False)
     labels = [label.replace(", plain", ",\nplain").replace(", stable", ",\nstable") for label, _ in rows]
     share.set_yticks(range(len(rows)), labels, fontsize=9)
     losses.set_yticks(range(len(rows)), [])
@@ -275,9 +280,12 @@ def _ladder(share, losses, results) -> None:
     share.set_xlim(0, 112)
     share.set_xticks(range(0, 101, 25))
     share.set_xlabel("unstable runs, % of all learning rates and seeds")
-    share.set_title(f"{title}: language model", loc="left")
-    losses.set_xscale("log")
-    losses.set_xlabel("last validation loss of every run, nats a token (x: not finite)")
-    losses.set_title("From low to high learning rates", loc="left")
+    share.set_title(f"{title}: language model", **TITLE)
+    losses.set_xlim(right=top)
+    losses.set_xlabel(f"validation loss of every run, nats (arrow: above {top:.1f}, or not finite)")
+    losses.set_title("Its losses", **TITLE)
     handles = [Line2D([], [], color=s, marker="o", linestyle="", label=f"{r:g}") for s, r in zip(SHADES, rates)]
-    losses.legend(handles=handles, frameon=False, fontsize=9, title="learning rate", title_fontsize=9)
+    losses.legend(
+        handles=handles, fontsize=9, title="learning rate", title_fontsize=9, frameon=False, ncols=len(rates),
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), columnspacing=1, handletextpad=0.2,
+    )  # fmt: skip
