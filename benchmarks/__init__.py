@@ -1,1 +1,1 @@
-"""What the 8-bit optimizers cost on this machine, beside fp32 and beside other libraries: `python -m benchmarks`."""
+"""What the 8-bit optimizers cost on this machine, `python -m benchmarks`, and how they train, `.quality`."""
