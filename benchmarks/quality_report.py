@@ -76,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
         "By learning rate: the last validation loss, median over seeds, and how many of the runs were unstable where "
         f"some were: a loss not finite, or above {EXPLODED:g} times the first, or more than {FELL_BACK:.0%} of what "
         "was gained lost again by the end. `against` compares stable runs with the first line's of the same rate and "
-        "seed: the mean difference and its standard error.",
+        "seed, at its best rate and at all: the mean difference and its standard error.",
     ]
     for title, rows in results["questions"].items():
         if any(of_cell(results, cell) for _, cell in rows):
@@ -94,16 +94,14 @@ def _sizes(results: dict[str, Any], seeds: dict[str, int]) -> str:
 
 
 def _question(results: dict[str, Any], title: str, rows: list[list[str]]) -> str:
-    rates, reference = _rates(results, rows[0][1]), rows[0]
-    lines = [
-        [title, *(f"{rate:g}" for rate in rates), "unstable", f"against {reference[0]}"],
-        ["---", *["--:"] * (len(rates) + 2)],
-    ]
+    rates, (against, reference) = _rates(results, rows[0][1]), rows[0]
+    best = min(rates, key=lambda rate: median([*map(final, of_cell(results, reference, rate))] or [math.inf]))
+    compared = [f"against {against} at {best:g}", "at all"]
+    lines = [[title, *(f"{rate:g}" for rate in rates), "unstable", *compared], ["---", *["--:"] * (len(rates) + 3)]]
     for label, cell in rows:
-        runs = of_cell(results, cell)
-        by_rate = (_at_rate(of_cell(results, cell, rate)) for rate in rates)
-        compared = "" if cell == reference[1] else _spread(differences(results, cell, reference[1]))
-        lines.append([label, *by_rate, _share(runs), compared])
+        by_rate = [_at_rate(of_cell(results, cell, rate)) for rate in rates]
+        pairs = ([] if cell == reference else differences(results, cell, reference, rate) for rate in (best, None))
+        lines.append([label, *by_rate, _share(of_cell(results, cell)), *map(_spread, pairs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -71,7 +71,7 @@ def test_table_and_plot_render_what_is_there(two_cells, capsys):
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
     quality.main([*options, "--table"])
     table = capsys.readouterr().out
-    assert "5 of " in table and "| Codecs | 0.01 | unstable | against fp32 |" in table
+    assert "5 of " in table and "| Codecs | 0.01 | unstable | against fp32 at 0.01 | at all |" in table
     assert not re.search("nan|inf|None", table)
 
 
@@ -132,9 +132,9 @@ def test_table_by_hand():
         }
     )
     *_, fp32, root = quality_report.markdown(results).splitlines()
-    assert fp32 == "| fp32 | 5.0000 | 5.0000 (1/3) | 17% |  |"
+    assert fp32 == "| fp32 | 5.0000 | 5.0000 (1/3) | 17% |  |  |"
     # +1%, -1% and 0%: mean 0, standard deviation 1%, standard error 1% / sqrt(3)
-    assert root == "| root | 4.9500 | not finite (3/3) | 50% | +0.00% ± 0.58% |"
+    assert root == "| root | 4.9500 | not finite (3/3) | 50% | +0.00% ± 0.58% | +0.00% ± 0.58% |"
     assert quality_report.differences(results, "language-root", "language-fp32", 1e-1) == []
 
 
