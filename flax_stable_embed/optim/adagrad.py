@@ -8,7 +8,6 @@ Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a). Storage: Dettmer
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -18,6 +17,7 @@ from ._engine import Engine
 from ._method import Method, MomentName
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
+from .adam import inverse_root
 
 
 class ScaleByAdagrad8bitState(NamedTuple):
@@ -29,12 +29,12 @@ class ScaleByAdagrad8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
-def adagrad(g, s, *, eps, eps_in_sqrt, square):
+def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
     """The rule, operation by operation as optax writes it, or with eps outside of the square root."""
-    s = square(g) + s
+    s = square(g) + (jnp.maximum(s, 0.0) if rounded else s)
     if not eps_in_sqrt:
         return g / (jnp.sqrt(s) + eps), (s,)
-    return jnp.where(s > 0, jax.lax.rsqrt(s + eps), 0.0) * g, (s,)
+    return jnp.where(s > 0, inverse_root(s + eps, rounded), 0.0) * g, (s,)
 
 
 def engine(initial_accumulator_value, eps, eps_in_sqrt, *options) -> Engine:

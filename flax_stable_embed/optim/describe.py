@@ -15,7 +15,8 @@ class StateReport:
     """What `describe` found; prints as a table.
 
     Attributes:
-        rows: one `(path, shape, bits, block, reason, implementation, bytes)` for every parameter of an 8-bit transform.
+        rows: one `(path, shape, bits, block, reason, implementation, bytes, overrides)` for every parameter of an 8-bit
+            transform; `overrides` are the hyper-parameters that a rule sets.
         other_bytes: what else the state holds: counts, states of other transforms.
     """
 
@@ -30,7 +31,7 @@ class StateReport:
     def __str__(self) -> str:
         if not self.rows:
             return f"No 8-bit transform of this library in it; the state has {self.other_bytes:,} bytes."
-        header = ("parameter", "shape", "bits", "blocks", "reason", "implementation", "bytes", "per element")
+        header = ("parameter", "shape", "bits", "blocks", "reason", "implementation", "bytes", "per element", "sets")
         table = [header] + [
             (
                 r.path,
@@ -41,18 +42,21 @@ class StateReport:
                 r.implementation,
                 f"{r.bytes:,}",
                 _per_element(r.bytes, [r]),
+                r.overrides,
             )
             for r in self.rows
         ]
+        if not any(r.overrides for r in self.rows):
+            table = [line[:-1] for line in table]
+            header = header[:-1]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
-        for bits in (8, 32):
+        for bits in (8, 32, *sorted({r.bits for r in self.rows} - {8, 32})):
             rows = [r for r in self.rows if r.bits == bits]
             size = sum(r.bytes for r in rows)
             elements = sum(prod(r.shape) for r in rows)
-            lines.append(
-                f"{bits}-bit: {len(rows)} parameters, {elements:,} elements, {size:,} bytes{_each(size, rows)}"
-            )
+            name = f"{bits}-bit" if isinstance(bits, int) else bits
+            lines.append(f"{name}: {len(rows)} parameters, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
         lines.append(f"other state: {self.other_bytes:,} bytes")
         lines.append(f"total: {self.total_bytes:,} bytes{_each(self.total_bytes, self.rows)}")
         return "\n".join(lines)

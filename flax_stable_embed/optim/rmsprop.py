@@ -9,7 +9,6 @@ Rule: Hinton 2012 (cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf); centered:
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -20,7 +19,7 @@ from ._engine import Engine, Tail
 from ._method import Method, MomentName
 from ._rules import StateFormat
 from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
-from .adam import correction, over
+from .adam import correction, inverse_root, over
 from .sgd import sgd
 
 
@@ -50,7 +49,7 @@ def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, neste
         variance = variance - abs_square(new[1] if c is None else over(new[1], c))
         if rounded:
             variance = jnp.maximum(variance, 0.0)
-    u = (jax.lax.rsqrt(variance + eps) if eps_in_sqrt else 1 / (jnp.sqrt(variance) + eps)) * g
+    u = (inverse_root(variance + eps, rounded) if eps_in_sqrt else 1 / (jnp.sqrt(variance) + eps)) * g
     if step_size is not None:
         u = step_size * u
     if others:

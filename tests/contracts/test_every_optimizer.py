@@ -340,12 +340,13 @@ def test_parameters_after_a_step_are_differentiable(case):
     ours = functools.partial(case.ours, state_format=SMALL)
     gradient = lambda make, fused: jax.jit(jax.grad(functools.partial(loss, make, fused), argnums=(0, 1)))  # noqa: E731
     expected = gradient(case.theirs, False)(0.01, grads, case.theirs(0.01, **hyper).init(params))
+    rtol = 1e-3 if case.sums else 1e-4
     for fused in (False, True):
         found = gradient(ours, fused)(0.01, grads, state)
         # At the first step the moments are zero in either state: nothing is rounded, so optax's derivative is ours.
-        chex.assert_trees_all_close(found, expected, rtol=1e-3 if case.sums else 1e-4, atol=1e-6)
+        chex.assert_trees_all_close(found, expected, rtol=rtol, atol=1e-6)
     rematerialized = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, ours, False)), argnums=(0, 1)))
-    chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=rtol, atol=1e-6)
 
 
 @every_optimizer
@@ -690,7 +691,8 @@ def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     tx, theirs = build(case), build_theirs(case)
     _, state, updates = jitted(tx)(grads, tx.init(params), params)
     assert is_codes(first_moment(case, state)["scalar"]["temperature"])
-    assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2])
+    rtol = 2e-5 if case.sums else 2e-6
+    assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2], rtol=rtol)
 
 
 @every_optimizer

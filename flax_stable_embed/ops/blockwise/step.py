@@ -85,10 +85,8 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
     asked = _parameters(step.rule)
     coupled, weight_decay = hyper.pop("coupled_weight_decay", None), hyper.pop("weight_decay", None)
     step_size = None if "step_size" in asked else hyper.pop("step_size", None)
-    if "square" in asked:
-        hyper.setdefault("square", square)
-    if "rounded" in asked:
-        hyper.setdefault("rounded", bool(step.moments))
+    on_offer = {"square": hyper.pop("square", square), "rounded": hyper.pop("rounded", bool(step.moments))}
+    hyper |= {name: value for name, value in on_offer.items() if name in asked}
     g_in: Any = g.astype(compute)
     p_in: Any = None if p is None else p.astype(compute)
     given = g_in
