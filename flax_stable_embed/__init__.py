@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 from . import linen as linen
 from . import nnx as nnx
 from . import ops as ops
-from .optim._engine import Row as Row
+from .optim._report import Row as Row
 from .optim._rules import Rule as Rule
 from .optim._rules import StateFormat as StateFormat
 from .optim._rules import where as where
@@ -21,6 +21,7 @@ from .optim.adam import scale_by_adam8bit as scale_by_adam8bit
 from .optim.ademamix import ScaleByAdemamix8bitState as ScaleByAdemamix8bitState
 from .optim.ademamix import ademamix8bit as ademamix8bit
 from .optim.ademamix import scale_by_ademamix8bit as scale_by_ademamix8bit
+from .optim.convert_state import convert_state as convert_state
 from .optim.describe import StateReport as StateReport
 from .optim.describe import describe as describe
 from .optim.lamb import lamb8bit as lamb8bit

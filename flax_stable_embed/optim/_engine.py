@@ -7,7 +7,6 @@ is done around the rule (decay, learning rate, norms) is the `Tail`.
 """
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -16,31 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.tree_util import GetAttrKey
 
 from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
 from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square
 from ._boxes import is_box, optim_bits, unbox
 from ._method import Method
+from ._report import RECORDS, Leaf, Record, Row
 from ._rules import LIKE_AN_EMBEDDING, Rule, Rules, StateFormat, path_name
-from ._storage import bits_of, format_bytes, initial, is_array, nbytes, wide_dtype, with_shape
-
-
-class Row(NamedTuple):
-    """One parameter in the report of `describe`."""
-
-    path: str
-    shape: tuple[int, ...]
-    bits: int | str
-    block: str
-    reason: str
-    implementation: str
-    bytes: int
-    overrides: str = ""
-
-
-# Where `describe` collects rows while it traces an `init`; None at all other times.
-REPORT: ContextVar[list[Row] | None] = ContextVar("report", default=None)
+from ._storage import (
+    bits_of,
+    format_bytes,
+    format_difference,
+    initial,
+    is_array,
+    is_codes,
+    nbytes,
+    wide_dtype,
+    with_shape,
+)
 
 
 class Tail(NamedTuple):
@@ -100,7 +94,7 @@ class Engine:
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-        leaves = [(path_name(path), with_shape(box)) for path, box in leaves]
+        paths, leaves = [path for path, _ in leaves], [(path_name(path), with_shape(box)) for path, box in leaves]
         decisions = [
             self.rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
             for path, box in leaves
@@ -112,9 +106,17 @@ class Engine:
             fields[moment.name] = tree.unflatten([value for value, _ in pairs])
             fields[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
             sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
-        self._report(leaves, decisions, sizes)
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
-        return self.method.state(**counts, **fields, format=jnp.asarray(format_bytes(self.rules.formats)))
+        in_bytes = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d and d.blocks]
+        state = self.method.state(**counts, **fields, format=jnp.asarray(self._format(in_bytes)))
+        self._report(state.format, paths, leaves, decisions, sizes)
+        return state
+
+    def _format(self, in_bytes) -> np.ndarray:
+        """The state's `format`, from paths and shapes of the parameters in 8 bits."""
+        return format_bytes(
+            self.rules.formats, [(path, shape, *self.rules.blocks(path, shape)) for path, shape in in_bytes]
+        )
 
     def _check_rules(self, params, leaves, decisions):
         hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
@@ -140,15 +142,22 @@ class Engine:
                     stacklevel=4,
                 )
 
-    def _report(self, leaves, decisions, sizes):
-        if (rows := REPORT.get()) is None:
+    def _report(self, state_format, paths, leaves, decisions, sizes):
+        if (records := RECORDS.get()) is None:
             return
-        for (path, box), d, size in zip(leaves, decisions, sizes):
+        rows, kept = [], []
+        for key_path, (path, box), d, size in zip(paths, leaves, decisions, sizes):
             if d is None:
                 continue
+            shape = unbox(box).shape
             block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
             how = (self.implementation or "xla") if d.blocks else "optax's formula"
-            rows.append(Row(path, unbox(box).shape, d.bits, block, d.reason, how, size, d.rule.shown))
+            rows.append(Row(path, shape, d.bits, block, d.reason, how, size, d.rule.shown))
+            for moment in self.method.moments:
+                codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
+                stored = moment.stored(d.format) if d.blocks else None
+                kept.append(Leaf(moment.name, codes, absmax, shape, stored, d.blocks))
+        records.append(Record(state_format, self.rules.formats, rows, kept, self.method.counts_steps))
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -171,7 +180,7 @@ class Engine:
             )
         for moment in self.method.moments[:1]:
             _check_same_paths(leaves, trees[moment.name])
-        self._check_format(state.format)
+        self._check_storage(state.format, [path_name(path) for path, _ in leaves], columns)
         allowed, before_allowed = (_broadcast_mask(m, grads, len(leaves)) for m in (tail.mask, tail.gradient_mask))
         count = jnp.asarray(optax.safe_increment(state.count))
         hypers = {}  # by what rules set: most parameters share theirs
@@ -244,7 +253,6 @@ class Engine:
         state_format, blocks = self.rules.blocks(path, g.shape)
         step = step.with_storage(tuple(m.stored(state_format) for m in self.method.moments), blocks)
         absmax = tuple(stored[f"{name}_absmax"] for name in names)
-        self._check_storage(path, g.shape, step, moments, absmax)
         traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
         key = array_key(path, count) if step.stochastic else None
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
@@ -254,15 +262,41 @@ class Engine:
 
     # --- what a state may be -----------------------------------------------------------------------------------------
 
-    def _check_format(self, vector):
-        """By its length, which names the codecs: their dtypes and shapes can be the same."""
-        want = format_bytes(self.rules.formats).shape
-        if vector.shape != want:
+    def _check_storage(self, vector, paths, columns):
+        """Codes and scales are as the rules ask; what dtypes and shapes do not tell, the length of `format` does.
+
+        Numbers have scales of one element: where there are more, a restore has cast codes to numbers.
+        """
+        in_bytes = []
+        for i, path in enumerate(paths):
+            for m in self.method.moments:
+                codes, scales = columns[m.name][i], columns[f"{m.name}_absmax"][i]
+                if codes is None:
+                    continue
+                in_codes = is_codes(codes.dtype)
+                want = codes.dtype, (1,) * len(codes.shape)
+                if in_codes:
+                    state_format, blocks = self.rules.blocks(path, codes.shape)
+                    want = m.stored(state_format).code.dtype, blocks.absmax_shape(codes.shape)
+                    in_bytes += [(path, codes.shape)] if m is self.method.moments[0] else []
+                if (codes.dtype, scales.shape) != want:
+                    raise ValueError(
+                        f"The state of parameter {path!r} has {codes.dtype} {'codes' if in_codes else 'moments'} and "
+                        f"scales of shape {scales.shape}, but rules and `state_format` ask for {want[0]} and {want[1]}"
+                        f"{self._differs(vector)}. Make the optimizer with those that made the state, or convert the "
+                        "state: fse.convert_state; and call it outside of shard_map, whose pieces do not show the "
+                        "global shape."
+                    )
+        if vector.shape != self._format(in_bytes).shape:
             raise ValueError(
-                f"The state's `format` has the shape {vector.shape}, but rules and `state_format` ask for {want}: its "
-                "codecs are others. Make the optimizer with those that made the state, or convert the state: "
+                "The state's `format` says that other rules or another `state_format` made it"
+                f"{self._differs(vector)}. Make the optimizer with those that made the state, or convert the state: "
                 "fse.convert_state."
             )
+
+    def _differs(self, vector) -> str:
+        found = format_difference(vector, self.rules.formats)
+        return f" ({found})" if found else ""
 
     def _check_moments(self, path: str, g, p, moments):
         """How a parameter's moments are stored, of all of which the gradient must have the shape."""
@@ -286,16 +320,6 @@ class Engine:
                 "the optimizer with the rules that made the state, or convert the state: fse.convert_state."
             )
         return bits
-
-    def _check_storage(self, path, shape, step: Step, moments, absmax):
-        for m, codes, scales in zip(step.moments, moments, absmax):
-            want = m.code.dtype, step.blocks.absmax_shape(shape)
-            if (codes.dtype, scales.shape) != want:
-                raise ValueError(
-                    f"The state of parameter {path!r} has {codes.dtype} codes and scales of shape {scales.shape}, but "
-                    f"rules and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
-                    "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
-                )
 
 
 def _tail_of(tail: Tail, rule: Rule, decays: bool, in_gradient: bool) -> Tail:

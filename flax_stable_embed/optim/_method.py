@@ -43,6 +43,7 @@ class Method:
     rule: Callable
     moments: tuple[MomentName, ...]
     hyper: Callable[..., dict[str, Any]]
+    counts_steps: bool = True  # whether `hyper` looks at the count, so that a state without one cannot go on
 
     @property
     def overridable(self) -> tuple[str, ...]:

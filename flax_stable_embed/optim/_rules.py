@@ -219,8 +219,8 @@ class Rules:
             obstacle = _cannot(shape, dtype)
         if bits == 8:
             obstacle = obstacle or _too_small(shape, state_format, blocks)
-        if bits == "rowwise":
-            obstacle = obstacle or _no_rows(shape)
+        if bits == "rowwise" and prod(shape[-1:]) == 1:
+            obstacle = obstacle or ("rows of one element" if shape else "a scalar has no rows")
         if obstacle:
             bits, reason = 32, obstacle
         return Decision(bits, state_format, blocks if bits == 8 else None, reason, rule)
@@ -251,12 +251,6 @@ def _cannot(shape: tuple[int, ...], dtype: Any) -> str:
     if not jnp.issubdtype(dtype, jnp.floating):
         return "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "not floating point"
     return "" if prod(shape) else "empty"
-
-
-def _no_rows(shape: tuple[int, ...]) -> str:
-    if not shape:
-        return "a scalar has no rows"
-    return "rows of one element" if shape[-1] == 1 else ""
 
 
 def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks) -> str:

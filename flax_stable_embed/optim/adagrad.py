@@ -45,7 +45,7 @@ def engine(initial_accumulator_value, eps, eps_in_sqrt, *options) -> Engine:
         return {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
 
     moment = MomentName("sum_of_squares", False, True, second=True, initial=initial_accumulator_value)
-    return Engine(Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper), *options)
+    return Engine(Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper, counts_steps=False), *options)
 
 
 def scale_by_adagrad8bit(

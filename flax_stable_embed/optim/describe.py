@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from ._engine import REPORT, Row
+from ._report import Row, trace_init
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
     other state: 16 bytes
     total: 331,800 bytes (5.063 per element)
     """
-    rows: list[Row] = []
-    token = REPORT.set(rows)
-    try:
-        with jax.disable_jit():  # not from a cached trace, which would report nothing: a new function, and jits within
-            state = jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        REPORT.reset(token)
+    state, records = trace_init(tx, params)
+    rows = [row for _, record in records for row in record.rows]
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     return StateReport(tuple(rows), size - sum(row.bytes for row in rows))

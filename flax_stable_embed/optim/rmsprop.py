@@ -91,7 +91,7 @@ def engine(
         return static(after, b2, eps) | {"momentum": b1}
 
     hyper = hyper if momentum is None else hyper_with_momentum
-    return Engine(Method("rmsprop", ScaleByRmsprop8bitState, rmsprop, tuple(moments), hyper), *options)
+    return Engine(Method("rmsprop", ScaleByRmsprop8bitState, rmsprop, tuple(moments), hyper, bias_correction), *options)
 
 
 def scale_by_rmsprop8bit(

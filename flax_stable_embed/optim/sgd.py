@@ -43,13 +43,13 @@ def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd"
     """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
-        return Engine(Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}), *options)
+        return Engine(Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}, False), *options)
 
     def hyper(before, after, *, b1=momentum):
         del before, after
         return {"momentum": b1, "nesterov": nesterov}
 
-    return Engine(Method(name, ScaleBySgd8bitState, rule, (MomentName("trace", True, True),), hyper), *options)
+    return Engine(Method(name, ScaleBySgd8bitState, rule, (MomentName("trace", True, True),), hyper, False), *options)
 
 
 def scale_by_sgd8bit(

