@@ -33,6 +33,8 @@ from .optim.lion import lion8bit as lion8bit
 from .optim.lion import scale_by_lion8bit as scale_by_lion8bit
 from .optim.percentile_clipping import PercentileClippingState as PercentileClippingState
 from .optim.percentile_clipping import percentile_clipping as percentile_clipping
+from .optim.quantize_state import QuantizedState as QuantizedState
+from .optim.quantize_state import quantize_state as quantize_state
 from .optim.rmsprop import ScaleByRmsprop8bitState as ScaleByRmsprop8bitState
 from .optim.rmsprop import rmsprop8bit as rmsprop8bit
 from .optim.rmsprop import scale_by_rmsprop8bit as scale_by_rmsprop8bit

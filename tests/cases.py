@@ -171,3 +171,94 @@ OPTIMIZERS = [
         optax.contrib.scale_by_ademamix,
     ),
 ]
+
+# --- transforms of optax whose moments `quantize_state` keeps in bytes -----------------------------------------------
+
+
+class WrappedCase(NamedTuple):
+    """A factory of optax, the moments that it keeps by their fields' last names, and what it needs for each update."""
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    hyper: dict[str, Any]
+    moments: str  # separated by spaces
+    extra: tuple[str, ...] = ()  # "value", "obj_fn"
+
+
+def _wrapped(make, moments, *extra, name="", **hyper):
+    return WrappedCase(name or make.__name__, make, hyper, moments, extra)
+
+
+def _mechanized(learning_rate):
+    return optax.contrib.mechanize(optax.adam(learning_rate))
+
+
+def _schedule_free_momentum(learning_rate):
+    return optax.contrib.schedule_free(optax.sgd(learning_rate, momentum=0.9), learning_rate)
+
+
+def _averaged(learning_rate):
+    return optax.chain(optax.ema(0.9), optax.scale_by_learning_rate(learning_rate))
+
+
+WRAPPED = [
+    _wrapped(optax.adabelief, "mu nu", learning_rate=0.1),
+    _wrapped(optax.adadelta, "e_g e_x", learning_rate=10.0, eps=1e-3),
+    _wrapped(optax.adafactor, "ema", name="adafactor_momentum", learning_rate=0.1, momentum=0.9),
+    _wrapped(optax.adagrad, "sum_of_squares", learning_rate=1.0),
+    _wrapped(optax.adam, "mu nu", learning_rate=0.1),
+    _wrapped(optax.adamax, "mu nu", learning_rate=0.1),
+    _wrapped(optax.adamaxw, "mu nu", learning_rate=0.1),
+    _wrapped(optax.adamw, "mu nu", learning_rate=0.1),
+    _wrapped(optax.adan, "m n v", learning_rate=0.1),
+    _wrapped(optax.amsgrad, "mu nu nu_max", learning_rate=0.1),
+    _wrapped(optax.lamb, "mu nu", learning_rate=0.03),
+    _wrapped(optax.lars, "trace", learning_rate=10.0),
+    _wrapped(optax.lion, "mu", learning_rate=0.03),
+    _wrapped(optax.nadam, "mu nu", name="nadam", learning_rate=0.1),
+    _wrapped(optax.nadamw, "mu nu", name="nadamw", learning_rate=0.1),
+    _wrapped(optax.novograd, "mu", learning_rate=0.05),
+    _wrapped(optax.optimistic_adam_v2, "mu nu", learning_rate=0.05),
+    _wrapped(optax.radam, "mu nu", learning_rate=0.1),
+    _wrapped(optax.rmsprop, "nu", learning_rate=0.03),
+    _wrapped(optax.rmsprop, "nu trace", name="rmsprop_momentum", learning_rate=0.01, momentum=0.9),
+    _wrapped(optax.rmsprop, "trace", name="rmsprop_centered_momentum", learning_rate=0.01, centered=True, momentum=0.9),
+    _wrapped(optax.sgd, "trace", name="sgd_momentum", learning_rate=5.0, momentum=0.9),
+    _wrapped(optax.signum, "ema", learning_rate=0.03),
+    _wrapped(optax.sm3, "nu", learning_rate=1.0),
+    _wrapped(optax.yogi, "mu nu", learning_rate=0.1),
+    _wrapped(_averaged, "ema", name="ema", learning_rate=30.0),
+    _wrapped(optax.contrib.acprop, "mu nu", learning_rate=0.05),
+    _wrapped(optax.contrib.ademamix, "m1 m2 nu", learning_rate=0.05),
+    _wrapped(optax.contrib.adopt, "mu nu", learning_rate=0.05),
+    _wrapped(optax.contrib.dadapt_adamw, "exp_avg exp_avg_sq grad_sum", learning_rate=1.0),
+    _wrapped(_mechanized, "mu nu", name="mechanize", learning_rate=3.0),
+    _wrapped(optax.contrib.momo, "exp_avg", "value", learning_rate=30.0),
+    _wrapped(optax.contrib.momo_adam, "exp_avg exp_avg_sq", "value", learning_rate=0.1),
+    _wrapped(optax.contrib.muon, "mu nu", learning_rate=0.05),
+    _wrapped(optax.contrib.prodigy, "exp_avg exp_avg_sq grad_sum", learning_rate=1.0),
+    _wrapped(_schedule_free_momentum, "trace", name="schedule_free_momentum", learning_rate=3.0),
+    _wrapped(optax.contrib.schedule_free_adamw, "nu", learning_rate=0.1),
+    _wrapped(optax.contrib.simplified_ademamix, "m n", learning_rate=0.002),
+    _wrapped(optax.contrib.sophia, "mu nu", "obj_fn", learning_rate=0.1),
+]
+
+# Those that have nothing to store in 8 bits, and why not.
+NOT_WRAPPED = [
+    ("adafactor", lambda: optax.adafactor(0.1), "its second moment is factored"),
+    ("fromage", lambda: optax.fromage(0.1), "keeps nothing"),
+    ("lbfgs", optax.lbfgs, "parameters and updates of the last steps, of which it takes differences"),
+    ("noisy_sgd", lambda: optax.noisy_sgd(0.1, key=0), "keeps nothing of the parameters' shape"),
+    ("optimistic_gradient_descent", lambda: optax.optimistic_gradient_descent(0.1), "the previous gradient"),
+    ("polyak_sgd", optax.polyak_sgd, "keeps nothing"),
+    ("rmsprop_centered", lambda: optax.rmsprop(0.1, centered=True), "nu - mu^2 of rounded moments can be negative"),
+    ("rprop", lambda: optax.rprop(0.1), "step sizes, each its own, and signs"),
+    ("sgd", lambda: optax.sgd(0.1), "keeps nothing"),
+    ("sign_sgd", lambda: optax.sign_sgd(0.1), "keeps nothing"),
+    ("cocob", optax.contrib.cocob, "parameters are computed from its sums"),
+    ("dog", lambda: optax.contrib.dog(1.0), "the first parameters"),
+    ("dowg", lambda: optax.contrib.dowg(1.0), "the first parameters"),
+    ("galore", lambda: optax.contrib.galore(0.1, rank=8), "moments of projected gradients: wrap its base_optimizer"),
+    ("madgrad", lambda: optax.contrib.madgrad(0.1), "parameters are computed from its sums"),
+    ("schedule_free_sgd", lambda: optax.contrib.schedule_free_sgd(0.1), "its z holds parameters"),
+]

@@ -6,7 +6,7 @@ once, in `init`; `update` reads it off the state's dtypes. An optimizer brings a
 is done around the rule (decay, learning rate, norms) is the `Tail`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -23,7 +23,7 @@ from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square
 from ._boxes import is_box, optim_bits, unbox
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
-from ._rules import LIKE_AN_EMBEDDING, Rule, Rules, StateFormat, path_name
+from ._rules import LIKE_AN_EMBEDDING, Decision, Rule, Rules, StateFormat, path_name
 from ._storage import (
     bits_of,
     format_bytes,
@@ -93,13 +93,8 @@ class Engine:
 
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-        paths, leaves = [path for path, _ in leaves], [(path_name(path), with_shape(box)) for path, box in leaves]
-        decisions = [
-            self.rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
-            for path, box in leaves
-        ]
-        self._check_rules(params, leaves, decisions)
+        leaves, tree, decisions = decide(self.rules, params)
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]]
         fields, sizes = {}, [0] * len(leaves)
         for moment in self.method.moments:
             pairs = [initial(box, moment, d) if d else (box, box) for (_, box), d in zip(leaves, decisions)]
@@ -108,39 +103,9 @@ class Engine:
             sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
         in_bytes = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d and d.blocks]
-        state = self.method.state(**counts, **fields, format=jnp.asarray(self._format(in_bytes)))
+        state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
         self._report(state.format, paths, leaves, decisions, sizes)
         return state
-
-    def _format(self, in_bytes) -> np.ndarray:
-        """The state's `format`, from paths and shapes of the parameters in 8 bits."""
-        return format_bytes(
-            self.rules.formats, [(path, shape, *self.rules.blocks(path, shape)) for path, shape in in_bytes]
-        )
-
-    def _check_rules(self, params, leaves, decisions):
-        hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
-        named = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d]
-        if not named or hidden or any(not is_array(box) for _, box in leaves):
-            return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
-        if unmatched := self.rules.unmatched(named):
-            paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
-            raise ValueError(
-                f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
-                "Correct the pattern, or drop it."
-            )
-        if not any(d.reason == "embedding" for d in decisions):
-            suspects = [
-                p
-                for (p, _), d in zip(leaves, decisions)
-                if d.bits == 8 and d.reason == "default" and LIKE_AN_EMBEDDING.search(p)
-            ]
-            if suspects:
-                warn(
-                    "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
-                    f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
-                    stacklevel=4,
-                )
 
     def _report(self, state_format, paths, leaves, decisions, sizes):
         if (records := RECORDS.get()) is None:
@@ -283,20 +248,11 @@ class Engine:
                     raise ValueError(
                         f"The state of parameter {path!r} has {codes.dtype} {'codes' if in_codes else 'moments'} and "
                         f"scales of shape {scales.shape}, but rules and `state_format` ask for {want[0]} and {want[1]}"
-                        f"{self._differs(vector)}. Make the optimizer with those that made the state, or convert the "
-                        "state: fse.convert_state; and call it outside of shard_map, whose pieces do not show the "
+                        f"{differs(self.rules, vector)}. Make the optimizer with those that made the state, or convert "
+                        "the state: fse.convert_state; and call it outside of shard_map, whose pieces do not show the "
                         "global shape."
                     )
-        if vector.shape != self._format(in_bytes).shape:
-            raise ValueError(
-                "The state's `format` says that other rules or another `state_format` made it"
-                f"{self._differs(vector)}. Make the optimizer with those that made the state, or convert the state: "
-                "fse.convert_state."
-            )
-
-    def _differs(self, vector) -> str:
-        found = format_difference(vector, self.rules.formats)
-        return f" ({found})" if found else ""
+        check_format(self.rules, vector, in_bytes)
 
     def _check_moments(self, path: str, g, p, moments):
         """How a parameter's moments are stored, of all of which the gradient must have the shape."""
@@ -320,6 +276,64 @@ class Engine:
                 "the optimizer with the rules that made the state, or convert the state: fse.convert_state."
             )
         return bits
+
+
+def decide(rules: Rules, params: Any) -> tuple[list[tuple[str, Any]], Any, list[Decision | None]]:
+    """Every parameter's path and wrapper, their tree, and what the rules say of each; None where there is no array."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+    leaves = [(path_name(path), with_shape(box)) for path, box in leaves]
+    decisions = [
+        rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
+        for path, box in leaves
+    ]
+    _check_rules(rules, params, leaves, decisions)
+    return leaves, tree, decisions
+
+
+def _check_rules(rules, params, leaves, decisions):
+    hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
+    named = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d]
+    if not named or hidden or any(not is_array(box) for _, box in leaves):
+        return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
+    if unmatched := rules.unmatched(named):
+        paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
+        raise ValueError(
+            f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
+            "Correct the pattern, or drop it."
+        )
+    if not any(d.reason == "embedding" for d in decisions):
+        suspects = [
+            p
+            for (p, _), d in zip(leaves, decisions)
+            if d.bits == 8 and d.reason == "default" and LIKE_AN_EMBEDDING.search(p)
+        ]
+        if suspects:
+            warn(
+                "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
+                f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
+                stacklevel=5,
+            )
+
+
+def format_of(rules: Rules, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
+    """A state's `format`, from paths and shapes of the parameters in 8 bits."""
+    return format_bytes(rules.formats, [(path, shape, *rules.blocks(path, shape)) for path, shape in in_bytes])
+
+
+def check_format(rules: Rules, vector: Array, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raises unless a state's `format` is of these rules: by its length, as dtypes and shapes can be the same."""
+    if vector.shape != format_of(rules, in_bytes).shape:
+        raise ValueError(
+            "The state's `format` says that other rules or another `state_format` made it"
+            f"{differs(rules, vector)}. Make the optimizer with those that made the state, or convert the state: "
+            "fse.convert_state."
+        )
+
+
+def differs(rules: Rules, vector: Array) -> str:
+    """What the rules would change in the formats that a state's `format` names, in parentheses."""
+    found = format_difference(vector, rules.formats)
+    return f" ({found})" if found else ""
 
 
 def _tail_of(tail: Tail, rule: Rule, decays: bool, in_gradient: bool) -> Tail:

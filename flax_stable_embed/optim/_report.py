@@ -25,6 +25,14 @@ class Row(NamedTuple):
     overrides: str = ""
 
 
+class Stayed(NamedTuple):
+    """A field of a wrapped transform's state that is no moment in 8 bits, in the report of `describe`."""
+
+    field: str
+    bytes: int
+    reason: str
+
+
 class Leaf(NamedTuple):
     """One moment of one parameter: its shape once decoded, and where and how the transform's state keeps it."""
 
@@ -43,7 +51,8 @@ class Record(NamedTuple):
     formats: list[StateFormat]
     rows: list[Row]
     leaves: list[Leaf]
-    counts_steps: bool
+    counts_steps: bool = True
+    stayed: tuple[Stayed, ...] = ()
 
 
 # Where `trace_init` collects records; None at all other times.

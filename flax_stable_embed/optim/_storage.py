@@ -45,9 +45,13 @@ def initial(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]
     else:
         dtype = jnp.bfloat16 if decision.bits == "bf16" else wide_dtype(p.dtype)
         values = rebox(box, jnp.full_like(p, moment.initial, dtype=dtype))
-    shape = (1,) * len(p.shape)
-    scales = jnp.zeros(shape, jnp.float32, device=_sharding(p, shape, None))
-    return values, rebox_scales(box, scales, None, decision.format.shards)
+    return values, no_scales(box)
+
+
+def no_scales(box: Any) -> Any:
+    """What stands for the scales of an array that is not in 8 bits, in its wrapper and on its devices."""
+    shape = (1,) * len(unbox(box).shape)
+    return rebox_scales(box, jnp.zeros(shape, jnp.float32, device=_sharding(unbox(box), shape, None)), None, 0)
 
 
 def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple[Array, Array]:

@@ -31,7 +31,9 @@ class ScaleByAdagrad8bitState(NamedTuple):
 
 def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
     """The rule, operation by operation as optax writes it, or with eps outside of the square root."""
-    s = square(g) + (jnp.maximum(s, 0.0) if rounded else s)
+    # Two products and a sum: which of them XLA on CPU contracts, and so the last bit, depends on how an array is cut.
+    # A maximum between them, which changes nothing, keeps it from contracting either.
+    s = jnp.maximum(square(g), 0.0) + jnp.maximum(s, 0.0) if rounded else square(g) + s
     if not eps_in_sqrt:
         return g / (jnp.sqrt(s) + eps), (s,)
     return jnp.where(s > 0, inverse_root(s + eps, rounded), 0.0) * g, (s,)

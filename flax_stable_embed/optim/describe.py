@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from ._report import Row, trace_init
+from ._report import Row, Stayed, trace_init
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,13 @@ class StateReport:
         rows: one `(path, shape, bits, block, reason, implementation, bytes, overrides)` for every parameter of an 8-bit
             transform; `overrides` are the hyper-parameters that a rule sets.
         other_bytes: what else the state holds: counts, states of other transforms.
+        stayed: one `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
+            in `rows`; these bytes are among the others.
     """
 
     rows: tuple[Row, ...]
     other_bytes: int
+    stayed: tuple[Stayed, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +60,7 @@ class StateReport:
             elements = sum(prod(r.shape) for r in rows)
             name = f"{bits}-bit" if isinstance(bits, int) else bits
             lines.append(f"{name}: {len(rows)} parameters, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
+        lines += [f"stayed as it is: {s.field}, {s.bytes:,} bytes, {s.reason}" for s in self.stayed]
         lines.append(f"other state: {self.other_bytes:,} bytes")
         lines.append(f"total: {self.total_bytes:,} bytes{_each(self.total_bytes, self.rows)}")
         return "\n".join(lines)
@@ -91,6 +95,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
     total: 331,800 bytes (5.063 per element)
     """
     state, records = trace_init(tx, params)
-    rows = [row for _, record in records for row in record.rows]
+    rows = tuple(row for _, record in records for row in record.rows)
+    stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return StateReport(tuple(rows), size - sum(row.bytes for row in rows))
+    return StateReport(rows, size - sum(row.bytes for row in rows), stayed)

@@ -535,3 +535,19 @@ def test_a_training_goes_on_across_the_switch(codec):
         for without in never:
             assert abs(switched / without - 1) < 5e-4
             assert anew / without - 1 > 0.015
+
+
+def test_a_wrapped_transform_and_ours_convert_into_each_other():
+    """`quantize_state(optax.adamw)` keeps what `adamw8bit` keeps: codes move as they are."""
+    params = parameters()
+    ours = fse.adamw8bit(1e-2, state_format=SMALL)
+    wrapped = fse.quantize_state(optax.adamw(1e-2), state_format=SMALL)
+    _, state = run(ours, params, 2)
+    there = fse.convert_state(ours, wrapped, params, state)
+    assert_same_bits(there.inner[0].mu, state[0].mu)
+    assert_same_bits(there.absmax["0.nu"], state[0].nu_absmax)
+    assert int(there.inner[0].count) == 2
+    assert_same_bits(fse.convert_state(wrapped, ours, params, there), state)
+    plain = fse.convert_state(wrapped, optax.adamw(1e-2), params, there)
+    assert_same_bits(plain[0].mu["norm"], state[0].mu["norm"])
+    assert {x.dtype for x in jax.tree.leaves(plain[0].mu)} == {np.dtype("float32")}

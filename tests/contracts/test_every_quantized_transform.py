@@ -1,0 +1,159 @@
+"""What `quantize_state` must do around every transform of tests/cases.py: optax's own list and its contributions."""
+
+import functools
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import flax_stable_embed as fse
+from tests.cases import NOT_WRAPPED, WRAPPED
+from tests.tools import SMALL, assert_same_bits, is_codes, types
+
+every_transform = pytest.mark.parametrize("case", WRAPPED, ids=lambda case: case.name)
+STEPS = 60
+TARGET = {
+    "kernel": np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32),
+    "bias": np.random.default_rng(1).normal(size=8).astype(np.float32),
+}
+PARAMS = jax.tree.map(lambda x: np.full_like(x, 0.5), TARGET)
+
+
+def loss(params):
+    return sum(jnp.mean((params[name] - TARGET[name]) ** 2) for name in TARGET)
+
+
+def updated(case, tx, state, params):
+    value, grads = jax.value_and_grad(loss)(params)
+    extra = {name: {"value": value, "obj_fn": loss}[name] for name in case.extra}
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state, value
+
+
+def wrapped(case, **options):
+    return fse.quantize_state(case.make(**case.hyper), **{"state_format": SMALL} | options)
+
+
+@functools.cache
+def trained(name):
+    """Losses with and without, and the state after training."""
+    case = next(case for case in WRAPPED if case.name == name)
+    ours, theirs = wrapped(case), case.make(**case.hyper)
+
+    def train(tx):
+        def body(carry, _):
+            params, state, value = updated(case, tx, carry[1], carry[0])
+            return (params, state), value
+
+        return jax.lax.scan(body, (jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS)), None, STEPS)
+
+    return jax.jit(lambda: (train(ours), train(theirs)[1]))()
+
+
+def assert_in_bytes(case, state):
+    """The moments of the kernel, and they alone, are codes; each has its scales."""
+    assert isinstance(state, fse.QuantizedState)
+    assert {name.split(".")[-1] for name in state.absmax} == set(case.moments.split())
+    codes = [path for path, x in jax.tree_util.tree_leaves_with_path(state.inner) if is_codes(x)]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2] for path in codes}
+    assert named == set(case.moments.split()) or (case.name == "muon" and named == {"mu"})  # its Adam has the bias
+    assert all("kernel" in jax.tree_util.keystr(path) for path in codes)
+    return state
+
+
+@every_transform
+def test_it_trains_as_its_fp32_self(case):
+    ((params, state), losses), expected = trained(case.name)
+    assert_in_bytes(case, state)
+    assert types(params) == types(jax.tree.map(jnp.asarray, PARAMS))
+    assert types(state) == types(jax.eval_shape(wrapped(case).init, PARAMS))
+    assert losses[0] == expected[0]
+    assert min(losses) < 0.5 * losses[0]
+    # On the way down the two go side by side; near the end both are small.
+    np.testing.assert_allclose(losses[: STEPS // 2], expected[: STEPS // 2], rtol=0.25, atol=0.02 * losses[0])
+    assert min(losses) < 1.5 * min(expected) + 0.01 * losses[0]
+
+
+@every_transform
+def test_optax_wrappers_and_controls_leave_its_types(case):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    options = {"state_format": SMALL}
+    plain = wrapped(case)
+    inside = fse.quantize_state(optax.MultiSteps(case.make(**case.hyper), 2).gradient_transformation(), **options)
+    around = optax.MultiSteps(plain, 2).gradient_transformation()
+
+    def make(learning_rate):
+        return fse.quantize_state(case.make(**case.hyper | {"learning_rate": learning_rate}), **options)
+
+    injected = optax.inject_hyperparams(make)(case.hyper["learning_rate"])
+    finite = fse.quantize_state(optax.apply_if_finite(case.make(**case.hyper), 3), **options)
+    # MultiSteps asks for the updates' shapes without the extra arguments.
+    for tx in (plain, injected, finite, *([] if case.extra else [inside, around])):
+        state = jax.eval_shape(tx.init, params)
+        found = [
+            x
+            for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, fse.QuantizedState))
+            if isinstance(x, fse.QuantizedState)
+        ]
+        assert_in_bytes(case, found[0])
+
+        def maybe(flag, params, state, tx=tx):
+            return jax.lax.cond(flag, lambda: updated(case, tx, state, params)[:2], lambda: (params, state))
+
+        assert types(jax.eval_shape(maybe, True, params, state)) == types((params, state))
+
+
+@every_transform
+def test_half_precision_parameters_keep_their_types_and_fp32_moments(case):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    tx = wrapped(case)
+    state = jax.eval_shape(tx.init, params)
+    assert_in_bytes(case, state)
+    new, after, _ = jax.eval_shape(functools.partial(updated, case, tx), state, params)
+    assert types((new, after)) == types((params, state))
+    for path, x in jax.tree_util.tree_leaves_with_path(state.inner):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert name.removesuffix(".bias") not in state.absmax or x.dtype == jnp.float32
+
+
+@every_transform
+def test_tree_map_params_finds_moments_and_scales(case):
+    state = trained(case.name)[0][0][1]
+    tx = wrapped(case)
+    assert_same_bits(optax.tree.map_params(tx, lambda x: x, state), state)
+    if case.name in ("sm3", "muon"):
+        return  # where optax itself cannot map more trees: lists, and masks, in place of parameters
+    specs = {"kernel": P("x", "y"), "bias": P("x")}
+    mapped = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
+    assert_in_bytes(case, state)
+    assert mapped.absmax == dict.fromkeys(state.absmax, specs)
+    assert mapped.format == P()
+
+
+@every_transform
+def test_flax_serialization_restores_every_bit(case):
+    state = trained(case.name)[0][0][1]
+    like = jax.tree.map(jnp.zeros_like, state)
+    restored = flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
+    assert_same_bits(jax.tree.map(jnp.asarray, restored), assert_in_bytes(case, state))
+
+
+@every_transform
+def test_the_report_has_every_byte(case):
+    tx = wrapped(case)
+    report = fse.describe(tx, PARAMS)
+    assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(trained(case.name)[0][0][1]))
+    rows = {row.path: row for row in report.rows}
+    assert rows["kernel"].bits == 8 and rows["kernel"].bytes > 0
+    assert sum(field.bytes for field in report.stayed) <= report.other_bytes
+
+
+@pytest.mark.parametrize(("make", "reason"), [x[1:] for x in NOT_WRAPPED], ids=[x[0] for x in NOT_WRAPPED])
+def test_without_moments_it_says_so_at_once(make, reason):
+    assert reason
+    with pytest.raises(ValueError, match="has no moments to store in 8 bits"):
+        fse.quantize_state(make())
