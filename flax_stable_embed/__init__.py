@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import interop as interop
 from . import linen as linen
 from . import nnx as nnx
 from . import ops as ops

@@ -19,6 +19,7 @@ ALLOWED = {
     "linen": {"jax", "numpy", "flax", "ops.embedding"},
     "nnx": {"jax", "numpy", "flax", "ops.embedding"},
     "optim": {"jax", "numpy", "optax", "ops"},
+    "interop": {"jax", "numpy", "optax", "flax", "ops", "optim", "linen", "nnx"},
 }
 WITH_FLAX = {"optim/_boxes.py"}
 
@@ -61,7 +62,7 @@ def test_importing_the_package_touches_no_device():
 
 
 def public_names():
-    for module in (fse, fse.linen, fse.nnx, fse.ops):
+    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop.bitsandbytes):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
             if ours and not name.startswith("_") and not inspect.ismodule(value):

@@ -43,6 +43,8 @@ class Tail(NamedTuple):
     coupled: the decay is added to the gradient instead, before the rule.
     gradient_hyper: `(g, p) -> more hyper-parameters`, from the whole decayed gradient and parameter in float32.
     rescale: `(u, p) -> u`, from the whole decayed direction and parameter, before the step size.
+    clip: `(u, p) -> u` as bitsandbytes clips: from the whole direction before a decoupled decay, and only where moments
+        are not in 8 bits.
     """
 
     step_size: Any = None
@@ -52,10 +54,12 @@ class Tail(NamedTuple):
     gradient_hyper: Callable[[Array, Array], dict[str, Any]] | None = None
     gradient_mask: Any = None  # where `gradient_hyper` applies
     rescale: Callable[[Array, Array], Array] | None = None
+    clip: Callable[[Array, Array], Array] | None = None
 
     @property
     def needs_params(self) -> bool:
-        return self.weight_decay is not None or self.gradient_hyper is not None or self.rescale is not None
+        hooks = self.gradient_hyper, self.rescale, self.clip
+        return self.weight_decay is not None or any(hook is not None for hook in hooks)
 
 
 class Engine:
@@ -110,11 +114,12 @@ class Engine:
     def _report(self, state_format, paths, leaves, decisions, sizes):
         if (records := RECORDS.get()) is None:
             return
-        rows, kept = [], []
+        rows, kept, parameters = [], [], {}
         for key_path, (path, box), d, size in zip(paths, leaves, decisions, sizes):
             if d is None:
                 continue
             shape = unbox(box).shape
+            parameters[path] = shape, d
             block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
             how = (self.implementation or "xla") if d.blocks else "optax's formula"
             rows.append(Row(path, shape, d.bits, block, d.reason, how, size, d.rule.shown))
@@ -122,7 +127,7 @@ class Engine:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
                 stored = moment.stored(d.format) if d.blocks else None
                 kept.append(Leaf(moment.name, codes, absmax, shape, stored, d.blocks))
-        records.append(Record(state_format, self.rules.formats, rows, kept, self.method.counts_steps))
+        records.append(Record(state_format, self.rules.formats, rows, kept, self.method, parameters))
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -181,19 +186,24 @@ class Engine:
         else:
             compute = moments[0].dtype if moments and bits == 32 else wide_dtype(dtype)
         wide_p: Any = None if p is None else p.astype(compute)
-        if tail.weight_decay is not None:
+        clip = tail.clip if bits != 8 else None
+        decays_last = clip is not None and tail.weight_decay is not None and not tail.coupled
+        if tail.weight_decay is not None and not decays_last:
             hyper["coupled_weight_decay" if tail.coupled else "weight_decay"] = tail.weight_decay
         if tail.gradient_hyper is not None:
             given = g.astype(compute)
             if tail.coupled and tail.weight_decay is not None:
                 given = given + tail.weight_decay * wide_p
             hyper |= tail.gradient_hyper(given, wide_p)
-        if tail.rescale is None:
+        rescale = tail.rescale if clip is None else clip
+        if rescale is None:
             if tail.step_size is not None:
                 hyper["step_size"] = tail.step_size
             return self._apply(path, g, p, stored, moments, bits, hyper, count, fused, dtype, compute)
         u, stored = self._apply(path, g, p, stored, moments, bits, hyper, count, False, compute, compute)
-        u = tail.rescale(u, wide_p)
+        u = rescale(u, wide_p)
+        if decays_last:
+            u = u + tail.weight_decay * wide_p
         if tail.step_size is not None:
             u = tail.step_size * u
         if self.skip_nonfinite:

@@ -1,4 +1,4 @@
-"""What an `init` decides, for those who look on: `describe` and `convert_state` trace it and read its records."""
+"""What an `init` decides, for those who look on: they trace it and read its records."""
 
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -9,7 +9,8 @@ from jax import Array
 
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.step import Moment
-from ._rules import StateFormat
+from ._method import Method
+from ._rules import Decision, StateFormat
 
 
 class Row(NamedTuple):
@@ -51,7 +52,8 @@ class Record(NamedTuple):
     formats: list[StateFormat]
     rows: list[Row]
     leaves: list[Leaf]
-    counts_steps: bool = True
+    method: Method | None = None  # of an optimizer of this library, and by path each parameter's shape and decision
+    parameters: dict[str, tuple[tuple[int, ...], Decision]] | None = None
     stayed: tuple[Stayed, ...] = ()
 
 

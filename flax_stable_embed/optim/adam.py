@@ -63,7 +63,7 @@ def correction(b, count):
     return 1 - b ** count.astype(jnp.result_type(float))
 
 
-def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction=correction, name="adam") -> Engine:
+def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction: Any = correction, name="adam") -> Engine:
     """Adam's engine, for all who scale, decay or clip its direction; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
 

@@ -34,20 +34,24 @@ class ScaleByAdemamix8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
-def ademamix(g, m1, m2, v, *, b1, b2, b3, alpha, eps, eps_root, c1, c2, square):
-    """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
+def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square):
+    """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t, `b3_rest` 1 - b3."""
     m1 = (1 - b1) * g + b1 * m1
-    m2 = (1 - b3) * g + b3 * m2
+    m2 = b3_rest * g + b3 * m2
     v = (1 - b2) * square(g) + b2 * v
     return (over(m1, c1) + alpha * m2) / (jnp.sqrt(over(v, c2) + eps_root) + eps), (m1, m2, v)
 
 
-def engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options, correction=correction) -> Engine:
-    """AdEMAMix's engine; the options are `Engine`'s."""
+def engine(
+    b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options, correction: Any = correction, b3_rest: Any = None
+) -> Engine:
+    """AdEMAMix's engine; `b3_rest` is a schedule of 1 - b3 that loses no digits; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
 
     def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
-        slow = {"b3": b3(before) if callable(b3) else b3, "alpha": alpha(before) if callable(alpha) else alpha}
+        b3_now: Any = b3(before) if callable(b3) else b3
+        rest = 1 - b3_now if b3_rest is None else b3_rest(before)
+        slow = {"b3": b3_now, "b3_rest": rest, "alpha": alpha(before) if callable(alpha) else alpha}
         corrections = {"c1": correction(b1, after), "c2": correction(b2, after)}
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, **slow, **corrections}
 

@@ -102,7 +102,7 @@ class _View:
                 self.leaves[key], self.absmax[key] = leaf, path_name((*place, *leaf.absmax))
             where = path_name(place)
             self.formats[f"{where}/format".lstrip("/")] = record.formats
-            if not record.counts_steps:
+            if record.method is not None and not record.method.counts_steps:
                 self.uncounted.add(where)
         self.names = {leaf.name for leaf in self.leaves.values()}
         own = {*self.formats, *self.absmax.values()}

@@ -33,7 +33,8 @@ def lion(g, m, *, b1, b2):
     return jnp.sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
 
 
-def _engine(b1, b2, mu_dtype, *options) -> Engine:
+def engine(b1, b2, mu_dtype, *options) -> Engine:
+    """Lion's engine; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
 
     def hyper(before, after, *, b1=b1, b2=b2):
@@ -58,7 +59,7 @@ def scale_by_lion8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
     """
-    return scale_by(_engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite))
+    return scale_by(engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite))
 
 
 def lion8bit(
@@ -106,7 +107,7 @@ def lion8bit(
     dtype('int8')
     """
     return optimizer(
-        _engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite),
+        engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite),
         learning_rate,
         tail=Tail(weight_decay=weight_decay, mask=mask),
         members=("method", "decay", "rate"),

@@ -1,0 +1,3 @@
+"""Foreign formats in and out, one folder or file for each library."""
+
+from . import bitsandbytes as bitsandbytes

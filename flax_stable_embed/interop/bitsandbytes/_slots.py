@@ -1,0 +1,105 @@
+"""Where bitsandbytes' `state1` and `state2` of every parameter are in the state of ours."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ...optim._boxes import is_box, rebox, unbox
+from ...optim._layout import Layout
+from ...optim._method import Method
+from ...optim._rules import path_name
+from ...optim.adagrad import ScaleByAdagrad8bitState
+from ...optim.adam import ScaleByAdam8bitState
+from ...optim.ademamix import ScaleByAdemamix8bitState
+from ...optim.lion import ScaleByLion8bitState
+from ...optim.rmsprop import ScaleByRmsprop8bitState
+from ...optim.sgd import ScaleBySgd8bitState
+from ._moments import Place
+from ._pairs import Axes, Key
+
+# The moments that are state1 (AdEMAMix stacks two of them) and state2.
+STATES: dict[type, tuple[tuple[str, ...], ...]] = {
+    ScaleByAdam8bitState: (("mu",), ("nu",)),
+    ScaleByAdemamix8bitState: (("m1", "m2"), ("nu",)),
+    ScaleBySgd8bitState: (("trace",),),
+    ScaleByRmsprop8bitState: (("nu",),),
+    ScaleByAdagrad8bitState: (("sum_of_squares",),),
+    ScaleByLion8bitState: (("mu",),),
+}
+
+
+class Slot(NamedTuple):
+    """One moment of a parameter: torch's key, our path, `state{number}` (a `plane` if stacked), and how we store it."""
+
+    key: Key
+    path: str
+    number: int
+    plane: int | None
+    place: Place
+
+    @property
+    def values(self) -> tuple[str, str]:
+        """Where `Arrays` has the moment."""
+        return self.place.moment.name, self.path
+
+    @property
+    def absmax(self) -> tuple[str, str]:
+        """Where `Arrays` has its scales."""
+        return f"{self.place.moment.name}_absmax", self.path
+
+
+def slots(kept: Layout, pairs: Mapping[Key, str], axes: Axes) -> Iterator[Slot]:
+    """All of them, parameter by parameter.
+
+    Raises:
+        ValueError: the optimizer has moments that bitsandbytes' does not have, or the axes do not fit.
+    """
+    states, moments = states_of(kept.method), {moment.name: moment for moment in kept.method.moments}
+    for key, path in pairs.items():
+        shape, decision = kept.parameters[path]
+        order = axes.of(path, shape)
+        for number, names in enumerate(states, 1):
+            for plane, name in enumerate(names):
+                place = Place(moments[name], number == 1, shape, decision, order)
+                yield Slot(key, path, number, plane if len(names) > 1 else None, place)
+
+
+def states_of(method: Method) -> tuple[tuple[str, ...], ...]:
+    """The names of our moments that are state1 and state2."""
+    states = STATES.get(method.state, ())
+    ours = {moment.name for moment in method.moments}
+    if not states or {name for names in states for name in names} != ours:
+        raise ValueError(
+            f"`tx` keeps {', '.join(sorted(ours)) or 'no moments'} ({method.name}), and no optimizer of bitsandbytes "
+            "does. Its RMSprop is not centered and has no momentum; its SGD has momentum."
+        )
+    return states
+
+
+class Arrays:
+    """The arrays of a state's moments, by field and path; they can be replaced, in their wrappers and places."""
+
+    def __init__(self, state: Any, method: Method):
+        self.state = state
+        fields = [name for moment in method.moments for name in (moment.name, f"{moment.name}_absmax")]
+        flat = {field: jax.tree_util.tree_flatten_with_path(getattr(state, field), is_leaf=is_box) for field in fields}
+        self._trees = {field: tree for field, (_, tree) in flat.items()}
+        self._boxes = {field: {path_name(path): box for path, box in leaves} for field, (leaves, _) in flat.items()}
+
+    def __getitem__(self, at: tuple[str, str]) -> Any:
+        field, path = at
+        return unbox(self._boxes[field][path])
+
+    def __setitem__(self, at: tuple[str, str], array: np.ndarray) -> None:
+        field, path = at
+        box = self._boxes[field][path]
+        before = unbox(box)
+        assert (array.shape, array.dtype) == (before.shape, before.dtype), (at, array.shape, array.dtype)
+        self._boxes[field][path] = rebox(box, jax.device_put(array, before.sharding))
+
+    def filled(self) -> Any:
+        """The state with its arrays as they are now."""
+        new = {field: tree.unflatten(self._boxes[field].values()) for field, tree in self._trees.items()}
+        return self.state._replace(**new)
