@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import errors, quality_report, report
+from . import errors, quality_report, report, state
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
@@ -33,6 +33,7 @@ def quality() -> str:
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
     ("README.md", "quality"): quality,
+    ("README.md", "state"): state.markdown,
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
 

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["nnx", "linen", "fused"])
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["nnx", "linen", "fused", "family"]
+)
 def test_code_in_the_readme_runs(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 

@@ -7,11 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flax_stable_embed as fse
+from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small
 ALL_FP32 = ((".*", 32),)
+
+
+# Two moments and decay after the rule; one, with sums and decay before it; three. The others differ in their formulas.
+REPRESENTATIVE = ("adamw8bit", "lars8bit", "ademamix8bit")
+every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+# For what does not depend on the formula: the others join in `make test-all`.
+every_kind_of_optimizer = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c.name in REPRESENTATIVE else pytest.mark.slow, id=c.name) for c in OPTIMIZERS],
+)
 
 
 def parameters(dtype=jnp.float32, kernel=(64, 64), seed=0):

@@ -43,10 +43,11 @@ def layout(tx: optax.GradientTransformation, params: Any) -> Layout:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found = [record for _, record in trace_init(tx, params)[1] if record.method is not None]
+    records = [record for _, record in trace_init(tx, params)[1]]
+    found = [Layout(r.method, r.parameters) for r in records if r.method is not None and r.parameters is not None]
     if len(found) != 1:
         raise ValueError(
             f"`tx` must hold one 8-bit transform of this library, got {len(found)}. Give it the optimizer itself, or a "
             "chain of which one member is one."
         )
-    return Layout(found[0].method, found[0].parameters)
+    return found[0]

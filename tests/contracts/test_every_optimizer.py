@@ -25,6 +25,8 @@ from tests.tools import (
     build,
     build_theirs,
     core,
+    every_kind_of_optimizer,
+    every_optimizer,
     first_moment,
     gradients,
     halves,
@@ -39,15 +41,23 @@ from tests.tools import (
     types,
 )
 
-every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-QUICK = [("root", "nearest"), ("root", "stochastic"), ("dynamic", "nearest"), ("linear", "stochastic")]
-every_storage = pytest.mark.parametrize(
-    ("codec", "rounding"),
-    [
-        pytest.param(*storage, marks=[] if storage in QUICK else pytest.mark.slow)
-        for storage in itertools.product(("root", "dynamic", "linear"), ("nearest", "stochastic"))
-    ],
-)
+STORAGES = [*itertools.product(("root", "dynamic", "linear"), ("nearest", "stochastic"))]
+
+
+def with_every_storage(cases):
+    """Every optimizer in every storage; `make test` takes two of the six for each, every pair of codecs somewhere."""
+    return pytest.mark.parametrize(
+        ("case", "codec", "rounding"),
+        [
+            pytest.param(case, *storage, marks=[] if (k - n) % 6 in (0, 3) else pytest.mark.slow)
+            for n, case in enumerate(cases)
+            for k, storage in enumerate(STORAGES)
+        ],
+        ids=lambda value: getattr(value, "name", value),
+    )
+
+
+every_optimizer_and_storage = with_every_storage(OPTIMIZERS)
 with_weight_decay = pytest.mark.parametrize(
     "case", [case for case in OPTIMIZERS if takes(case, "weight_decay")], ids=lambda case: case.name
 )
@@ -84,7 +94,7 @@ def test_the_state_lines_up_with_the_namesakes(case):
         assert jax.tree.map(jnp.ndim, getattr(found, f"{name}_absmax")) == jax.tree.map(jnp.ndim, parameters())
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_extra_arguments_are_ignored(case):
     params, grads = parameters(), gradients()
     tx = build(case)
@@ -101,7 +111,7 @@ def test_extra_arguments_are_ignored(case):
     assert_8bit(case, with_extra(grads, ours.init(params), params)[1])
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_call_compiles_nothing(case, dtype):
     params = parameters(dtype)
@@ -137,7 +147,7 @@ def test_types_do_not_change(case, dtype):
     assert (types(new), types(state)) == (types(params), types(build(case).init(params)))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_gradients_may_have_another_dtype_than_parameters(case):
     params = parameters()
     half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients())
@@ -191,7 +201,7 @@ def test_hyperparameters_can_be_injected(case, which):
         assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_multi_steps_waits_and_then_takes_one_step(case, dtype):
     params = parameters(dtype)
@@ -209,7 +219,7 @@ def test_multi_steps_waits_and_then_takes_one_step(case, dtype):
     assert_nearly((updates, core(case, state)), (expected, core(case, expected_state)))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_update_runs_in_a_conditional(case):
     params, grads = parameters(), gradients()
     tx = build(case)
@@ -224,7 +234,7 @@ def test_update_runs_in_a_conditional(case):
     assert_nearly(state, jitted(tx)(grads, tx.init(params), params)[1])
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
 def test_a_scan_equals_a_loop(case, fused):
     params = parameters()
@@ -259,7 +269,7 @@ def test_float64_parameters_keep_float64_moments(case):
         assert types(fused) == types(params)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_numbers_of_numpy_are_as_good_as_pythons(case):
     """`np.float64` is a Python float to isinstance, and yet promotes float32 arrays under x64."""
     with jax.enable_x64(True):
@@ -273,7 +283,7 @@ def test_numbers_of_numpy_are_as_good_as_pythons(case):
         assert types(state) == types(tx.init(params)) and types(updates) == types(params)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_init_takes_shapes_for_arrays(case):
     params = parameters()
     shapes = jax.eval_shape(lambda: params)
@@ -286,7 +296,7 @@ def test_init_takes_shapes_for_arrays(case):
     assert types(jax.eval_shape(tx.init, params)) == types(expected)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
     params = parameters()
     specs = jax.tree.map(lambda p: P("x") if p.ndim == 2 else P(), params)
@@ -302,7 +312,7 @@ def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
     assert found.count.shape == ()
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_vmap_of_init_and_update_equals_members_one_by_one(case):
     members = [parameters(seed=i) for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
@@ -349,7 +359,7 @@ def test_parameters_after_a_step_are_differentiable(case):
     chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=rtol, atol=1e-6)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_donated_buffers_are_used_in_place(case):
     """Warnings are errors here, and JAX warns of a donated buffer that it could not use."""
     for fused in (False, True):
@@ -438,8 +448,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
         assert_equal(case, getattr(core(case, state), name), their_moment(expected_state, name))
 
 
-@every_optimizer
-@every_storage
+@every_optimizer_and_storage
 def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
     """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
     params, grads = parameters(), gradients()
@@ -450,8 +459,7 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
     assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2])
 
 
-@every_optimizer
-@every_storage
+@every_optimizer_and_storage
 def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -469,8 +477,7 @@ def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     assert_same_bits(fused_after, after)
 
 
-@every_optimizer
-@every_storage
+@every_optimizer_and_storage
 def test_coordinates_without_a_gradient_stay_untouched(case, codec, rounding):
     """A row of its own blocks, and single elements among live ones of their block."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
@@ -505,8 +512,7 @@ def with_bad_elements(grads):
     return grads | {"norm": {"scale": grads["norm"]["scale"].at[2].set(jnp.nan)}}, where, where_scale
 
 
-@every_optimizer
-@every_storage
+@every_optimizer_and_storage
 def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, rounding):
     """Beside the same gradient with zeros there: every other element has the same bits, now and a step later."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
@@ -544,8 +550,7 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
     np.testing.assert_array_equal(np.isfinite(later["norm"]["scale"]), ~where_scale)
 
 
-@pytest.mark.parametrize("case", [case for case in OPTIMIZERS if case.bounded], ids=lambda case: case.name)
-@every_storage
+@with_every_storage([case for case in OPTIMIZERS if case.bounded])
 @pytest.mark.parametrize("spike", [1e20, 1e30])
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
@@ -559,7 +564,7 @@ def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case,
     assert abs(params["kernel"][3, 5] - parameters()["kernel"][3, 5]) < 0.1
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_a_state_of_other_parameters_is_refused(case):
     tx = build(case)
     state = tx.init({"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))})
@@ -620,7 +625,7 @@ def test_fused_update_is_update_and_apply_updates(case, dtype):
         assert np.all(np.abs(f - n) <= ulp)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_chain_keeps_the_fused_path(case):
     params, grads = parameters(), gradients()
     tx = fse.chain(optax.clip_by_global_norm(0.5), build(case))
@@ -634,7 +639,7 @@ def test_chain_keeps_the_fused_path(case):
     assert_8bit(case, jitted_fused(again)(grads, again.init(params), params)[1])
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_a_wrapper_that_hides_the_optimizer_is_named(case):
     params = parameters()
     wrappers = {
@@ -668,7 +673,7 @@ TREES = {
 }
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("kind", TREES)
 def test_every_kind_of_tree(case, kind):
     params = TREES[kind]()
@@ -695,7 +700,7 @@ def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2], rtol=rtol)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_parameters_may_be_numpys_and_pythons(case):
     """As a checkpoint may bring them: float64 without x64, and a temperature that is a number."""
     params = {"kernel": np.ones((64, 64)), "scale": np.ones(8, np.float16), "a": 1.0, "b": np.float32(2.0)}
@@ -713,7 +718,7 @@ def test_parameters_may_be_numpys_and_pythons(case):
     assert_nearly(new, optax.apply_updates(params, updates))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_eight_bit_floats_may_be_parameters(case):
     params = {"kernel": jnp.ones((64, 64), jnp.float8_e4m3fn), "scale": jnp.ones(8, jnp.float8_e5m2)}
     tx = build(case)
@@ -723,7 +728,7 @@ def test_eight_bit_floats_may_be_parameters(case):
     assert types((updates, after)) == types((params, state))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_a_leaf_may_be_without_a_gradient(case):
     params = {"kernel": parameters()["kernel"], "frozen": jnp.ones((32, 32)), "absent": None}
     grads = {"kernel": gradients()["kernel"], "frozen": None, "absent": None}
@@ -740,7 +745,7 @@ def test_a_leaf_may_be_without_a_gradient(case):
         assert_same_bits(getattr(found, name)["frozen"], getattr(core(case, state), name)["frozen"])
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_a_state_of_parameters_with_other_names_is_refused(case):
     tx, params = build(case), parameters()
     assert_8bit(case, tx.init(params))

@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from tests.cases import OPTIMIZERS
 from tests.tools import (
     SMALL,
     assert_8bit,
@@ -26,6 +25,8 @@ from tests.tools import (
     build,
     build_theirs,
     core,
+    every_kind_of_optimizer,
+    every_optimizer,
     first_moment,
     gradients,
     is_codes,
@@ -37,7 +38,6 @@ from tests.tools import (
     types,
 )
 
-every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
@@ -45,7 +45,7 @@ X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 # --- optax around us --------------------------------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_masked_around_us(case):
     params, grads = parameters(), gradients()
     tx = optax.masked(build(case), {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": True}})
@@ -61,7 +61,7 @@ def test_masked_around_us(case):
     assert_same_bits(run(by_function, params, 1), (new, after))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_partition_around_us(case):
     """Also with rules: one that matches nothing may match on the other side of the partition."""
     params, grads = parameters(), gradients()
@@ -77,7 +77,7 @@ def test_partition_around_us(case):
     assert_nearly((updates["kernel"], updates["wte"]), (expected["kernel"], expected["wte"]))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_two_of_us_in_a_partition(case):
     params = {"left": parameters(), "right": parameters(seed=1)}
     tx = optax.partition(
@@ -94,7 +94,7 @@ def test_two_of_us_in_a_partition(case):
     assert left.format.shape != right.format.shape
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_wrappers_that_select_between_states(case):
     params, grads = parameters(), gradients()
     tx = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), build(case)), 3)
@@ -160,7 +160,7 @@ def test_a_train_state_trains(case):
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize(
     "names", [(None, "model"), ("model", None), ("data", "model"), (("data", "model"), None)], ids=str
@@ -194,7 +194,7 @@ def test_linen_boxes_give_specs_that_divide(case, box, names):
         assert kinds((updates, after)) == kinds(abstract)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_linen_boxes_are_initialized_under_a_mesh_whatever_is_in_them(case, kind):
     """Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have."""
@@ -206,7 +206,7 @@ def test_linen_boxes_are_initialized_under_a_mesh_whatever_is_in_them(case, kind
         assert_8bit(case, state)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_linen_boxes_change_no_number(case):
     model = LinenModel()
     boxed = model.init(jax.random.key(0), X)["params"]
@@ -276,7 +276,7 @@ def test_an_nnx_optimizer_trains(case):
     np.testing.assert_allclose(losses, [float(nnx_step(other, theirs)) for _ in range(4)], rtol=1e-2)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_nnx_and_plain_dicts_take_the_same_step(case):
     tx, model = build(case), Model(nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -300,7 +300,7 @@ NNX_SHARDINGS = [
 ]
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize(
     ("kind", "names", "width"),
     [
@@ -343,7 +343,7 @@ def moment_arrays(case, optimizer):
     return [getattr(found, f)["up"]["kernel"] for name in moments(case) for f in (name, f"{name}_absmax")]
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
 def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
     tx = {
@@ -366,7 +366,7 @@ def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
     assert losses[-1] < losses[0]
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_an_nnx_optimizer_is_made_in_the_abstract(case):
     def build_both():
         model = Model(nnx.Rngs(0))
@@ -381,7 +381,7 @@ def test_an_nnx_optimizer_is_made_in_the_abstract(case):
 # --- serialization ----------------------------------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_flax_serialization_restores_every_bit(case):
     tx = build(case)
     params, state = run(tx, parameters(), 2)

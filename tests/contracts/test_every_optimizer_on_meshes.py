@@ -25,6 +25,7 @@ from tests.tools import (
     assert_same_bits,
     build,
     core,
+    every_kind_of_optimizer,
     first_moment,
     gradients,
     jitted,
@@ -34,7 +35,6 @@ from tests.tools import (
     types,
 )
 
-every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 
 KERNEL = (256, 32)  # eight blocks of 32 on the first axis: whole blocks on 2, 4 and 8 devices
@@ -66,7 +66,7 @@ def cut(x):
     return tuple(n // m for n, m in zip(x.shape, x.sharding.shard_shape(x.shape)))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_state_lies_as_the_parameter_and_stays_there(case, kind, spec):
@@ -98,7 +98,7 @@ def test_the_state_lies_as_the_parameter_and_stays_there(case, kind, spec):
         assert_8bit(case, after)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_blocks_that_straddle_devices_still_give_the_same_bits(case, kind):
     """The promise of `shards` broken: two blocks of 32 on an axis in four pieces."""
@@ -121,27 +121,26 @@ def on_one_device(case, rounding):
 
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = [
+    ("stochastic", AUTO, (1, 1), P("a", "b")),
+    ("stochastic", EXPLICIT, (2, 1), P("a", "b")),
+    ("stochastic", AUTO, (2, 2), P("b", "a")),
+    ("stochastic", EXPLICIT, (2, 4), P(("a", "b"))),
+    ("stochastic", AUTO, (2, 4), P("a", "b")),
+    ("nearest", AUTO, (2, 4), P(("b", "a"))),
+    ("nearest", EXPLICIT, (1, 4), P(None, "b")),
+]
 
 
-@every_optimizer
 @pytest.mark.parametrize(
-    ("rounding", "kind", "shape", "spec"),
+    ("case", "rounding", "kind", "shape", "spec"),
     [
-        ("stochastic", AUTO, (1, 1), P("a", "b")),
-        ("stochastic", EXPLICIT, (2, 1), P("a", "b")),
-        ("stochastic", AUTO, (2, 2), P("b", "a")),
-        (
-            "stochastic",
-            EXPLICIT,
-            (2, 4),
-            P(
-                ("a", "b"),
-            ),
-        ),
-        ("stochastic", AUTO, (2, 4), P("a", "b")),
-        ("nearest", AUTO, (2, 4), P(("b", "a"))),
-        ("nearest", EXPLICIT, (1, 4), P(None, "b")),
+        # Two of seven for each in `make test`.
+        pytest.param(case, *mesh, marks=[] if (k - n) % 7 in (0, 3) else pytest.mark.slow)
+        for n, case in enumerate(OPTIMIZERS)
+        for k, mesh in enumerate(MESHES)
     ],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
     expected, expected_state = on_one_device(case, rounding)
@@ -157,7 +156,7 @@ def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
         assert_equal(case, (new, state), (expected, expected_state))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_one_step_moves_no_data_between_devices(case, kind):
     mesh, tx = mesh_of(kind), build(case)
@@ -174,7 +173,7 @@ def test_one_step_moves_no_data_between_devices(case, kind):
     assert all(shape in ("f32[]", "f32[1,1]") for shape in re.findall(r"= (\S+?)(?:\{\S*)? all-reduce\(", text))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_a_checkpoint_opens_on_another_mesh(case, kind, tmp_path):
     tx = build(case)
@@ -237,7 +236,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     assert "all refused" in done.stdout, done.stderr
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_abstract_init_keeps_the_shardings_of_its_shapes(case, kind):
     mesh, tx = mesh_of(kind), build(case)
@@ -253,7 +252,7 @@ def test_abstract_init_keeps_the_shardings_of_its_shapes(case, kind):
             assert str(types(jax.eval_shape(tx.init, shapes))) == str(types(state))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_init_under_jit_with_the_shardings_of_the_state(case, kind):
     mesh, tx = mesh_of(kind), build(case)
@@ -267,7 +266,7 @@ def test_init_under_jit_with_the_shardings_of_the_state(case, kind):
         assert_same_bits(state, eager)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @every_kind
 def test_multi_steps_and_clipping_on_a_mesh(case, kind):
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), build(case)), 2)

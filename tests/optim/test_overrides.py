@@ -112,7 +112,7 @@ def test_a_hyperparameter_that_is_not_there_is_refused(make, rule, message):
         make((("kernel", rule),))
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, optax.constant_schedule(0.1), jnp.float32(0.1)], ids=str)
+@pytest.mark.parametrize("value", ["0.1", None, True, optax.constant_schedule(0.1), jnp.float32(0.1)], ids=type)
 def test_a_scale_that_is_not_a_number_is_refused(value):
     with pytest.raises(TypeError, match="`lr_scale` of a Rule must be a number"):
         fse.Rule(lr_scale=value)
