@@ -101,3 +101,57 @@ def test_every_leaf_has_random_numbers_of_its_own():
     again = step(params, tx.init(params), params)[1]
     assert_same_bits(again, first)
     assert types(second) == types(first)
+
+
+WRONG_CALLS = {
+    "a state of optax": (
+        lambda tx, p, s: tx.update(p, optax.adamw(1e-3).init(p), p),
+        "must hold a ScaleByAdam8bitState",
+    ),
+    "another optimizer": (lambda tx, p, s: tx.update(p, fse.lion8bit(1e-3).init(p), p), "must hold a ScaleByAdam8bit"),
+    "swapped": (lambda tx, p, s: tx.update(p, p, s), "`state` must be a tuple of 3.*update.grads, state, params"),
+    "fused, swapped": (lambda tx, p, s: fse.fused_update(tx, p, p, s), "`state` must be a tuple of 3"),
+    "a gradient of another shape": (
+        lambda tx, p, s: tx.update(p | {"kernel": p["kernel"][:32]}, s, p),
+        "'kernel' has the shape .64, 64., but its gradient .32, 64.",
+    ),
+    "a state of another shape": (
+        lambda tx, p, s: tx.update(p | {"kernel": p["kernel"][:32]}, s, p | {"kernel": p["kernel"][:32]}),
+        "'kernel' has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_call_is_told_what_is_wrong(name):
+    call, message = WRONG_CALLS[name]
+    tx, params = fse.adamw8bit(1e-3, state_format=SMALL), parameters()
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(tx, params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((".*", 8), r"`rules` must be pairs, got one: .*Put it into a tuple: rules=\(\('\.\*', 8\),\)"),
+        (None, r"`rules` must be pairs .*or \(\) for the defaults; got None"),
+        ("kernel", r"`rules` must be pairs"),
+        ((("kernel", "bf32"),), r"must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got 'bf32'"),
+    ],
+    ids=["one pair", "None", "text", "bits"],
+)
+def test_rules_that_are_none_are_told_what_is_wrong(rules, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fse.adamw8bit(1e-3, rules=rules)
+
+
+def test_a_dict_of_patterns_is_told_from_labels():
+    tx = fse.adamw8bit(1e-3, rules={"kern.*": 8})
+    message = r"'kern\.\*' \(a label's path; a pattern goes into a pair: \(\('kern"
+    with pytest.raises(ValueError, match=message):
+        tx.init(parameters())
+
+
+def test_a_predicate_of_one_argument_is_refused():
+    with pytest.raises(TypeError, match=r"must be a function of a path and a shape.*Try lambda path, shape"):
+        fse.where(lambda path: True)
