@@ -107,6 +107,7 @@ class Engine:
             sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
         in_bytes = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d and d.blocks]
+        in_bytes = in_bytes if self.method.moments else []
         state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
         self._report(state.format, paths, leaves, decisions, sizes)
         return state
