@@ -1,4 +1,4 @@
-"""Bytes of optimizer state of a large model, by how it is stored: `python -m benchmarks.state`. Nothing is allocated."""
+"""Bytes of optimizer state of a large model, by how it is stored: `python -m benchmarks.state`. Nothing allocated."""
 
 from collections.abc import Callable
 from math import prod

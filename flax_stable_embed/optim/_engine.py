@@ -19,7 +19,7 @@ from jax.tree_util import GetAttrKey
 
 from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
-from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square
+from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, widest
 from ._boxes import is_box, optim_bits, unbox
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
@@ -123,6 +123,8 @@ class Engine:
             parameters[path] = shape, d
             block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
             how = (self.implementation or "xla") if d.blocks else "optax's formula"
+            if not self.method.moments:
+                d, block, how = d._replace(bits=32, reason="no moments"), "", "optax's formula"
             rows.append(Row(path, shape, d.bits, block, d.reason, how, size, d.rule.shown))
             for moment in self.method.moments:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
@@ -209,7 +211,7 @@ class Engine:
             u = tail.step_size * u
         if self.skip_nonfinite:
             u = jnp.where(jnp.isfinite(g), u, jnp.full_like(u, -0.0))  # again: by now it may be 0.0, which -0.0 is not
-        return (wide_p + u if fused else u).astype(dtype), stored
+        return (widest(p, wide_p) + u if fused else u).astype(dtype), stored
 
     def _apply(self, path: str, g, p, stored, moments, bits, hyper: dict, count, fused: bool, dtype, compute):
         names = [m.name for m in self.method.moments]

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..ops.blockwise.blocks import SMALLEST, Blocks, choose_blocks
 from ..ops.blockwise.quantize import check_block_size, check_codec
@@ -127,8 +128,12 @@ class Rule:
                 f"`state_format` says how 8-bit moments are stored, but `bits` is {self.bits!r}: {self}. Drop one."
             )
         for name, value in (("lr_scale", self.lr_scale), *self.overrides.items()):
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            if not isinstance(value, int | float | np.number) or isinstance(value, bool):
                 raise TypeError(f"`{name}` of a Rule must be a number, got {value!r}.")
+            if not np.isfinite(value):
+                raise ValueError(f"`{name}` of a Rule must be finite, got {value!r}.")
+            if value is not None:
+                object.__setattr__(self, name, float(value))
 
     @property
     def overrides(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from ._report import Leaf, trace_init
 from ._rules import path_name
@@ -249,4 +250,4 @@ def _sharding(x: Array) -> Any:
 def _placed(x: Array, sharding: Any) -> Array:
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding, may_alias=False)  # or one count, taken twice, could not be donated
-    return x if sharding.mesh.empty else jax.sharding.reshard(x, sharding)
+    return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x

@@ -81,7 +81,7 @@ def lamb8bit(
         weight_decay: a number or a schedule; part of the direction whose length is set.
         mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
         max_unorm: bitsandbytes' clipping in place of the trust ratio: the longest direction, in lengths of the
-            parameter (1.0 there). A parameter of length 0 is not clipped.
+            parameter (1.0 there); 0 is no limit, and None the trust ratio. A parameter of length 0 is not clipped.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
         state_format: codec, rounding and blocks, see `StateFormat`.
         implementation: None runs everywhere; "xla" names what it runs.

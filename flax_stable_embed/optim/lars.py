@@ -31,6 +31,8 @@ def _parts(
     weight_decay, mask, coefficient, eps, ratio_mask, momentum, nesterov, max_unorm, *options
 ) -> tuple[Engine, Tail]:
     """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it."""
+    if momentum is None:
+        raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
     decay = Tail(weight_decay=weight_decay, mask=mask, coupled=True)
     if max_unorm is not None:
         tail = decay._replace(rescale=lambda u, p: u * clipping(u, p, max_unorm))
@@ -104,7 +106,7 @@ def lars8bit(
         momentum: decay rate of the trace.
         nesterov: Nesterov momentum.
         max_unorm: bitsandbytes' clipping in place of the trust ratio: the longest step, in lengths of the parameter
-            (0.02 there). A parameter of length 0 is not clipped.
+            (0.02 there); 0 is no limit, and None the trust ratio. A parameter of length 0 is not clipped.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
             `b1` is the momentum.
         state_format: codec, rounding and blocks, see `StateFormat`.

@@ -140,6 +140,8 @@ class _Quantizer:
         if not isinstance(tx, optax.GradientTransformation):
             raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
         self.tx, self.rules = optax.with_extra_args_support(tx), rules
+        if moments is not None and not isinstance(moments, Mapping):
+            raise TypeError(f"`moments` must be a mapping of fields, such as {{'mu': 'signed'}}, got {moments!r}.")
         self.table, self.named = (MOMENTS, False) if moments is None else (dict(moments), True)
         for name, kind in self.table.items():
             if kind not in _KINDS:

@@ -267,6 +267,9 @@ def test_float64_parameters_keep_float64_moments(case):
         assert_equal(case, (new["norm"], new["wte"]), (expected["norm"], expected["wte"]))
         fused, _ = jitted_fused(tx)(gradients(like=params), tx.init(params), params)
         assert types(fused) == types(params)
+        still, _ = jitted_fused(tx)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        if not takes(case, "weight_decay"):
+            assert_same_bits(still, params)  # to the last digit of float64
 
 
 @every_kind_of_optimizer

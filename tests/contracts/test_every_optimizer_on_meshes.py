@@ -157,6 +157,21 @@ def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
 
 
 @every_kind_of_optimizer
+@pytest.mark.parametrize("made", ["eager", "jit", "elsewhere", "numpy"])
+def test_parameters_on_a_mesh_take_states_from_anywhere(case, made):
+    """With an Auto mesh that nobody has set: as of a state from `jit(init)`, or a restored one."""
+    mesh, tx, plain = mesh_of(AxisType.Auto), build(case), parameters(kernel=KERNEL)
+    params = place(plain, mesh, P("a", "b"))
+    state = {"eager": tx.init, "jit": jax.jit(tx.init)}.get(made, lambda _: tx.init(plain))(params)
+    state = jax.tree.map(np.asarray, state) if made == "numpy" else state
+    grads = place(gradients(0, plain), mesh, P("a", "b"))
+    found = jax.jit(lambda *args: jitted(tx)(*args))(grads, state, params)
+    expected = jitted(tx)(gradients(0, plain), tx.init(plain), plain)
+    assert_8bit(case, found[1])
+    assert_equal(case, found, expected)
+
+
+@every_kind_of_optimizer
 @every_kind
 def test_one_step_moves_no_data_between_devices(case, kind):
     mesh, tx = mesh_of(kind), build(case)

@@ -118,6 +118,12 @@ def test_a_scale_that_is_not_a_number_is_refused(value):
         fse.Rule(lr_scale=value)
 
 
+def test_numbers_of_numpy_are_numbers_and_nan_is_not_one_to_scale_with():
+    assert fse.Rule(lr_scale=np.float32(0.5)) == fse.Rule(lr_scale=0.5)
+    with pytest.raises(ValueError, match="`lr_scale` of a Rule must be finite, got nan"):
+        fse.Rule(lr_scale=float("nan"))
+
+
 # --- what breaks overrides that go by identity or by position, as bitsandbytes' do -----------------------------------
 
 HEAD = (("head", fse.Rule(32, lr_scale=0.5)),)

@@ -39,7 +39,11 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
 
 def test_without_momentum_there_is_no_state_to_store():
     report = fse.describe(fse.sgd8bit(0.1), parameters())
-    assert [row.bytes for row in report.rows] == [0, 0, 0]
+    assert [(row.bits, row.reason, row.bytes) for row in report.rows] == [(32, "no moments", 0)] * 3
+    params = {"kernel": jnp.ones((64, 64))}
+    for state_format in (fse.StateFormat("dynamic", min_size=0), fse.StateFormat(block_size=48, min_size=0)):
+        tx = fse.sgd8bit(0.1, rules=(("kernel", fse.Rule(8, state_format)),))
+        assert tx.update(params, tx.init(params), params)[0] is not None
 
 
 def test_a_dtype_for_the_accumulator_is_refused():

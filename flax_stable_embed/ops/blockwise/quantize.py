@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .blocks import Blocks
 from .codecs import CODECS, TINY, Code, Codec, decode, encode, hashed_uniform
@@ -196,9 +196,10 @@ def _without(x: Array, axis: int) -> NamedSharding:
 
 
 def placed_like(x: Array, other: Array) -> Array:
-    """`x` with the sharding that the type of `other` says, under an Explicit mesh."""
+    """`x` with the sharding that the type of `other` says, under an Explicit mesh; elsewhere types say nothing."""
     sharding = jax.typeof(other).sharding
-    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(x, sharding) if explicit and jax.typeof(x).sharding != sharding else x
 
 
 def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:

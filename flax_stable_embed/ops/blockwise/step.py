@@ -102,7 +102,12 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
         u = jnp.where(finite, u, jnp.full_like(u, -0.0))  # p + -0.0 is p to the bit, for -0.0 too
         # A second moment of a whole row has left such elements out by itself.
         new = tuple(jnp.where(finite, x, old) if x.shape == g.shape else x for x, old in zip(new, moments))
-    return (p_in + u if step.fused else u).astype(step.dtype), new
+    return (widest(p, p_in) + u if step.fused else u).astype(step.dtype), new
+
+
+def widest(p: Any, wide: Any) -> Array:
+    """A parameter to add to: `wide`, its copy in the dtype of the arithmetic, or itself where it has more digits."""
+    return p if p.dtype == np.float64 else wide
 
 
 @cache
