@@ -353,7 +353,8 @@ def test_parameters_after_a_step_are_differentiable(case):
     ours = functools.partial(case.ours, state_format=SMALL)
     gradient = lambda make, fused: jax.jit(jax.grad(functools.partial(loss, make, fused), argnums=(0, 1)))  # noqa: E731
     expected = gradient(case.theirs, False)(0.01, grads, case.theirs(0.01, **hyper).init(params))
-    rtol = 1e-3 if case.sums else 1e-4
+    # Sums run in another order, and 1 / sqrt stands for optax's rsqrt.
+    rtol = 2e-3 if case.sums or case.name == "rmsprop8bit" else 1e-4
     for fused in (False, True):
         found = gradient(ours, fused)(0.01, grads, state)
         # At the first step the moments are zero in either state: nothing is rounded, so optax's derivative is ours.

@@ -157,7 +157,13 @@ def test_moments_of_other_precisions(bits, frozen):
 # --- as in bitsandbytes' own tests: save and load on the way ---------------------------------------------------------
 
 
-@every_case
+QUICK = ("adamw8bit", "lamb8bit", "ademamix8bit_schedules", "sgd32bit")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in STATE_DICTS],
+)
 def test_saved_and_loaded_on_the_way_nothing_changes(case):
     """test_optimizer8bit and test_ademamix_state_dict_no_nan: every ten steps, bytes and maps are the same."""
     tx, params = our_optimizer(case, state_format=BLOCKS), {"kernel": normal(0, (9, 512), 0.1)}

@@ -72,7 +72,9 @@ WAYS = {
     "square dynamic, kernel root": codec_of(square="dynamic", kernel="root"),
 }
 ADAM, ADAGRAD = fse.scale_by_adam8bit, fse.scale_by_adagrad8bit  # adagrad's codes are bytes with every codec
-every_method = pytest.mark.parametrize("method", [ADAM, ADAGRAD], ids=lambda f: f.__name__)
+every_method = pytest.mark.parametrize(
+    "method", [ADAM, pytest.param(ADAGRAD, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
 
 
 @functools.cache
