@@ -35,7 +35,8 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
 
     `tx` sees such parameters and their gradients in float32, and its state is that of float32 parameters. All other
     parameters are left alone. The updates of half-precision parameters are float32 numbers which `optax.apply_updates`
-    turns into exactly the rounded parameter: so this comes last, and nothing may change updates after it. The sum is
+    turns into exactly the rounded parameter: so this comes last, and nothing may change updates after it (and
+    `optax.apply_if_finite`, which wants updates in the gradients' dtype, goes inside). The sum is
     float32's: what a float32 parameter would ignore is ignored here too. (Below 2^-118 backends that flush subnormal
     numbers to zero may leave a parameter where it is.)
 
@@ -50,6 +51,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         An optax transform that also serves `fse.fused_update`, whatever `tx` is, with the same bits.
 
     Raises:
+        TypeError: `tx` is not an optax transform.
         ValueError: in `update`, no `params`.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse

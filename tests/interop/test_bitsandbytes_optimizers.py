@@ -233,3 +233,9 @@ def test_an_embedding_and_its_optimizer_together(name):
     heads = [dtype for path, dtype in dtypes.items() if "kernel" in path and "absmax" not in path]
     tables = [dtype for path, dtype in dtypes.items() if "embedding" in path]
     assert heads and set(heads) == {"uint8"} and tables and set(tables) == {"float32"}
+
+
+@pytest.mark.parametrize("b1", [0.0, 1.0])
+def test_a_rate_that_cannot_grow_is_refused(b1):
+    with pytest.raises(ValueError, match="`b1` must lie between 0 and 1 where `t_beta3` lets b3 grow from it"):
+        fse.interop.bitsandbytes.ademamix8bit(b1=b1, t_beta3=10)

@@ -194,6 +194,8 @@ def ademamix8bit(
     >>> tx.init({"kernel": jnp.ones((64, 512))})[0].m2_absmax["kernel"].shape
     (64, 2)
     """
+    if not _is_off(t_beta3) and isinstance(b1, int | float) and not 0 < b1 < 1:
+        raise ValueError(f"`b1` must lie between 0 and 1 where `t_beta3` lets b3 grow from it, got {b1!r}.")
     b3_now, b3_rest = (b3, None) if _is_off(t_beta3) else _growing_b3(b1, b3, t_beta3)
     alpha_now = alpha if _is_off(t_alpha) else lambda before: alpha * jnp.minimum(1.0, (before + 1) / t_alpha)
     options = rules, state_format, implementation, skip_nonfinite
