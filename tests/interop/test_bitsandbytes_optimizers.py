@@ -26,6 +26,11 @@ OPTIMIZERS = {
     "ademamix8bit": {"t_alpha": 8, "t_beta3": 12},
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+# For what does not depend on the formula: the others join in `make test-all`.
+every_kind_of_optimizer = pytest.mark.parametrize(
+    "name",
+    [n if n in ("adamw8bit", "lars8bit") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+)
 
 
 def make(name, **options):
@@ -84,7 +89,7 @@ def test_bias_corrections_have_all_their_digits(b):
 # --- contracts -------------------------------------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_hyperparameters_can_be_injected_and_nothing_compiles_twice(name):
     params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
@@ -105,7 +110,7 @@ def test_hyperparameters_can_be_injected_and_nothing_compiles_twice(name):
     assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_the_fused_step_is_the_update_applied(name):
     params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
     tx, both = make(name), []
@@ -187,14 +192,14 @@ def test_elements_that_are_skipped_do_not_decay_where_steps_are_clipped(name):
 # --- what bitsandbytes does not test ----------------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_4096_elements_are_the_first_in_8_bits(name):
     params = {"large": jnp.zeros(4096), "small": jnp.zeros(4095)}
     rows = {row.path: row.bits for row in fse.describe(make(name), params).rows}
     assert rows == {"large": 8, "small": 32}
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_an_embedding_and_its_optimizer_together(name):
     """A stable embedding keeps fp32 moments, its head 8-bit ones, and a token that is never seen keeps its row."""
 

@@ -20,7 +20,8 @@ from flax_stable_embed.ops.rounding import stochastic_round
 from tests.tools import SMALL, assert_nearly, assert_same_bits, gradients, is_codes, parameters, types
 
 HALF = ["bfloat16", "float16"]
-half_precision = pytest.mark.parametrize("dtype", HALF)
+# What differs between the two is in tests/ops/test_rounding.py.
+half_precision = pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.slow)])
 INNER = {
     "sgd": lambda: optax.sgd(1e-3),
     "adamw": lambda: optax.adamw(1e-3),
@@ -525,7 +526,7 @@ def test_a_state_survives_serialization_and_goes_on_with_the_same_bits():
 # --- meshes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["identity", "adamw8bit"])
+@pytest.mark.parametrize("inner", [pytest.param("identity", marks=pytest.mark.slow), "adamw8bit"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None), P(None, "b"), P()], ids=str)
 def test_the_same_bits_on_every_mesh(kind, spec, inner):
