@@ -96,7 +96,7 @@ def percentile_clipping(
         ring = _recorded(state.squared_norms, count, squares, jnp.isfinite(small))
         norm = jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), jnp.sqrt(small) * np.float32(1 / _DOWN))
         limit = jnp.sqrt(_percentile(ring, percentile))
-        # A limit of 0, where gradients began as zeros, would stop all that follow.
+        # A limit of 0, where gradients began as zeros, would stop all that follow (in bitsandbytes it does).
         scale = jnp.where(jnp.isfinite(small) & (norm > limit) & (limit > 0), limit / norm, 1.0)
         scales = scale if per_parameter else [scale] * len(leaves)
         return tree.unflatten(map(_scaled, leaves, scales)), PercentileClippingState(count, ring)

@@ -62,7 +62,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
     >>> sorted(set(params["kernel"].ravel().tolist()))  # 1 - 1e-5, on average
     [0.99609375, 1.0]
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no GradientTransformation
         raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
     inner = optax.with_extra_args_support(tx)
 
