@@ -42,6 +42,7 @@ def percentile_clipping(
     The first norm fills all n slots, so the first gradient is never clipped. Norms are recorded unclipped, in float32;
     updates keep the dtype of the gradients, and a gradient that is not clipped is kept to the last bit.
 
+    A limit of 0, from gradients that began as zeros, does not clip; in bitsandbytes it stops all that follow.
     Where this differs from bitsandbytes:
         - There the norm is each parameter's own; here it is that of the whole tree, so that clipping does not turn the
           gradient. `per_parameter=True` gives theirs.
