@@ -98,6 +98,8 @@ class Engine:
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree, decisions = decide(self.rules, params)
+        if not self.method.moments:
+            decisions = [d and d._replace(bits=32, blocks=None, reason="no moments") for d in decisions]
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]]
         fields, sizes = {}, [0] * len(leaves)
         for moment in self.method.moments:
@@ -107,7 +109,6 @@ class Engine:
             sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
         in_bytes = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d and d.blocks]
-        in_bytes = in_bytes if self.method.moments else []
         state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
         self._report(state.format, paths, leaves, decisions, sizes)
         return state
@@ -123,8 +124,6 @@ class Engine:
             parameters[path] = shape, d
             block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
             how = (self.implementation or "xla") if d.blocks else "optax's formula"
-            if not self.method.moments:
-                d, block, how = d._replace(bits=32, reason="no moments"), "", "optax's formula"
             rows.append(Row(path, shape, d.bits, block, d.reason, how, size, d.rule.shown))
             for moment in self.method.moments:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))

@@ -43,6 +43,7 @@ def percentile_clipping(
     updates keep the dtype of the gradients, and a gradient that is not clipped is kept to the last bit.
 
     A limit of 0, from gradients that began as zeros, does not clip; in bitsandbytes it stops all that follow.
+
     Where this differs from bitsandbytes:
         - There the norm is each parameter's own; here it is that of the whole tree, so that clipping does not turn the
           gradient. `per_parameter=True` gives theirs.

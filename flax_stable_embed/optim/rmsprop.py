@@ -15,7 +15,7 @@ from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
 from ..ops.blockwise.step import square as abs_square
-from ._engine import Engine, Tail
+from ._engine import Engine
 from ._method import Method, MomentName
 from ._rules import StateFormat
 from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
@@ -169,4 +169,4 @@ def rmsprop8bit(
     """
     options = rules, state_format, implementation, skip_nonfinite
     method = engine(decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction, *options)
-    return optimizer(method, learning_rate, tail=Tail(), members=("method", "rate", KEEPS_NOTHING))
+    return optimizer(method, learning_rate, members=("method", "rate", KEEPS_NOTHING))
