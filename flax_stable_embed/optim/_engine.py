@@ -57,6 +57,11 @@ class Tail(NamedTuple):
     clip: Callable[[Array, Array], Array] | None = None
 
     @property
+    def mask_name(self) -> str:
+        """The argument that gives `mask`, as optax's namesakes call it."""
+        return "weight_decay_mask" if self.coupled else "mask"
+
+    @property
     def needs_params(self) -> bool:
         hooks = self.gradient_hyper, self.rescale, self.clip
         return self.weight_decay is not None or any(hook is not None for hook in hooks)
@@ -153,7 +158,8 @@ class Engine:
         for moment in self.method.moments[:1]:
             _check_same_paths(leaves, trees[moment.name])
         self._check_storage(state.format, [path_name(path) for path, _ in leaves], columns)
-        allowed, before_allowed = (_broadcast_mask(m, grads, len(leaves)) for m in (tail.mask, tail.gradient_mask))
+        allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
+        before_allowed = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
         count = jnp.asarray(optax.safe_increment(state.count))
         hypers = {}  # by what rules set: most parameters share theirs
         outputs = []
@@ -393,12 +399,31 @@ def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _broadcast_mask(mask: Any, grads: Any, n: int) -> list[bool]:
-    """A tree of booleans, or a prefix of one, as one boolean a leaf; None in both is a leaf too."""
-    if mask is None:
-        return [True] * n
+def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:
+    """A pytree of booleans, or a prefix of one, as one boolean for each leaf of `tree`; None in both is a leaf too.
+
+    Raises:
+        ValueError: it has another structure, or does not hold booleans. `name` is the argument that gave it.
+    """
 
     def spread(m, part):
+        if isinstance(m, str) or not hasattr(m, "__bool__"):
+            raise ValueError(f"`{name}` must hold booleans, got {m!r}.")
         return jax.tree.map(lambda _: bool(m), part, is_leaf=_is_none)
 
-    return jax.tree.leaves(jax.tree.map(spread, mask, grads, is_leaf=_is_none))
+    if mask is None:
+        return [True] * len(jax.tree.leaves(tree, is_leaf=_is_none))
+    if not jax.tree_util.all_leaves([mask]) and not _is_prefix(mask, tree):
+        raise ValueError(
+            f"`{name}` must be a pytree of booleans like the parameters, or a function that gives one, but it is "
+            f"{jax.tree.structure(mask)}, and the parameters are {jax.tree.structure(tree)}."
+        )
+    return jax.tree.leaves(jax.tree.map(spread, mask, tree, is_leaf=_is_none))
+
+
+def _is_prefix(a: Any, b: Any) -> bool:
+    try:
+        jax.tree.map(lambda *_: None, a, b, is_leaf=_is_none)
+    except (ValueError, TypeError):
+        return False
+    return True

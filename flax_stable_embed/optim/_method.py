@@ -50,3 +50,24 @@ class Method:
         """The hyper-parameters that a `Rule` can set."""
         parameters = inspect.signature(self.hyper).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def refuse_dtype(name: str, dtype: Any) -> None:
+    """Raises where a dtype is asked for that optax takes for its moments."""
+    if dtype is not None:
+        raise TypeError(
+            f"`{name}` must be None, got {dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
+            "rules=((pattern, 8 or 32),)."
+        )
+
+
+def check_numbers(**values: Any) -> None:
+    """Raises where a hyper-parameter is None, a text or a function."""
+    for name, value in values.items():
+        if value is None or isinstance(value, str) or callable(value):
+            raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def check_schedules(**values: Any) -> None:
+    """Raises where a hyper-parameter is neither a number nor a schedule."""
+    check_numbers(**{name: value for name, value in values.items() if not callable(value)})

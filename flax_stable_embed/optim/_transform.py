@@ -7,9 +7,12 @@ ever in memory, and the state is the same to the last bit.
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+import jax
 import optax
 
-from ._engine import Engine, Tail
+from ._engine import Engine, Tail, broadcast_mask
+from ._method import check_schedules
+from ._storage import is_array
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -71,6 +74,7 @@ def optimizer(
         members: the state's order, which is that of the members of optax's namesake: "method", "decay", "rate", or a
             transform whose state only holds a place.
     """
+    check_schedules(learning_rate=learning_rate)
     decay_tx = optax.add_decayed_weights(tail.weight_decay, tail.mask) if "decay" in members else None
     rate_tx = optax.scale_by_learning_rate(learning_rate)
     engine.check_overrides(decays=decay_tx is not None)
@@ -82,6 +86,8 @@ def optimizer(
     ]
 
     def init(params):
+        if all(map(is_array, jax.tree.leaves(params))):  # and not what stands for them in optax.tree.map_params
+            broadcast_mask(tail.mask_name, _with_masks(tail, params).mask, params)
         states = []
         for one in inits:  # a loop, so that a warning finds the caller's line
             states.append(one(params))

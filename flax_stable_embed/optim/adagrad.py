@@ -13,11 +13,11 @@ import optax
 from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
+from ._arithmetic import inverse_root
 from ._engine import Engine
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
-from .adam import inverse_root
 
 
 class ScaleByAdagrad8bitState(NamedTuple):
@@ -41,6 +41,7 @@ def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
 
 def engine(initial_accumulator_value, eps, eps_in_sqrt, *options) -> Engine:
     """Adagrad's engine; the options are `Engine`'s."""
+    check_numbers(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def hyper(before, after, *, eps=eps):
         del before, after

@@ -7,17 +7,16 @@ Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980); decoupled weight decay: Losh
 (arXiv:1711.05101); Nesterov momentum: Dozat 2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
+from ._arithmetic import correction, over
 from ._engine import Engine, Tail
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers, refuse_dtype
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
 
@@ -44,28 +43,10 @@ def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square):
     return m_hat / (jnp.sqrt(over(v, c2) + eps_root) + eps), (m, v)
 
 
-def over(x, correction):
-    """`x` by a scalar. Broadcast first: an eager division by a scalar would be a product with its reciprocal."""
-    return x / jnp.broadcast_to(correction.astype(x.dtype), x.shape)
-
-
-def inverse_root(x, rounded):
-    """1 / sqrt(x): optax's instruction for it, or where moments are rounded anyway, one that is the same everywhere.
-
-    (XLA's `rsqrt` on CPU differs in its last bit between vectors and what is left over of them.)
-    """
-    return 1 / jnp.sqrt(x) if rounded else jax.lax.rsqrt(x)
-
-
-@partial(jax.jit, inline=True)
-def correction(b, count):
-    """1 - b^t, the share of the first t gradients in a moving average, as optax computes it."""
-    return 1 - b ** count.astype(jnp.result_type(float))
-
-
 def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction: Any = correction, name="adam") -> Engine:
     """Adam's engine, for all who scale, decay or clip its direction; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
+    check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
     def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
         del before
@@ -75,15 +56,6 @@ def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction: Any 
 
     moments = MomentName("mu", True, True), MomentName("nu", False, False, second=True)
     return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper), *options)
-
-
-def refuse_dtype(name: str, dtype: Any) -> None:
-    """Raises where a dtype is asked for that optax takes for its moments."""
-    if dtype is not None:
-        raise TypeError(
-            f"`{name}` must be None, got {dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
-            "rules=((pattern, 8 or 32),)."
-        )
 
 
 def scale_by_adam8bit(

@@ -13,11 +13,11 @@ import optax
 from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
+from ._arithmetic import correction, over
 from ._engine import Engine, Tail
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers, check_schedules, refuse_dtype
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
-from .adam import correction, over, refuse_dtype
 
 
 class ScaleByAdemamix8bitState(NamedTuple):
@@ -43,14 +43,19 @@ def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2,
 
 
 def engine(
-    b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options, correction: Any = correction, b3_rest: Any = None
+    b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options, correction: Any = correction, growing_b3: Any = None
 ) -> Engine:
-    """AdEMAMix's engine; `b3_rest` is a schedule of 1 - b3 that loses no digits; the options are `Engine`'s."""
+    """AdEMAMix's engine; `growing_b3(count, b1)` gives b3 and 1 - b3 in its place; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
+    check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    check_schedules(b3=b3, alpha=alpha)
 
     def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
-        b3_now: Any = b3(before) if callable(b3) else b3
-        rest = 1 - b3_now if b3_rest is None else b3_rest(before)
+        if growing_b3 is None:
+            b3_now: Any = b3(before) if callable(b3) else b3
+            rest = 1 - b3_now
+        else:
+            b3_now, rest = growing_b3(before, b1)
         slow = {"b3": b3_now, "b3_rest": rest, "alpha": alpha(before) if callable(alpha) else alpha}
         corrections = {"c1": correction(b1, after), "c2": correction(b2, after)}
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, **slow, **corrections}

@@ -16,6 +16,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType
+from jax.tree_util import GetAttrKey
 
 from ._report import Leaf, trace_init
 from ._rules import path_name
@@ -33,12 +34,13 @@ def convert_state(
     """The state of `tx_from` as one of `tx_to`, so that a run goes on with another optimizer.
 
     Between optax's optimizers and ours of the same name, in both directions; from one codec, rounding, block size or
-    set of rules to another; also inside chain, masked, partition, MultiSteps, inject_hyperparams. Codes are copied
-    where both store them alike. Else a moment is decoded to fp32 and stored to the nearest code: from 8 bits to fp32
-    and back every code is the same (but with the `dynamic` codec a block's largest element, if it is negative, loses
-    0.7% each time it is stored). "rowwise" takes the mean of each row and gives it to the whole row. A step count that
-    the source lacks is that of its nearest neighbour, say of a schedule, or 0 where nothing but random bits depends on
-    it; one that the target lacks is dropped. Nothing else is dropped or begun anew.
+    set of rules to another; from a transform to `quantize_state` of it; also inside chain, masked, partition,
+    MultiSteps, inject_hyperparams. Codes are copied where both store them alike. Else a moment is decoded to fp32 and
+    stored to the nearest code: from 8 bits to fp32 and back every code is the same (but with the `dynamic` codec a
+    block's largest element, if it is negative, loses 0.7% each time it is stored). "rowwise" takes the mean of each row
+    and gives it to the whole row. A step count that the source lacks is that of its nearest neighbour, say of a
+    schedule, or 0 where nothing but random bits depends on it; one that the target lacks is dropped. Nothing else is
+    dropped or begun anew.
 
     Runs under `jit`. The result shares no memory with `state`, and every array lies on devices as `tx_to.init(params)`
     lays it (under `jit` and an Auto mesh: as the compiler chooses).
@@ -69,7 +71,7 @@ def convert_state(
     source, target = _View("tx_from", tx_from, params), _View("tx_to", tx_to, params)
     arrays = source.arrays(state)
     plan = _plan(source, target, allow_reset)
-    made = dict(_named(tx_to.init(params)))
+    made = dict(target.named(tx_to.init(params)))
     places = {key: _sharding(made[key]) for key in made}
     for key in plan:  # what is filled need not be in memory twice
         for filled in target.keys_of(key):
@@ -88,28 +90,43 @@ class _View:
 
     def __init__(self, argument: str, tx: optax.GradientTransformation, params: Any):
         self.argument = argument
-        self.state, records = trace_init(tx, params)
-        self.stored = dict(_named(self.state))
+        self.state, found = trace_init(tx, params)
+        records = [(place, record) for place, record in found if place is not None]
+        if len(records) < len(found):
+            raise ValueError(
+                f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
+            )
+        # What a wrapped transform keeps has the names that it has without the wrapper.
+        self.wrappers = [(*place, GetAttrKey("inner")) for place, record in records if record.method is None]
+        self.stored = dict(self.named(self.state))
+        self.fields = {self.name(path): _field(path) for path, _ in jax.tree.leaves_with_path(self.state)}
         self.leaves: dict[str, Leaf] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
         for place, record in records:
-            if place is None:
-                raise ValueError(
-                    f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
-                )
             for leaf in record.leaves:
-                key = path_name((*place, *leaf.codes))
-                self.leaves[key], self.absmax[key] = leaf, path_name((*place, *leaf.absmax))
-            where = path_name(place)
-            self.formats[f"{where}/format".lstrip("/")] = record.formats
+                key = self.name((*place, *leaf.codes))
+                self.leaves[key], self.absmax[key] = leaf, self.name((*place, *leaf.absmax))
+            self.formats[self.name((*place, GetAttrKey("format")))] = record.formats
             if record.method is not None and not record.method.counts_steps:
-                self.uncounted.add(where)
+                self.uncounted.add(self.name(place))
         self.names = {leaf.name for leaf in self.leaves.values()}
         own = {*self.formats, *self.absmax.values()}
         self.shapes = {
             k: self.leaves[k].shape if k in self.leaves else x.shape for k, x in self.stored.items() if k not in own
         }
+
+    def named(self, tree: Any) -> Iterator[tuple[str, Any]]:
+        """Leaves by path, which is the same for tuples, NamedTuples, dicts, NNX variables and Linen boxes."""
+        return ((self.name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree))
+
+    def name(self, path: tuple) -> str:
+        """A path as "0/mu/block/kernel"."""
+        name = path_name(path)
+        for wrapper in map(path_name, self.wrappers):
+            if name.startswith(f"{wrapper}/"):
+                return f"{wrapper.removesuffix('inner')}{name[len(wrapper) + 1 :]}"
+        return name
 
     def keys_of(self, key: str) -> tuple[str, ...]:
         """The arrays that store a value: codes and scales, or one."""
@@ -118,7 +135,7 @@ class _View:
 
     def arrays(self, state: Any) -> dict[str, Any]:
         """The arrays of a state by name, checked against those of `init`."""
-        arrays = dict(_named(state))
+        arrays = dict(self.named(state))
         for key, formats in self.formats.items():
             if key in arrays and np.shape(arrays[key]) != self.stored[key].shape:
                 found = format_difference(arrays[key], formats) or "other parameters have its formats"
@@ -143,7 +160,7 @@ def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str,
     by_end = defaultdict(list)
     for key in free:
         by_end[_moment(key, names)].append(key)
-    problems = []
+    problems, fields = [], {}  # fields that a caller may give up, in order
     for key in target.shapes:
         if key in plan:
             continue
@@ -160,27 +177,32 @@ def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str,
                 plan[key] = max(counts, key=lambda k: _common(k, key))
             elif key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
                 problems.append(f"{key} of the target has no step count to take in the source")
+                fields[target.fields[key]] = None
         elif not _allowed(key, allow_reset):
             problems.append(f"{key} of the target has no source")
+            fields[target.fields[key]] = None
     for key in free:
         if not _is_count(key, source.stored[key]) and not _allowed(key, allow_reset):
             problems.append(f"{key} of the source has no place in the target")
+            fields[source.fields[key]] = None
     for key, origin in plan.items():
         if target.shapes[key] != source.shapes[origin]:
             problems.append(
                 f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
             )
     if problems:
+        names = tuple(filter(None, fields))
+        hint = f", or name the fields that may begin anew or stay behind: allow_reset={names}" if names else ""
         raise ValueError(
-            f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same, or name "
-            "the fields that may begin anew or stay behind: allow_reset=('nu',)."
+            f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same{hint}."
         )
     return plan
 
 
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves by path, which is the same for tuples, NamedTuples, dicts, NNX variables and Linen boxes."""
-    return ((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+def _field(path: tuple) -> str:
+    """The field of a state that a leaf lies in; "" where it has no name."""
+    names = [key.name for key in path if isinstance(key, GetAttrKey) and key.name not in ("value", "raw_value")]
+    return names[-1] if names else ""
 
 
 def _kind(x: Any) -> tuple[tuple[int, ...], bool]:

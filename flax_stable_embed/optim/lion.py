@@ -13,10 +13,9 @@ from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine, Tail
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers, refuse_dtype
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
-from .adam import refuse_dtype
 
 
 class ScaleByLion8bitState(NamedTuple):
@@ -36,6 +35,7 @@ def lion(g, m, *, b1, b2):
 def engine(b1, b2, mu_dtype, *options) -> Engine:
     """Lion's engine; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
+    check_numbers(b1=b1, b2=b2)
 
     def hyper(before, after, *, b1=b1, b2=b2):
         del before, after

@@ -137,7 +137,7 @@ class _Quantizer:
     """`init` and `update` of a wrapped transform."""
 
     def __init__(self, tx: optax.GradientTransformation, moments: Mapping[str, str] | None, rules: Rules):
-        if not isinstance(tx, optax.GradientTransformation):
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no GradientTransformation
             raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
         self.tx, self.rules = optax.with_extra_args_support(tx), rules
         if moments is not None and not isinstance(moments, Mapping):

@@ -15,11 +15,11 @@ from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
 from ..ops.blockwise.step import square as abs_square
+from ._arithmetic import correction, inverse_root, over
 from ._engine import Engine
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers
 from ._rules import StateFormat
 from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
-from .adam import correction, inverse_root, over
 from .sgd import sgd
 
 
@@ -71,10 +71,12 @@ def engine(
     correction=correction,
 ) -> Engine:
     """RMSprop's engine; the options are `Engine`'s."""
+    check_numbers(decay=decay, eps=eps, initial_scale=initial_scale)
     moments = [MomentName("nu", False, True, second=True, initial=initial_scale)]
     if centered:
         moments.append(MomentName("mu", True, True))
     if momentum is not None:
+        check_numbers(momentum=momentum)
         moments.append(MomentName("trace", True, True))
 
     def static(after, decay, eps):

@@ -13,10 +13,9 @@ from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine
-from ._method import Method, MomentName
+from ._method import Method, MomentName, check_numbers, refuse_dtype
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
-from .adam import refuse_dtype
 
 
 class ScaleBySgd8bitState(NamedTuple):
@@ -44,6 +43,7 @@ def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd"
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
         return Engine(Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}, False), *options)
+    check_numbers(momentum=momentum)
 
     def hyper(before, after, *, b1=momentum):
         del before, after

@@ -1,6 +1,8 @@
 """A run that goes on with another optimizer: what its state becomes, and what cannot be converted."""
 
+import ast
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -551,3 +553,46 @@ def test_a_wrapped_transform_and_ours_convert_into_each_other():
     plain = fse.convert_state(wrapped, optax.adamw(1e-2), params, there)
     assert_same_bits(plain[0].mu["norm"], state[0].mu["norm"])
     assert {x.dtype for x in jax.tree.leaves(plain[0].mu)} == {np.dtype("float32")}
+
+
+INNER = {
+    "inject": lambda: optax.inject_hyperparams(optax.adamw)(0.01),
+    "multi steps": lambda: optax.MultiSteps(optax.adamw(0.01), 2),
+    "prodigy": lambda: optax.contrib.prodigy(0.01),
+    "schedule free": lambda: optax.contrib.schedule_free_adamw(0.01),
+    "partition": lambda: optax.partition({"b": optax.sgd(0.1, 0.9), "a": optax.adam(0.01)}, labels),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("clipped", [False, True], ids=["alone", "in a chain"])
+def test_whatever_else_a_transform_keeps_goes_into_its_wrapped_self_and_back(name, clipped):
+    def whole(tx):
+        return optax.chain(optax.clip(1.0), tx) if clipped else tx
+
+    plain, wrapped = (whole(tx) for tx in (INNER[name](), fse.quantize_state(INNER[name](), state_format=SMALL)))
+    params, state = run(plain, parameters(), 3)
+    there = fse.convert_state(plain, wrapped, params, state)
+    assert codes_of(there)
+    assert types(there) == types(wrapped.init(params))
+    back = fse.convert_state(wrapped, plain, params, there)
+    assert types(back) == types(state)
+    kept = rounded = 0
+    for (path, before), after in zip(named(state).items(), jax.tree.leaves(back), strict=True):
+        same = np.array_equal(before, after)
+        assert same or "kernel" in path, path
+        kept, rounded = kept + same, rounded + (not same)
+    assert kept and rounded
+    run(wrapped, params, 1, state=there)
+
+
+def test_the_error_names_the_fields_that_could_be_given_up():
+    before, after = optax.contrib.prodigy(0.01), optax.MultiSteps(fse.adamw8bit(0.01), 2)
+    params = parameters()
+    state = before.init(params)
+    with pytest.raises(ValueError, match="cannot be converted whole") as error:
+        fse.convert_state(before, after, params, state)
+    names = re.search(r"allow_reset=(\(.*\))", str(error.value))[1]
+    assert {"acc_grads", "params0", "grad_sum"} <= set(ast.literal_eval(names))
+    converted = fse.convert_state(before, after, params, state, allow_reset=ast.literal_eval(names))
+    assert types(converted) == types(after.init(params))

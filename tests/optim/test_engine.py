@@ -155,3 +155,51 @@ def test_a_dict_of_patterns_is_told_from_labels():
 def test_a_predicate_of_one_argument_is_refused():
     with pytest.raises(TypeError, match=r"must be a function of a path and a shape.*Try lambda path, shape"):
         fse.where(lambda path: True)
+
+
+MASKED = {
+    "adamw8bit": ("mask", lambda mask: fse.adamw8bit(0.1, mask=mask)),
+    "lamb8bit": ("mask", lambda mask: fse.lamb8bit(0.1, weight_decay=0.1, mask=mask)),
+    "lars8bit decay": ("weight_decay_mask", lambda mask: fse.lars8bit(0.1, 0.1, weight_decay_mask=mask)),
+    "lars8bit ratio": ("trust_ratio_mask", lambda mask: fse.lars8bit(0.1, trust_ratio_mask=mask)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("mask", [{"kernel": True}, [True, False, True], "kernel", {"kernel": "no"}], ids=str)
+@pytest.mark.parametrize("called", [False, True], ids=["a tree", "a function"])
+def test_a_mask_of_another_structure_or_without_booleans_is_named(name, mask, called):
+    argument, make = MASKED[name]
+    params = parameters()
+    if mask == {"kernel": "no"}:
+        mask = {key: "no" for key in params}
+    tx = make((lambda _: mask) if called else mask)
+    with pytest.raises(ValueError, match=f"`{argument}` must"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_mask_may_be_a_prefix_a_number_or_an_array():
+    params = {"a": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}, "b": jnp.ones(8)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for mask in ({"a": True, "b": False}, {"a": 1, "b": 0}, {"a": np.bool_(True), "b": jnp.asarray(False)}):
+        tx = fse.adamw8bit(0.1, weight_decay=0.5, mask=mask)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert all(x.all() for x in jax.tree.leaves(updates["a"])) and not updates["b"].any()
+
+
+@pytest.mark.parametrize(
+    ("argument", "make"),
+    [
+        ("learning_rate", lambda: fse.lamb8bit("1e-3")),
+        ("learning_rate", lambda: fse.sgd8bit(None)),
+        ("b1", lambda: fse.adamw8bit(0.1, b1=None)),
+        ("b1", lambda: fse.scale_by_lion8bit(b1=lambda count: 0.9)),
+        ("b3", lambda: fse.ademamix8bit(0.1, b3=None)),
+        ("eps", lambda: fse.adagrad8bit(0.1, eps="small")),
+        ("decay", lambda: fse.rmsprop8bit(0.1, decay=None)),
+        ("momentum", lambda: fse.sgd8bit(0.1, momentum="0.9")),
+    ],
+)
+def test_a_hyperparameter_that_is_no_number_is_named_at_once(argument, make):
+    with pytest.raises(TypeError, match=f"`{argument}` must be a number"):
+        make()

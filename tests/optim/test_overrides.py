@@ -189,3 +189,18 @@ def test_a_rule_holds_where_parameters_move_to_another_top_level():
         state = fse.adam8bit(1e-3, rules=HEAD).init(wrap(tree(body=1.0, head=2.0)))
         dtypes = sorted(str(x.dtype) for x in jax.tree.leaves(state[0].mu))
         assert dtypes == ["float32", "int8"]
+
+
+def test_the_slow_mean_of_bitsandbytes_ademamix_grows_from_the_rules_b1():
+    make = lambda **options: fse.interop.bitsandbytes.ademamix8bit(1e-2, t_beta3=20, **options)  # noqa: E731
+    special, ruled = make(b1=0.5), make(rules=(("kernel", fse.Rule(b1=0.5)),))
+    results = []
+    for tx in (special, ruled):
+        params, state = parameters(), tx.init(parameters())
+        for i in range(4):
+            updates, state = jitted(tx)(gradients(i), state, params)[:2]
+        results.append((updates["kernel"], state[0].m2["kernel"], state[0].m2_absmax["kernel"]))
+    assert_same_bits(*results)
+    zero = make(rules=((".*", fse.Rule(b1=0.0)),))
+    with pytest.raises(ValueError, match="`b1` must lie between 0 and 1"):
+        zero.update(gradients(0), zero.init(parameters()), parameters())

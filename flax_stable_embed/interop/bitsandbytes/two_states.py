@@ -194,29 +194,32 @@ def ademamix8bit(
     >>> tx.init({"kernel": jnp.ones((64, 512))})[0].m2_absmax["kernel"].shape
     (64, 2)
     """
-    if not _is_off(t_beta3) and isinstance(b1, int | float) and not 0 < b1 < 1:
-        raise ValueError(f"`b1` must lie between 0 and 1 where `t_beta3` lets b3 grow from it, got {b1!r}.")
-    b3_now, b3_rest = (b3, None) if _is_off(t_beta3) else _growing_b3(b1, b3, t_beta3)
+    growing_b3 = None if _is_off(t_beta3) else _growing_b3(b3, t_beta3)
+    if growing_b3 is not None:
+        _check_b1(b1)
     alpha_now = alpha if _is_off(t_alpha) else lambda before: alpha * jnp.minimum(1.0, (before + 1) / t_alpha)
     options = rules, state_format, implementation, skip_nonfinite
     engine = ademamix_engine(
-        b1, b2, b3_now, alpha_now, eps, 0.0, None, *options, correction=correction, b3_rest=b3_rest
+        b1, b2, b3, alpha_now, eps, 0.0, None, *options, correction=correction, growing_b3=growing_b3
     )
     return decayed(engine, learning_rate, weight_decay)
 
 
-def _growing_b3(b1: Any, b3: Any, steps: Any) -> tuple[Callable, Callable]:
-    """Schedules of b3 and of 1 - b3, which a difference would leave with three digits."""
-    low, high = log(b1), log(b3)
+def _growing_b3(b3: Any, steps: Any) -> Callable:
+    """A schedule of b3, which begins at b1, and of 1 - b3, which a difference would leave with three digits."""
 
-    def by_log(value, end):
-        def schedule(before):
-            t = before + 1
-            return jnp.where(t < steps, value(low * high * steps / (steps * high + t * (low - high))), end)
+    def schedule(before, b1):
+        _check_b1(b1)  # a rule's, it may be
+        low, high, t = log(b1), log(b3), before + 1
+        power = low * high * steps / (steps * high + t * (low - high))
+        return jnp.where(t < steps, jnp.exp(power), b3), jnp.where(t < steps, -jnp.expm1(power), 1 - b3)
 
-        return schedule
+    return schedule
 
-    return by_log(jnp.exp, b3), by_log(lambda x: -jnp.expm1(x), 1 - b3)
+
+def _check_b1(b1: Any) -> None:
+    if isinstance(b1, int | float) and not 0 < b1 < 1:
+        raise ValueError(f"`b1` must lie between 0 and 1 where `t_beta3` lets b3 grow from it, got {b1!r}.")
 
 
 def _is_off(steps: Any) -> bool:

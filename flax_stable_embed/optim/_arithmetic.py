@@ -1,0 +1,25 @@
+"""Arithmetic that rules share, operation by operation as optax has it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def over(x, correction):
+    """`x` by a scalar. Broadcast first: an eager division by a scalar would be a product with its reciprocal."""
+    return x / jnp.broadcast_to(correction.astype(x.dtype), x.shape)
+
+
+def inverse_root(x, rounded):
+    """1 / sqrt(x): optax's instruction for it, or where moments are rounded anyway, one that is the same everywhere.
+
+    (XLA's `rsqrt` on CPU differs in its last bit between vectors and what is left over of them.)
+    """
+    return 1 / jnp.sqrt(x) if rounded else jax.lax.rsqrt(x)
+
+
+@partial(jax.jit, inline=True)
+def correction(b, count):
+    """1 - b^t, the share of the first t gradients in a moving average, as optax computes it."""
+    return 1 - b ** count.astype(jnp.result_type(float))
