@@ -195,8 +195,8 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
         if gone:  # no clipping, and so no empty line: the layout would make room for it
             axes.plot(gone, [top] * len(gone), color=colour, marker="^", markersize=9, linestyle="", clip_on=False)
     axes.axhline(median(first), color="0.6", linewidth=1, linestyle=":")
-    axes.annotate("before the first step ", (1, median(first)), xycoords=("axes fraction", "data"), color="0.4",
-                  fontsize=8, ha="right", va="top")  # fmt: skip
+    axes.annotate(" before the first step", (0, median(first)), xycoords=("axes fraction", "data"), color="0.4",
+                  fontsize=8, ha="left", va="top")  # fmt: skip
     _rate_axis(axes, rates)
     axes.set_ylabel("validation loss, nats")
     axes.set_title(title, **TITLE)

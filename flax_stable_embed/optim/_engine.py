@@ -102,34 +102,32 @@ class Engine:
 
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
-        leaves, tree, decisions = decide(self.rules, params)
+        leaves, tree = decide(self.rules, params)
         if not self.method.moments:
-            decisions = [d and d._replace(bits=32, blocks=None, reason="no moments") for d in decisions]
-        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]]
+            leaves = [x._replace(decision=x.decision and x.decision.without_moments) for x in leaves]
         fields, sizes = {}, [0] * len(leaves)
         for moment in self.method.moments:
-            pairs = [initial(box, moment, d) if d else (box, box) for (_, box), d in zip(leaves, decisions)]
+            pairs = [initial(x.box, moment, x.decision) if x.decision else (x.box, x.box) for x in leaves]
             fields[moment.name] = tree.unflatten([value for value, _ in pairs])
             fields[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
-            sizes = [n + sum(map(nbytes, pair)) if d else n for n, pair, d in zip(sizes, pairs, decisions)]
+            sizes = [n + sum(map(nbytes, pair)) if x.decision else n for n, pair, x in zip(sizes, pairs, leaves)]
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
-        in_bytes = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d and d.blocks]
+        in_bytes = [(x.path, unbox(x.box).shape) for x in leaves if x.decision and x.decision.blocks]
         state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
-        self._report(state.format, paths, leaves, decisions, sizes)
+        self._report(state.format, leaves, sizes)
         return state
 
-    def _report(self, state_format, paths, leaves, decisions, sizes):
+    def _report(self, state_format, leaves, sizes):
         if (records := RECORDS.get()) is None:
             return
         rows, kept, parameters = [], [], {}
-        for key_path, (path, box), d, size in zip(paths, leaves, decisions, sizes):
+        for (key_path, path, box, d), size in zip(leaves, sizes):
             if d is None:
                 continue
             shape = unbox(box).shape
             parameters[path] = shape, d
-            block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
             how = (self.implementation or "xla") if d.blocks else "optax's formula"
-            rows.append(Row(path, shape, d.bits, block, d.reason, how, size, d.rule.shown))
+            rows.append(Row(path, shape, d.bits, d.shown, d.reason, how, size, d.rule.shown))
             for moment in self.method.moments:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
                 stored = moment.stored(d.format) if d.blocks else None
@@ -296,22 +294,31 @@ class Engine:
         return bits
 
 
-def decide(rules: Rules, params: Any) -> tuple[list[tuple[str, Any]], Any, list[Decision | None]]:
-    """Every parameter's path and wrapper, their tree, and what the rules say of each; None where there is no array."""
+class Decided(NamedTuple):
+    """One parameter, in its wrapper, and what the rules say of it; None where there is no array."""
+
+    key_path: tuple
+    path: str
+    box: Any
+    decision: Decision | None
+
+
+def decide(rules: Rules, params: Any) -> tuple[list[Decided], Any]:
+    """What the rules say of every parameter, and the parameters' tree."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    leaves = [(path_name(path), with_shape(box)) for path, box in leaves]
-    decisions = [
-        rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
-        for path, box in leaves
-    ]
-    _check_rules(rules, params, leaves, decisions)
-    return leaves, tree, decisions
+    decided = []
+    for key_path, box in leaves:
+        path, box = path_name(key_path), with_shape(box)
+        one = rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
+        decided.append(Decided(key_path, path, box, one))
+    _check_rules(rules, params, decided)
+    return decided, tree
 
 
-def _check_rules(rules, params, leaves, decisions):
+def _check_rules(rules: Rules, params: Any, leaves: list[Decided]) -> None:
     hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
-    named = [(path, unbox(box).shape) for (path, box), d in zip(leaves, decisions) if d]
-    if not named or hidden or any(not is_array(box) for _, box in leaves):
+    named = [(x.path, unbox(x.box).shape) for x in leaves if x.decision]
+    if not named or hidden or any(x.decision is None for x in leaves):
         return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
     if unmatched := rules.unmatched(named):
         paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
@@ -319,13 +326,10 @@ def _check_rules(rules, params, leaves, decisions):
             f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
             "Correct the pattern, or drop it."
         )
-    if not any(d.reason == "embedding" for d in decisions):
-        suspects = [
-            p
-            for (p, _), d in zip(leaves, decisions)
-            if d.bits == 8 and d.reason == "default" and LIKE_AN_EMBEDDING.search(p)
-        ]
-        if suspects:
+    decisions = [(x.path, x.decision) for x in leaves if x.decision]
+    if not any(d.reason == "embedding" for _, d in decisions):
+        default = [path for path, d in decisions if d.bits == 8 and d.reason == "default"]
+        if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:
             warn(
                 "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
                 f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",

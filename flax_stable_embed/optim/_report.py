@@ -1,5 +1,6 @@
 """What an `init` decides, for those who look on: they trace it and read its records."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -55,6 +56,12 @@ class Record(NamedTuple):
     method: Method | None = None  # of an optimizer of this library, and by path each parameter's shape and decision
     parameters: dict[str, tuple[tuple[int, ...], Decision]] | None = None
     stayed: tuple[Stayed, ...] = ()
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns are as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
 
 
 # Where `trace_init` collects records; None at all other times.

@@ -186,6 +186,16 @@ class Decision(NamedTuple):
     reason: str
     rule: Rule = Rule()  # the user's, which may set hyper-parameters too
 
+    @property
+    def without_moments(self) -> "Decision":
+        """The same for an optimizer that has none."""
+        return self._replace(bits=32, blocks=None, reason="no moments")
+
+    @property
+    def shown(self) -> str:
+        """Blocks and codec, in words; "" without them."""
+        return f"{self.blocks.size} on axis {self.blocks.axis}, {self.format.codec}" if self.blocks else ""
+
 
 class Rules:
     """User rules, checked, with what follows from them for one parameter at a time."""

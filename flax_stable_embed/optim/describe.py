@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from ._report import Row, Stayed, trace_init
+from ._report import Row, Stayed, aligned, trace_init
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class StateReport:
         ]
         if not any(r.overrides for r in self.rows):
             table = [line[:-1] for line in table]
-            header = header[:-1]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        lines = aligned(table)
         for bits in (8, 32, *sorted({r.bits for r in self.rows} - {8, 32})):
             rows = [r for r in self.rows if r.bits == bits]
             size = sum(r.bytes for r in rows)

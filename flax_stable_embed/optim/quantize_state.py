@@ -193,8 +193,8 @@ class _Quantizer:
     # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> QuantizedState:
-        parameters, _, decisions = decide(self.rules, params)
-        decided = {path: (unbox(box).shape, d) for (path, box), d in zip(parameters, decisions) if d}
+        leaves, _ = decide(self.rules, params)
+        decided = {x.path: (unbox(x.box).shape, x.decision) for x in leaves if x.decision}
         for path, (_, decision) in decided.items():
             if decision.bits == "rowwise":
                 raise ValueError(f"Parameter {path!r} asks for 'rowwise' moments, which a wrapped transform has not.")
@@ -359,9 +359,8 @@ def _rows(state: QuantizedState, slots: list[Slot], of_parameters: dict, decided
     rows: list = []
     for path, own in of_parameters.items():
         shape, d = decided[path]
-        block = f"{d.blocks.size} on axis {d.blocks.axis}, {d.format.codec}" if d.blocks else ""
         how = f"decoded for {', '.join(slot.field.name for slot in own)}" if d.blocks else "the transform's own"
-        rows.append(Row(path, shape, d.bits, block, d.reason, how, sum(sizes.pop(slot.index) for slot in own)))
+        rows.append(Row(path, shape, d.bits, d.shown, d.reason, how, sum(sizes.pop(slot.index) for slot in own)))
     moments = {slot.index for own in of_parameters.values() for slot in own}
     fields, stayed = {slot.index: slot.field.name for slot in slots}, {}
     for index, (path, box) in enumerate(leaves):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ...optim._report import aligned
+
 How = Literal["exact", "decoded", "encoded", "absent"]
 
 
@@ -42,7 +44,5 @@ class ConversionReport:
         return max((row.error for row in self.rows), default=0.0)
 
     def __str__(self) -> str:
-        header = Converted._fields
-        table = [header, *((r.path, str(r.key), r.moment, r.how, f"{r.error:.1e}") for r in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+        table = [Converted._fields, *((r.path, str(r.key), r.moment, r.how, f"{r.error:.1e}") for r in self.rows)]
+        return "\n".join(aligned(table))
