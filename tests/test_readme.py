@@ -1,13 +1,15 @@
 """The README's code runs, and its figures are those of the result files."""
 
+import json
 import re
 import subprocess
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import errors, readme
+from benchmarks import errors, quality_report, readme, report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,3 +45,27 @@ def test_every_link_within_the_repository_leads_somewhere():
     for page in ROOT.glob("*.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_readme_says_of_the_grid_is_what_it_shows():
+    results = json.loads((report.HOME / "results" / "quality.json").read_text())
+    assert len(results["runs"]) == results["planned"]
+
+    def against_fp32(cell, rate):
+        values = quality_report.differences(results, cell, f"{cell.split('-')[0]}-fp32", rate)
+        return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+    for task, rate, limit in (("language", 0.004, 1e-3), ("digits", 0.005, 5e-3)):
+        for codec in ("root", "dynamic", "root-stochastic", "dynamic-stochastic"):
+            difference, error = against_fp32(f"{task}-{codec}", rate)
+            assert abs(difference) < limit
+            assert abs(difference) < 2 * error or "stochastic" in codec
+    assert abs(against_fp32("language-root-8", 0.004)[0]) < 1e-3
+    share = {
+        c["cell"]: quality_report.unstable_share(quality_report.of_cell(results, c["cell"])) for c in results["runs"]
+    }
+    assert all(share[c] > 0.8 for c in ("language-linear-8", "language-linear-tensor-embed-8", "digits-linear"))
+    assert share["language-dynamic-tensor-embed-8"] == 0
+    for stable, plain in (("fp32", "fp32-embed"), ("root", "root-embed-8")):
+        gain = quality_report.differences(results, f"language-{stable}", f"language-{plain}", 0.004)
+        assert statistics.mean(gain) < -0.08
