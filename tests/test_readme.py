@@ -2,8 +2,8 @@
 
 import json
 import re
-import subprocess
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
