@@ -172,7 +172,7 @@ def test_the_half_works_without_params(case):
     assert_same_bits(with_params, without)
 
 
-@every_optimizer
+@every_kind_of_optimizer
 @pytest.mark.parametrize("which", ["whole", "half"])
 def test_hyperparameters_can_be_injected(case, which):
     """Static options pass through untouched, a predicate in the rules too, and every number can be changed later."""
@@ -253,7 +253,7 @@ def test_a_scan_equals_a_loop(case, fused):
     assert_nearly(scanned, run(tx, params))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_float64_parameters_keep_float64_moments(case):
     with jax.enable_x64(True):
         params = parameters("float64")
@@ -333,7 +333,7 @@ def test_vmap_of_init_and_update_equals_members_one_by_one(case):
         assert_nearly((pick(updates), pick(state)), (expected, expected_state))
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_parameters_after_a_step_are_differentiable(case):
     """As in learning the learning rate, or a loss on the gradient: with respect to both, and through remat."""
     params, grads = parameters(), gradients()
@@ -763,7 +763,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
 # --- schedules, weight decay, masks --------------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_kind_of_optimizer
 def test_learning_rates_may_follow_a_schedule(case):
     schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two: count / 3 * 3 need not be count
     hyper = case.hyper | {"learning_rate": schedule}

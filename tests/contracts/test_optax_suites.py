@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.util
 import os
+import re
 import types
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 
 import flax_stable_embed as fse
 from tests.cases import OPTIMIZERS
-from tests.tools import is_codes, moments
+from tests.tools import REPRESENTATIVE, is_codes, moments
 
 NAMESAKES = {case.theirs.__name__: case for case in OPTIMIZERS}
 STATES = tuple({case.state for case in OPTIMIZERS})
@@ -115,6 +116,19 @@ def prepare_sharding(namespace):
     namespace["OPTIMIZERS"] = {name: in_8bit(case)(learning_rate=1.0) for name, case in NAMESAKES.items()}
 
 
+def is_covered(name, test):
+    """Whether `make test` leaves it out: what two suites ask of one optimizer, and dtypes of one that is like others.
+
+    The tests that optimize run for all, and the representatives' run whole.
+    """
+    parameters = getattr(test, "__x_params_repr__", "")
+    found = re.match(r"\(opt_name='(\w+)'", parameters)
+    if found is None or NAMESAKES[found[1]].name in REPRESENTATIVE:
+        return False
+    joined = "wrapper_name=None" in parameters and NAMESAKES[found[1]].theirs.__module__.startswith("optax._src.alias")
+    return joined or name.startswith(("test_state_shape", "test_preserve_dtype", "test_gradient_accumulation"))
+
+
 def suite(test_class, without="test of nothing"):
     """The class, less tests that take no optimizer from a list; each test that runs must have made 8-bit states."""
 
@@ -131,7 +145,8 @@ def suite(test_class, without="test of nothing"):
         if name.startswith(without):
             delattr(test_class, name)
         elif name.startswith("test"):
-            setattr(test_class, name, checked(test))
+            new = checked(test)
+            setattr(test_class, name, pytest.mark.slow(new) if is_covered(name, test) else new)
     test_class.__module__ = __name__
     return test_class
 
