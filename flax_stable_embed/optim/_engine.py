@@ -417,7 +417,7 @@ def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:
 
     if mask is None:
         return [True] * len(jax.tree.leaves(tree, is_leaf=_is_none))
-    if not jax.tree_util.all_leaves([mask]) and not _is_prefix(mask, tree):
+    if not _is_prefix(mask, tree):
         raise ValueError(
             f"`{name}` must be a pytree of booleans like the parameters, or a function that gives one, but it is "
             f"{jax.tree.structure(mask)}, and the parameters are {jax.tree.structure(tree)}."

@@ -97,7 +97,8 @@ class _View:
                 f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
             )
         # What a wrapped transform keeps has the names that it has without the wrapper.
-        self.wrappers = [(*place, GetAttrKey("inner")) for place, record in records if record.method is None]
+        wrapped = [place for place, record in records if record.method is None]
+        self.wrappers = [path_name((*place, GetAttrKey("inner"))) for place in wrapped]
         self.stored = dict(self.named(self.state))
         self.fields = {self.name(path): _field(path) for path, _ in jax.tree.leaves_with_path(self.state)}
         self.leaves: dict[str, Leaf] = {}
@@ -123,7 +124,7 @@ class _View:
     def name(self, path: tuple) -> str:
         """A path as "0/mu/block/kernel"."""
         name = path_name(path)
-        for wrapper in map(path_name, self.wrappers):
+        for wrapper in self.wrappers:
             if name.startswith(f"{wrapper}/"):
                 return f"{wrapper.removesuffix('inner')}{name[len(wrapper) + 1 :]}"
         return name

@@ -193,8 +193,8 @@ class _Quantizer:
     # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> QuantizedState:
-        leaves, _ = decide(self.rules, params)
-        decided = {x.path: (unbox(x.box).shape, x.decision) for x in leaves if x.decision}
+        parameters, _ = decide(self.rules, params)
+        decided = {x.path: (unbox(x.box).shape, x.decision) for x in parameters if x.decision}
         for path, (_, decision) in decided.items():
             if decision.bits == "rowwise":
                 raise ValueError(f"Parameter {path!r} asks for 'rowwise' moments, which a wrapped transform has not.")
