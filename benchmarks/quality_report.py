@@ -67,10 +67,15 @@ def _rates(results: dict[str, Any], cell: str) -> list[float]:
 
 def markdown(results: dict[str, Any]) -> str:
     """A table for each question, with a line for each of its cells."""
+    return "\n\n".join([*about(results), *tables(results).values()])
+
+
+def about(results: dict[str, Any]) -> list[str]:
+    """What was run, and how to read the tables."""
     env, done = results["environment"], len(results["runs"])
     seeds = {name: len({run["seed"] for run in results["runs"] if run["task"] == name}) for name in results["tasks"]}
     counted = f"{done} runs" if done == results["planned"] else f"{done} of {results['planned']} runs"
-    parts = [
+    return [
         f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}, {env['device']}; "
         f"`{env['command']}`, {env['date']}.",
         "By learning rate: the last validation loss, median over seeds, and how many of the runs were unstable where "
@@ -78,10 +83,12 @@ def markdown(results: dict[str, Any]) -> str:
         "was gained lost again by the end. `against` compares stable runs with the first line's of the same rate and "
         "seed, at its best rate and at all: the mean difference and its standard error.",
     ]
-    for title, rows in results["questions"].items():
-        if any(of_cell(results, cell) for _, cell in rows):
-            parts.append(_question(results, title, rows))
-    return "\n\n".join(parts)
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The table of every question of which anything has run; the ladder is the first."""
+    asked = {t: rows for t, rows in results["questions"].items() if any(of_cell(results, cell) for _, cell in rows)}
+    return {title: _question(results, title, rows) for title, rows in asked.items()}
 
 
 def _sizes(results: dict[str, Any], seeds: dict[str, int]) -> str:

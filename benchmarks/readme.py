@@ -22,12 +22,16 @@ def newest() -> dict:
 
 
 def quality() -> str:
-    """The tables and the figure of `python -m benchmarks.quality`, once it has run."""
+    """The ladder, the figure and, folded, the other tables of `python -m benchmarks.quality`, once it has run."""
     file = RESULTS / "quality.json"
     if not file.exists():
         return "No results yet: `python -m benchmarks.quality` makes them."
+    results = json.loads(file.read_text())
     figure = "![Losses by learning rate, and the ladder](benchmarks/results/quality.png)"
-    return f"{quality_report.markdown(json.loads(file.read_text()))}\n\n{figure}"
+    (_, ladder), *others = quality_report.tables(results).items()
+    summary = f"<details><summary>{', '.join(title for title, _ in others)}</summary>"
+    folded = [summary, *(table for _, table in others), "</details>"]
+    return "\n\n".join([*quality_report.about(results), ladder, figure, *folded])
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {

@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 import flax_stable_embed as fse
 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
-BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 200
+BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 100
 
 
 class Block(nn.Module):

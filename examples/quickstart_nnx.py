@@ -15,7 +15,7 @@ from flax import nnx
 import flax_stable_embed as fse
 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
-BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 200
+BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 100
 
 
 class Block(nnx.Module):

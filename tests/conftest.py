@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, and no silent broadcasting of ranks, in every test."""
 
 import os
+from collections import Counter
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -8,3 +11,20 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `one_in(n)`, every n-th case is in `make test`, beginning with `start`; the others are slow.
+
+    An `n` that does not divide the number of optimizers, say, takes another one for each value of the next parameter.
+    """
+    cases = Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            (n,), start = mark.args, mark.kwargs.get("start", 0)
+            if cases[test] % n != start:
+                item.add_marker("slow")
+            cases[test] += 1

@@ -34,6 +34,7 @@ def assert_same_bits(ours, theirs):
 
 @pytest.mark.parametrize("dtypes", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}])
 @pytest.mark.parametrize("rows", [7, 1])
+@pytest.mark.one_in(2)
 def test_with_flax_init_and_no_option_it_is_flax_embed_bit_for_bit(rows, dtypes):
     ours = linen.Embed(rows, 4, **dtypes, embedding_init=nn.linear.default_embed_init)
     flax = nn.Embed(rows, 4, **dtypes)

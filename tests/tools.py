@@ -16,8 +16,8 @@ SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters 
 ALL_FP32 = ((".*", 32),)
 
 
-# Two moments and decay after the rule; one, with sums and decay before it; three. The others differ in their formulas.
-REPRESENTATIVE = ("adamw8bit", "lars8bit", "ademamix8bit")
+# Two moments and decay after the rule; one, with sums and decay before it. The others differ in their formulas.
+REPRESENTATIVE = ("adamw8bit", "lars8bit")
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 # For what does not depend on the formula: the others join in `make test-all`.
 every_kind_of_optimizer = pytest.mark.parametrize(

@@ -398,6 +398,7 @@ def test_fp32_moments_give_optax_bit_for_bit(case):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(case):
     params, grads = parameters(), gradients()
     ours, theirs = build(case), build_theirs(case)
@@ -416,6 +417,7 @@ def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.one_in(2)
 def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
     params = parameters(dtype)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
@@ -453,6 +455,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2)
 def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
     """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
     params, grads = parameters(), gradients()
@@ -464,6 +467,7 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2)
 def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -556,6 +560,7 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
 
 @with_every_storage([case for case in OPTIMIZERS if case.bounded])
 @pytest.mark.parametrize("spike", [1e20, 1e30])
+@pytest.mark.one_in(2)
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -579,6 +584,7 @@ def test_a_state_of_other_parameters_is_refused(case):
 
 @every_optimizer
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
+@pytest.mark.one_in(4)
 def test_skip_nonfinite_leaves_such_elements_alone(case, fused):
     tx = build(case, skip_nonfinite=True)
     params = parameters()
@@ -614,6 +620,7 @@ def kernel_moment(state, name):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.one_in(2)
 def test_fused_update_is_update_and_apply_updates(case, dtype):
     tx, params = build(case), parameters(dtype)
     _, state, _ = jitted(tx)(gradients(0, params), tx.init(params), params)
@@ -694,6 +701,7 @@ def test_every_kind_of_tree(case, kind):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     params = {kind: TREES[kind]() for kind in ("tuple", "none", "empty", "scalar", "vector", "deep")}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
@@ -795,6 +803,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.one_in(2)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}
@@ -824,6 +833,7 @@ def test_params_are_asked_for_by_name(case):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_8bit_follows_fp32_on_a_small_regression(case):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 32)), jnp.float32)

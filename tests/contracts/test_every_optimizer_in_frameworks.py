@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 from tests.tools import (
+    ALL_FP32,
     SMALL,
     assert_8bit,
     assert_nearly,
@@ -129,6 +130,7 @@ class LinenModel(nn.Module):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_a_train_state_trains(case):
     model = LinenModel(boxed=None)
     params = model.init(jax.random.key(0), X)["params"]
@@ -165,6 +167,7 @@ BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partiti
 @pytest.mark.parametrize(
     "names", [(None, "model"), ("model", None), ("data", "model"), (("data", "model"), None)], ids=str
 )
+@pytest.mark.one_in(5)
 def test_linen_boxes_give_specs_that_divide(case, box, names):
     """The flow of MaxText: an abstract boxed train state, its specs, and a jitted init with these as out_shardings."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -262,6 +265,7 @@ def assert_nnx_8bit(case, optimizer):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_an_nnx_optimizer_trains(case):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, build(case), wrt=nnx.Param)
@@ -311,6 +315,7 @@ NNX_SHARDINGS = [
         *(pytest.param(AxisType.Explicit, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[2:]),
     ],
 )
+@pytest.mark.one_in(2)
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
@@ -338,6 +343,52 @@ def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width
             assert getattr(specs, name)["up"]["kernel"].get_value() == P(*names)
 
 
+class ShardedModel(nnx.Module):
+    """Batches cut along "a", features along "b"; a stable embedding whose table gives the logits too."""
+
+    def __init__(self, rngs):
+        cut = {"out_sharding": (None, "b")}
+        self.token = fse.nnx.StableEmbed(16, 64, embedding_metadata=cut, rngs=rngs)
+        self.up = nnx.Linear(64, 256, kernel_metadata=cut, bias_metadata={"out_sharding": ("b",)}, rngs=rngs)
+        self.down = nnx.Linear(256, 64, kernel_metadata=cut, rngs=rngs)
+        self.norm = nnx.LayerNorm(64, rngs=rngs)
+
+    def __call__(self, ids):
+        rows = P("a", None)
+        hidden = nnx.gelu(self.up(self.token(ids, out_sharding=rows), out_sharding=P("a", "b")))
+        out = self.norm(self.down(jax.sharding.reshard(hidden, rows), out_sharding=rows))
+        return self.token.attend(out, out_sharding=rows)
+
+
+@every_kind_of_optimizer
+def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+
+    @nnx.jit
+    def step(model, optimizer, ids):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(ids) - 1.0) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = {}
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(IDS, P("a"))
+        for name, tx in (("8", build(case)), ("32", build(case, rules=ALL_FP32)), ("optax", build_theirs(case))):
+            model = ShardedModel(nnx.Rngs(0))
+            optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+            before = types((nnx.state(model), nnx.state(optimizer)))
+            losses[name] = [float(step(model, optimizer, ids)) for _ in range(4)]
+            assert types((nnx.state(model), nnx.state(optimizer))) == before
+            if name == "8":
+                found = core(case, nnx.as_pure(optimizer.opt_state))
+                for moment in (getattr(found, name) for name in moments(case)):
+                    assert is_codes(moment["up"]["kernel"]) and is_codes(moment["down"]["kernel"])
+                    assert not is_codes(moment["token"]["embedding"])
+    assert losses["optax"][3] < losses["optax"][0]
+    np.testing.assert_allclose(losses["32"], losses["optax"], rtol=1e-6 if case.sums else 0)
+    np.testing.assert_allclose(losses["8"], losses["optax"], rtol=1e-2)
+
+
 def moment_arrays(case, optimizer):
     found = core(case, nnx.as_pure(optimizer.opt_state))
     return [getattr(found, f)["up"]["kernel"] for name in moments(case) for f in (name, f"{name}_absmax")]
@@ -345,6 +396,7 @@ def moment_arrays(case, optimizer):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
+@pytest.mark.one_in(2)
 def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
     tx = {
         "masked": lambda: optax.masked(build(case), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 0, tree)),

@@ -116,8 +116,11 @@ def prepare_sharding(namespace):
     namespace["OPTIMIZERS"] = {name: in_8bit(case)(learning_rate=1.0) for name, case in NAMESAKES.items()}
 
 
+COVERED = "test_state_shape", "test_preserve_dtype", "test_gradient_accumulation", "test_optimizers_can_be_wrapped"
+
+
 def is_covered(name, test):
-    """Whether `make test` leaves it out: what two suites ask of one optimizer, and dtypes of one that is like others.
+    """Whether `make test` leaves it out: what two suites ask of one optimizer, and what does not depend on its formula.
 
     The tests that optimize run for all, and the representatives' run whole.
     """
@@ -126,7 +129,7 @@ def is_covered(name, test):
     if found is None or NAMESAKES[found[1]].name in REPRESENTATIVE:
         return False
     joined = "wrapper_name=None" in parameters and NAMESAKES[found[1]].theirs.__module__.startswith("optax._src.alias")
-    return joined or name.startswith(("test_state_shape", "test_preserve_dtype", "test_gradient_accumulation"))
+    return joined or name.startswith(COVERED)
 
 
 def suite(test_class, without="test of nothing"):

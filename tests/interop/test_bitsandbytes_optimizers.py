@@ -131,6 +131,7 @@ def test_the_fused_step_is_the_update_applied(name):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_rows_without_gradient_stay_where_they_are_beside_rows_with(name):
     """Also in a block that holds both, and in a short one."""
     params = {"kernel": normal(0, (300,), 0.1), "embedding": normal(1, (64, 16), 0.1)}
@@ -160,6 +161,7 @@ def test_zero_gradients_from_the_first_step_on_move_nothing(name):
 
 @every_optimizer
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.one_in(4)
 def test_a_gradient_that_is_not_finite_is_one_elements_affair(name, bad):
     params, tail = {"kernel": normal(0, (300,), 0.1)}, 290  # in the short last block
     clean = {"kernel": normal(1, (300,), 0.1)}

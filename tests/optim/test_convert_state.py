@@ -69,6 +69,7 @@ def named(state):
 
 
 @every_namesake
+@pytest.mark.one_in(3)
 def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
     ours, theirs = both(name, rules=ALL_FP32)
     params, state = run(theirs, parameters(), 3)
@@ -84,6 +85,7 @@ def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
 
 
 @every_namesake
+@pytest.mark.one_in(3, start=1)
 def test_with_8_bits_only_the_kernels_moments_are_rounded_and_only_once(name):
     ours, theirs = both(name)
     params, state = run(theirs, parameters(), 3)
@@ -123,6 +125,7 @@ def test_a_bias_correction_needs_a_count():
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kernel", [(64, 64), (3, 100)], ids=str)
+@pytest.mark.one_in(5)
 def test_8_bits_to_fp32_and_back_gives_every_code_and_scale_again(codec, rounding, kernel):
     eight, plain = adamw(state_format=fse.StateFormat(codec, rounding, min_size=0)), adamw(32)
     params, state = run(eight, parameters(kernel=kernel), 5)
@@ -184,6 +187,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.one_in(2)
 def test_every_other_rule_and_format_there_and_back(name):
     before, after = adamw(), adamw(**OTHERS[name])
     params, state = run(before, parameters(), 3)
@@ -245,6 +249,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.one_in(2)
 def test_inside_wrappers_everything_else_is_carried(name):
     small = functools.partial(fse.adamw8bit, state_format=SMALL)
     theirs = WRAPPERS[name](optax.adamw, optax.adamw(0.01))
@@ -393,6 +398,7 @@ PAIRS = {
 @every_kind
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None)], ids=str)
+@pytest.mark.one_in(5)
 def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
     before, after = (make() for make in PAIRS[pair])
     plain, state = run(before, parameters(kernel=KERNEL), 2)
@@ -518,6 +524,7 @@ def validation_loss(params):
 
 
 @pytest.mark.parametrize("codec", ["root", "dynamic"])
+@pytest.mark.one_in(2)
 def test_a_training_goes_on_across_the_switch(codec):
     """Validation loss after 100 steps, switched at 50, beside both runs that never were: 0.003% with `root`, 0.03% with
     `dynamic`. Moments begun anew at step 50 cost 1.9%.
@@ -566,6 +573,7 @@ INNER = {
 
 @pytest.mark.parametrize("name", INNER)
 @pytest.mark.parametrize("clipped", [False, True], ids=["alone", "in a chain"])
+@pytest.mark.one_in(2)
 def test_whatever_else_a_transform_keeps_goes_into_its_wrapped_self_and_back(name, clipped):
     def whole(tx):
         return optax.chain(optax.clip(1.0), tx) if clipped else tx

@@ -529,6 +529,7 @@ def test_a_state_survives_serialization_and_goes_on_with_the_same_bits():
 @pytest.mark.parametrize("inner", [pytest.param("identity", marks=pytest.mark.slow), "adamw8bit"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None), P(None, "b"), P()], ids=str)
+@pytest.mark.one_in(3)
 def test_the_same_bits_on_every_mesh(kind, spec, inner):
     tx = ADD if inner == "identity" else wrapped(inner)
     plain = parameters("bfloat16", kernel=(256, 32))

@@ -26,6 +26,7 @@ def build(case, bits):
 
 
 @every_optimizer
+@pytest.mark.one_in(3)
 def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
     tx, theirs = build(case, "bf16"), case.theirs(**case.hyper)
     params, grads = parameters(), gradients()
@@ -82,6 +83,7 @@ def test_rowwise_adam_by_hand():
 
 
 @with_second_moment
+@pytest.mark.one_in(3)
 def test_one_bad_element_of_a_row_leaves_the_others_alone(case):
     """It counts as zero in the row's mean, as does a gradient whose square overflows."""
     params = parameters()

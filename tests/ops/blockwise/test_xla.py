@@ -59,6 +59,7 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
+@pytest.mark.one_in(4)
 def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_pieces):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
@@ -184,6 +185,7 @@ def specs_for(names, ndim):
     PLACES + [pytest.param(*p, marks=pytest.mark.slow) for p in sorted(ALL_PLACES, key=str) if p not in PLACES],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_pieces):
     step = a_step(shape, fused=True, stochastic=True)
     operands = operands_of(step, shape)
