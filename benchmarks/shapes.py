@@ -45,4 +45,4 @@ SHAPES = {
     )
 }
 DEFAULT = ("bert_layernorm", "resnet50_stem", "gpt2_mlp", "square_4096", "gpt2_wte", "llama_7b_mlp")
-QUICK = ("bert_layernorm", "resnet50_stem", "lora_up")
+QUICK = ("bert_layernorm", "lora_up")

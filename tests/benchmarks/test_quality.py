@@ -33,6 +33,7 @@ def two_cells(tmp_path_factory):
     return folder, options, field
 
 
+@pytest.mark.slow
 def test_a_second_invocation_trains_nothing_and_other_settings_train_again(two_cells, capsys):
     folder, options, field = two_cells
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
@@ -51,6 +52,7 @@ def test_no_run_begins_when_the_time_is_over(tmp_path, capsys):
     assert "1 runs are left" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_collected_file_is_complete(two_cells):
     folder, _, field = two_cells
     results = json.loads((folder / "quality.json").read_text())
@@ -66,6 +68,7 @@ def test_the_collected_file_is_complete(two_cells):
     assert str(quality.ROOT) not in json.dumps(results) and str(folder) not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_table_and_plot_render_what_is_there(two_cells, capsys):
     folder, options, _ = two_cells
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
@@ -75,6 +78,7 @@ def test_table_and_plot_render_what_is_there(two_cells, capsys):
     assert not re.search("nan|inf|None", table)
 
 
+@pytest.mark.slow
 def test_the_list_marks_what_is_done(two_cells, capsys):
     _, options, field = two_cells
     quality.main([*options, "--list"], field)
@@ -219,6 +223,7 @@ def test_a_traced_learning_rate_trains_as_the_example_does():
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_readme_shows_the_results_once_they_are_there(two_cells, tmp_path, monkeypatch):
     folder, _, _ = two_cells
     monkeypatch.setattr(readme, "RESULTS", tmp_path)

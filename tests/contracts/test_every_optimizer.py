@@ -486,6 +486,7 @@ def test_a_zero_gradient_moves_nothing(case, codec, rounding):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2)
 def test_coordinates_without_a_gradient_stay_untouched(case, codec, rounding):
     """A row of its own blocks, and single elements among live ones of their block."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
@@ -521,6 +522,7 @@ def with_bad_elements(grads):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2)
 def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, rounding):
     """Beside the same gradient with zeros there: every other element has the same bits, now and a step later."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))

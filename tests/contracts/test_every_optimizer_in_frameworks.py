@@ -361,6 +361,7 @@ class ShardedModel(nnx.Module):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
 

@@ -122,14 +122,14 @@ COVERED = "test_state_shape", "test_preserve_dtype", "test_gradient_accumulation
 def is_covered(name, test):
     """Whether `make test` leaves it out: what two suites ask of one optimizer, and what does not depend on its formula.
 
-    The tests that optimize run for all, and the representatives' run whole.
+    The tests that optimize run for all, and one of the suites whole for the representatives.
     """
     parameters = getattr(test, "__x_params_repr__", "")
     found = re.match(r"\(opt_name='(\w+)'", parameters)
-    if found is None or NAMESAKES[found[1]].name in REPRESENTATIVE:
+    if found is None:
         return False
     joined = "wrapper_name=None" in parameters and NAMESAKES[found[1]].theirs.__module__.startswith("optax._src.alias")
-    return joined or name.startswith(COVERED)
+    return joined or (name.startswith(COVERED) and NAMESAKES[found[1]].name not in REPRESENTATIVE)
 
 
 def suite(test_class, without="test of nothing"):
