@@ -130,8 +130,9 @@ class StableEmbed(Embed):
         x = renorm(embedding[inputs]);    y = (x - mean) / sqrt(var + norm_epsilon) * scale + bias
 
     Statistics, scale and bias are float32 whatever the other dtypes (float64 with a float64 table); the
-    output is cast once. A padding token gives `norm.bias`, not zeros, as in bitsandbytes. The output has
-    about unit variance: drop a following multiplication by sqrt(features), and add positions after it.
+    output is cast once. A padding token gives `norm.bias`, not zeros, as in bitsandbytes. Rows of variance
+    v come out with v / (v + epsilon), about 1 unless a table's values are tiny: drop a following multiplication by
+    sqrt(features), and add positions after it.
 
     `attend` uses the table as stored, without the norm.
 

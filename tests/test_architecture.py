@@ -74,3 +74,7 @@ def test_every_public_name_is_documented(name, value):
     assert inspect.getdoc(value), name
     if inspect.isfunction(value):
         assert ">>>" in value.__doc__, f"{name} has no example"
+    if name.endswith("8bit"):
+        source = [] if "interop" in name else ["Rule"]  # of bitsandbytes' own: bitsandbytes
+        for part in ("$$", "bitsandbytes", *source):
+            assert part in value.__doc__, f"{name} does not say: {part}"

@@ -140,9 +140,10 @@ class Engine:
         """Updates (or, fused, the new parameters) and the new state."""
         if not isinstance(state, self.method.state):
             raise TypeError(
-                f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {_kind(state)}. The order "
-                "is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
+                f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {kind_of(state)}. The "
+                "order is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
             )
+        self._check_fields(state, grads)
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_none)
         trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}
         columns = {name: jax.tree.leaves(x, is_leaf=_is_none) for name, x in trees.items()}
@@ -242,6 +243,18 @@ class Engine:
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 
     # --- what a state may be -----------------------------------------------------------------------------------------
+
+    def _check_fields(self, state, grads):
+        """The state has the moments of this optimizer and no others: options decide which of them there are."""
+        kept = [m.name for m in self.method.moments]
+        for name in [name for name in state._fields if f"{name}_absmax" in state._fields]:
+            has = getattr(state, name) is not None
+            if has != (name in kept) and grads is not None:
+                raise ValueError(
+                    f"The state has {'a' if has else 'no'} `{name}`, but this optimizer keeps "
+                    f"{', '.join(kept) or 'no moments'}: another one made the state, or this one with other options. "
+                    "fse.convert_state converts it."
+                )
 
     def _check_storage(self, vector, paths, columns):
         """Codes and scales are as the rules ask; what dtypes and shapes do not tell, the length of `format` does.
@@ -375,7 +388,8 @@ def _counts(state: Any) -> list[str]:
     return [name for name in state._fields if name.startswith("count")]
 
 
-def _kind(state: Any) -> str:
+def kind_of(state: Any) -> str:
+    """What a state is, for an error message."""
     names = [type(x).__name__ for x in state] if type(state) is tuple else []
     return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, NamedTuple
 
 from ..ops.blockwise.step import Moment
@@ -62,9 +63,9 @@ def refuse_dtype(name: str, dtype: Any) -> None:
 
 
 def check_numbers(**values: Any) -> None:
-    """Raises where a hyper-parameter is None, a text or a function."""
+    """Raises where a hyper-parameter is neither a number nor an array."""
     for name, value in values.items():
-        if value is None or isinstance(value, str) or callable(value):
+        if not isinstance(value, Number) and not hasattr(value, "dtype"):
             raise TypeError(f"`{name}` must be a number, got {value!r}.")
 
 

@@ -49,6 +49,19 @@ MOMENTS: Mapping[str, str] = MappingProxyType(
         "ScaleByRStdDevWithCountState.nu": "keep",
     }
 )
+# Why other fields of optax's states stay as they are.
+REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "z": "parameters",
+        "params0": "a point of reference",
+        "x0": "a point of reference",
+        "g": "the previous gradient, to take a difference",
+        "previous_gradient": "the previous gradient, to take a difference",
+        "acc_grads": "gradients of steps that are not over",
+        "v_row": "a factored second moment",
+        "v_col": "a factored second moment",
+    }
+)
 COUNTS = ("count", "step_count", "t")  # what optax calls the number of steps taken
 
 

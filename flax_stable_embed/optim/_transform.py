@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import jax
 import optax
 
-from ._engine import Engine, Tail, broadcast_mask
+from ._engine import Engine, Tail, broadcast_mask, kind_of
 from ._method import check_schedules
 from ._storage import is_array
 
@@ -96,8 +96,8 @@ def optimizer(
     def step(fused, grads, state, params):
         if not isinstance(state, tuple) or len(state) != len(members):
             raise TypeError(
-                f"`state` must be a tuple of {len(members)}, as `init` makes it, got {type(state).__name__}. The order "
-                "is update(grads, state, params)."
+                f"`state` must be a tuple of {len(members)}, as `init` makes it, got {kind_of(state)}. The order is "
+                "update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
             )
         _need_params(params, fused or decay_tx is not None or tail.needs_params)
         states = dict(zip(members, state))
@@ -154,7 +154,10 @@ def fused_update(
     The state is the same tree with the same bits as `tx.update` gives; float32 parameters agree within 1 ulp of the
     largest of |parameter|, |update| and |their sum|; bfloat16 parameters are rounded once here, twice by
     `optax.apply_updates`.
-    Under `jit`, donate `state` and `params`.
+    Under `jit`, donate parameters and state, and take them in the order in which they are returned, parameters first:
+    JAX pairs donated with returned arrays of the same shape and dtype one by one, and where a moment's memory is given
+    to a parameter, XLA must copy both. Optimizers that need norms of whole parameters (LAMB, LARS) hold their
+    directions meanwhile, as `update` does.
 
     Args:
         tx: an `*8bit` optimizer of this library, `fse.stochastic_round_updates` of any optimizer, or `fse.chain(...,
@@ -167,9 +170,12 @@ def fused_update(
     Raises:
         TypeError: `tx` hides its optimizer, as optax's wrappers do.
 
-    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> import functools, jax, jax.numpy as jnp, flax_stable_embed as fse
     >>> tx, params = fse.adamw8bit(0.5, weight_decay=0.0), {"kernel": jnp.ones((64, 64))}
-    >>> params, state = fse.fused_update(tx, params, tx.init(params), params)
+    >>> @functools.partial(jax.jit, donate_argnums=(0, 1))
+    ... def step(params, state, grads):
+    ...     return fse.fused_update(tx, grads, state, params)
+    >>> params, state = step(params, tx.init(params), {"kernel": jnp.ones((64, 64))})
     >>> round(float(params["kernel"][0, 0]), 4)
     0.5
     """

@@ -60,7 +60,14 @@ def scale_by_adagrad8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_rss` with one byte each; see `adagrad8bit` for the arguments.
+    r"""`optax.scale_by_rss` with one byte each; see `adagrad8bit` for the arguments.
+
+    $$u_t = \frac{g_t}{\sqrt{s_t + \epsilon}}$$
+
+    Rule, and what differs from bitsandbytes: `adagrad8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adagrad8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_adagrad8bit(), optax.scale_by_learning_rate(0.1))
@@ -87,6 +94,8 @@ def adagrad8bit(
     block's scale grows with others'. `StateFormat(rounding="stochastic")` keeps the sums right in the mean.
     bitsandbytes' `Adagrad8bit` begins from 0, puts eps outside the square root, adds weight decay to the gradient and
     stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.
+
+    Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a).
 
     Args:
         learning_rate: a number or a schedule.

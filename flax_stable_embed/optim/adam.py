@@ -71,7 +71,14 @@ def scale_by_adam8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` with its moments in one byte each; see `adamw8bit` for the arguments.
+    r"""`optax.scale_by_adam` with its moments in one byte each; see `adamw8bit` for the arguments.
+
+    $$u_t = \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
+
+    Rule, and what differs from bitsandbytes: `adamw8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
@@ -95,7 +102,15 @@ def adam8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    """`optax.adam` with its moments in one byte each; see `adamw8bit`, which adds weight decay, for the arguments.
+    r"""`optax.adam` with its moments in one byte each; see `adamw8bit`, which adds weight decay, for the arguments.
+
+    $$u_t = -\alpha_t \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
+
+    bitsandbytes' `Adam8bit` has the same formula and decays weights (decoupled) if it is asked to:
+    `fse.interop.bitsandbytes.adam8bit`. Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
 
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
@@ -129,6 +144,11 @@ def adamw8bit(
     decoded, updated and encoded block by block; the update comes from the fresh moments, before they are rounded, in
     float32 whatever the parameter's dtype. Parameters that keep fp32 moments get what `optax.adamw` gives them.
 
+    bitsandbytes' `AdamW8bit` has the same formula, a decay of 1e-2 by default, which on CPU comes before the step, its
+    `dynamic` map in blocks of 256, and no Nesterov momentum: `fse.interop.bitsandbytes.adamw8bit`.
+
+    Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980), Loshchilov and Hutter 2017 (arXiv:1711.05101).
+
     Args:
         learning_rate: a number or a schedule.
         b1: decay rate of the first moment.
@@ -145,16 +165,19 @@ def adamw8bit(
             parameters.
         state_format: codec, rounding and blocks, see `StateFormat`.
         implementation: None runs everywhere; "xla" names what it runs.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments. By default they
-            become NaN, as in optax, and no other element is touched.
+        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter to the bit, and their moments,
+            which in 8 bits are rounded again if the scale of their block changes. By default they become NaN, as in
+            optax, and no other element is touched.
 
     Returns:
         An optax transform that also serves `fse.fused_update`. Its state is that of `optax.adamw` with
         `ScaleByAdam8bitState` in place of `ScaleByAdamState`.
 
     Raises:
-        TypeError: `mu_dtype` is not None.
-        ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter.
+        TypeError: `mu_dtype` is not None; a hyper-parameter that is no number, a `state_format` that is no
+            `StateFormat`; in `update`, a state that `init` does not make.
+        ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter; in `update`, a state
+            of other parameters, rules or formats.
         NotImplementedError: an implementation that is still to be built.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse

@@ -82,7 +82,14 @@ def scale_by_ademamix8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.contrib.scale_by_ademamix` in one byte each; see `ademamix8bit` for the arguments.
+    r"""`optax.contrib.scale_by_ademamix` in one byte each; see `ademamix8bit` for the arguments.
+
+    $$u_t = \frac{m^{(1)}_t / (1 - b_1^t) + a_t m^{(2)}_t}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
+
+    Rule, and what differs from bitsandbytes: `ademamix8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `ademamix8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_ademamix8bit(), optax.scale_by_learning_rate(1e-3))
@@ -115,6 +122,8 @@ def ademamix8bit(
 
     The slow mean is not corrected for its beginning. bitsandbytes' `AdEMAMix8bit` has a weight decay of 0.01 by default
     and schedules of its own: `fse.interop.bitsandbytes.ademamix8bit(t_alpha=..., t_beta3=...)`.
+
+    Rule: Pagliardini et al. 2024, Alg. 1 (arXiv:2409.03137).
 
     Args:
         learning_rate: a number or a schedule.

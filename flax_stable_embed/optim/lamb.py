@@ -12,6 +12,7 @@ import optax
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Tail
+from ._method import check_numbers
 from ._rules import StateFormat
 from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
 from ._trust_ratio import clipping, trust_ratio
@@ -21,6 +22,11 @@ from .adam import engine
 def rescale(u, p, *, max_unorm=None):
     """`u` at the length that the trust ratio, or bitsandbytes' clipping, gives it."""
     return u * (trust_ratio(u, p) if max_unorm is None else clipping(u, p, max_unorm))
+
+
+def _tail(weight_decay, mask, max_unorm) -> Tail:
+    check_numbers(max_unorm=0.0 if max_unorm is None else max_unorm)
+    return Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm))
 
 
 def scale_by_lamb8bit(
@@ -37,13 +43,20 @@ def scale_by_lamb8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """LAMB's direction, all but the learning rate; see `lamb8bit` for the arguments.
+    r"""LAMB's direction, all but the learning rate; see `lamb8bit` for the arguments.
+
+    $$u_t = \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert} d_t$$
+
+    Rule, and what differs from bitsandbytes: `lamb8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `lamb8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lamb8bit(weight_decay=0.01), optax.scale_by_learning_rate(1e-3))
     """
     options = rules, state_format, implementation, skip_nonfinite
-    tail = Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm))
+    tail = _tail(weight_decay, mask, max_unorm)
     return scale_by(engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"), tail)
 
 
@@ -71,6 +84,8 @@ def lamb8bit(
     \lVert \theta \rVert / \lVert u \rVert)$, which `max_unorm` asks for here, in place of the ratio; its 8-bit `LAMB`
     on CPU does neither and is Adam. Norms are sums over a whole parameter: on another mesh they may differ in their
     last bits, and with them the updates, but not the moments.
+
+    Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962).
 
     Args:
         learning_rate: a number or a schedule.
@@ -101,6 +116,6 @@ def lamb8bit(
     return optimizer(
         engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"),
         learning_rate,
-        tail=Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm)),
+        tail=_tail(weight_decay, mask, max_unorm),
         members=("method", "decay", KEEPS_NOTHING, "rate"),
     )

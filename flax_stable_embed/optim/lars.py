@@ -11,6 +11,7 @@ import optax
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine, Tail
+from ._method import check_numbers
 from ._rules import StateFormat
 from ._transform import MASKED_KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
 from ._trust_ratio import clipping, trust_ratio
@@ -33,6 +34,7 @@ def _parts(
     """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it."""
     if momentum is None:
         raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
+    check_numbers(trust_coefficient=coefficient, eps=eps, max_unorm=0.0 if max_unorm is None else max_unorm)
     decay = Tail(weight_decay=weight_decay, mask=mask, coupled=True)
     if max_unorm is not None:
         tail = decay._replace(rescale=lambda u, p: u * clipping(u, p, max_unorm))
@@ -60,7 +62,14 @@ def scale_by_lars8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """LARS' direction, all but the learning rate; see `lars8bit` for the arguments.
+    r"""LARS' direction, all but the learning rate; see `lars8bit` for the arguments.
+
+    $$t_t = b\, t_{t-1} + c \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert + \epsilon} d_t$$
+
+    Rule, and what differs from bitsandbytes: `lars8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `lars8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lars8bit(weight_decay=1e-4), optax.scale_by_learning_rate(0.1))
@@ -95,6 +104,8 @@ def lars8bit(
     $\min(1, \mathrm{max\_unorm} \lVert \theta \rVert / \lVert t \rVert)$, which `max_unorm` asks for here, in place of
     the ratio; its 8-bit `LARS` on CPU does neither and is SGD. Norms are sums over a whole parameter: on another mesh
     they may differ in their last bits.
+
+    Rule: You et al. 2017, Alg. 1 (arXiv:1708.03888).
 
     Args:
         learning_rate: a number or a schedule; part of what the trace sums, as in optax (with `max_unorm`, it is not).

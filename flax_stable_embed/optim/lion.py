@@ -54,7 +54,14 @@ def scale_by_lion8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_lion` with its moment in one byte each; see `lion8bit` for the arguments.
+    r"""`optax.scale_by_lion` with its moment in one byte each; see `lion8bit` for the arguments.
+
+    $$u_t = \mathrm{sign}(b_1 m_{t-1} + (1 - b_1) g_t)$$
+
+    Rule, and what differs from bitsandbytes: `lion8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `lion8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
@@ -83,6 +90,8 @@ def lion8bit(
     From bitsandbytes' `Lion8bit` it differs in its defaults (learning rate 1e-4 and no decay there) and in that a
     coordinate without a gradient never moves: zero is a code here, while the table of bitsandbytes' CPU quantizer has
     none, and the sign of what it stores instead moves such a coordinate by the learning rate on every step.
+
+    Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675).
 
     Args:
         learning_rate: a number or a schedule.

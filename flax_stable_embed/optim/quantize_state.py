@@ -39,6 +39,7 @@ from ._rules import Decision, Rules, StateFormat
 from ._state_fields import (
     COUNTS,
     MOMENTS,
+    REASONS,
     Field,
     Slot,
     count_index,
@@ -100,7 +101,7 @@ def quantize_state(
         tx: the transform. Extra arguments of `update` are passed on.
         moments: fields of the state by name, "mu", or by type and name, "ScaleByAdamState.mu", which goes first:
             "signed", "unsigned" (never negative: a finer code, and what is negative becomes zero) or "keep". None: the
-            moments of optax's own transforms.
+            moments of optax's own transforms. Of their names, those that `tx` does not have are passed over.
         rules: as in `fse.adamw8bit`, to choose between 8, 32 and "bf16". What else a rule can set is `tx`'s to set.
         state_format: codec, rounding and blocks, see `StateFormat`. Stochastic rounding acts on unsigned moments and
             needs a `count` (or `step_count`, `t`) in the state of `tx`.
@@ -170,7 +171,8 @@ class _Quantizer:
         if "format" in names and any(name.endswith("absmax") for name in names):
             raise ValueError("`tx` is an 8-bit optimizer of this library, or has one in it: use it as it is.")
         every = list(find_fields(inner, self.table, shapes))
-        if unknown := [key for key in self.table if self.named and key not in {field.key for field in every}]:
+        known = {*MOMENTS, *(field.key for field in every)}  # one table may serve many transforms
+        if unknown := [key for key in self.table if self.named and key not in known]:
             raise ValueError(
                 f"`moments` names {', '.join(unknown)}, but the fields of the state of `tx` are: {show(inner)}. "
                 "Correct the name, or drop it."
@@ -366,7 +368,8 @@ def _rows(state: QuantizedState, slots: list[Slot], of_parameters: dict, decided
     for index, (path, box) in enumerate(leaves):
         if index not in moments and is_array(box) and unbox(box).shape:
             name = fields.get(index) or field_of(path)
-            reason = "not of the parameter's shape" if index in fields else "not in `moments`"
+            why = REASONS.get(name.rpartition(".")[2], "not in `moments`")
+            reason = "not of the parameter's shape" if index in fields else why
             size = sizes.get(index) or _bytes(box)
             stayed[name] = Stayed(name, size + (stayed[name].bytes if name in stayed else 0), reason)
     return rows, tuple(stayed.values())

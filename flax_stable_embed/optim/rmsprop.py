@@ -109,7 +109,14 @@ def scale_by_rmsprop8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_rms`, or centered `optax.scale_by_stddev`, in one byte each; see `rmsprop8bit`.
+    r"""`optax.scale_by_rms`, or centered `optax.scale_by_stddev`, in one byte each; see `rmsprop8bit`.
+
+    $$u_t = \frac{g_t}{\sqrt{v_t + \epsilon}}$$
+
+    Rule, and what differs from bitsandbytes: `rmsprop8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `rmsprop8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_rmsprop8bit(), optax.scale_by_learning_rate(1e-3))
@@ -143,6 +150,8 @@ def rmsprop8bit(
     (it takes momentum and ignores it), puts eps outside the square root, adds weight decay to the gradient and stores
     $v$ with a signed code, which leaves half of the codes unused: `fse.interop.bitsandbytes.rmsprop8bit`. With the
     `dynamic` codec it is stored so here as well.
+
+    Rule: Hinton 2012, lecture 6; centered: Graves 2013, eq. 38 to 41 (arXiv:1308.0850).
 
     Args:
         learning_rate: a number or a schedule.

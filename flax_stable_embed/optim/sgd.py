@@ -62,7 +62,14 @@ def scale_by_sgd8bit(
     implementation: Implementation | None = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace` with one byte each; see `sgd8bit` for the arguments.
+    r"""`optax.trace` with one byte each; see `sgd8bit` for the arguments.
+
+    $$t_t = g_t + b\, t_{t-1} \ \text{ or, Nesterov, } g_t + b\, t_t$$
+
+    Rule, and what differs from bitsandbytes: `sgd8bit`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `sgd8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_sgd8bit(momentum=0.9), optax.scale_by_learning_rate(0.1))
@@ -89,6 +96,8 @@ def sgd8bit(
     bitsandbytes' `SGD8bit` has no Nesterov momentum (it takes the argument and ignores it) and adds weight decay to the
     gradient; that formula is `fse.interop.bitsandbytes.sgd8bit`, or `optax.chain(optax.add_decayed_weights(...),
     sgd8bit(...))`.
+
+    Rule: Sutskever et al. 2013, sec. 2 (proceedings.mlr.press/v28/sutskever13).
 
     Args:
         learning_rate: a number or a schedule.

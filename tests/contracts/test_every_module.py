@@ -279,7 +279,7 @@ SHARDINGS = [P("a", "b"), P("a", None), P(None, "b"), P(("a", "b"), None), P("b"
         for spec in (SHARDINGS if case.name.endswith("everything") else SHARDINGS[:1])
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_a_sharded_table_changes_nothing(case, kind, spec):
     params = parameters(case)
     expected = reference(case.name)

@@ -315,7 +315,7 @@ NNX_SHARDINGS = [
         *(pytest.param(AxisType.Explicit, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[2:]),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
@@ -397,7 +397,7 @@ def moment_arrays(case, optimizer):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
     tx = {
         "masked": lambda: optax.masked(build(case), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 0, tree)),

@@ -131,7 +131,6 @@ def test_the_fused_step_is_the_update_applied(name):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
 def test_rows_without_gradient_stay_where_they_are_beside_rows_with(name):
     """Also in a block that holds both, and in a short one."""
     params = {"kernel": normal(0, (300,), 0.1), "embedding": normal(1, (64, 16), 0.1)}

@@ -47,7 +47,6 @@ def run(case, tx):
 
 
 @every_8bit_case
-@pytest.mark.one_in(2)
 def test_twenty_steps_are_bitsandbytes_own(case, frozen):
     kept, wrong, seen = kept_steps(case, frozen), 0, 0
     for step, p, state in run(case, our_optimizer(case, state_format=BLOCKS)):

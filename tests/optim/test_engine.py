@@ -188,6 +188,21 @@ def test_a_mask_may_be_a_prefix_a_number_or_an_array():
 
 
 @pytest.mark.parametrize(
+    ("made_by", "given_to", "message"),
+    [
+        (fse.sgd8bit(0.1, momentum=0.9), fse.sgd8bit(0.1), "has a `trace`, but this optimizer keeps no moments"),
+        (fse.sgd8bit(0.1), fse.sgd8bit(0.1, momentum=0.9), "has no `trace`, but this optimizer keeps trace"),
+        (fse.rmsprop8bit(0.1, centered=True), fse.rmsprop8bit(0.1), "has a `mu`, but this optimizer keeps nu"),
+        (fse.rmsprop8bit(0.1), fse.rmsprop8bit(0.1, centered=True), "has no `mu`, but this optimizer keeps "),
+    ],
+)
+def test_a_state_with_other_moments_is_refused(made_by, given_to, message):
+    params = {"kernel": jnp.ones((64, 64))}
+    with pytest.raises(ValueError, match=message):
+        given_to.update(params, made_by.init(params), params)
+
+
+@pytest.mark.parametrize(
     ("argument", "make"),
     [
         ("learning_rate", lambda: fse.lamb8bit("1e-3")),
@@ -198,6 +213,11 @@ def test_a_mask_may_be_a_prefix_a_number_or_an_array():
         ("eps", lambda: fse.adagrad8bit(0.1, eps="small")),
         ("decay", lambda: fse.rmsprop8bit(0.1, decay=None)),
         ("momentum", lambda: fse.sgd8bit(0.1, momentum="0.9")),
+        ("b1", lambda: fse.adamw8bit(0.1, (0.9, 0.99))),
+        ("learning_rate", lambda: fse.adamw8bit({"kernel": jnp.ones(3)}, 0.1)),
+        ("max_unorm", lambda: fse.lamb8bit(0.1, max_unorm="1")),
+        ("max_unorm", lambda: fse.lars8bit(0.1, max_unorm="1")),
+        ("trust_coefficient", lambda: fse.lars8bit(0.1, trust_coefficient="x")),
     ],
 )
 def test_a_hyperparameter_that_is_no_number_is_named_at_once(argument, make):

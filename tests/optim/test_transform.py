@@ -117,3 +117,17 @@ def test_a_learning_rate_may_be_traced():
     assert step._cache_size() == 1
     tx = fse.adamw8bit(0.125, weight_decay=0.125, b1=0.875, state_format=SMALL)
     assert_nearly(first, jitted_fused(tx)(GRADS, tx.init(PARAMS), PARAMS)[0])
+
+
+# Not Lion: XLA copies a moment in fp32 that both the direction and the next moment read.
+@pytest.mark.parametrize("make", [fse.adamw8bit, fse.ademamix8bit, fse.adagrad8bit], ids=lambda make: make.__name__)
+def test_a_fused_step_that_is_donated_in_the_order_of_its_results_has_no_temporaries_beside_pieces(make):
+    """Also with parameters in fp32, whose moments have the parameters' own shape and dtype."""
+    shapes = {"embedding": (4096, 1024), "kernel": (2048, 2048), "norm": {"scale": (1024,)}}
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    tx = make(1e-3)
+    step = jax.jit(lambda params, state, grads: fse.fused_update(tx, grads, state, params), donate_argnums=(0, 1))
+    memory = step.lower(params, jax.eval_shape(tx.init, params), params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * 4 * 2048 * 2048
