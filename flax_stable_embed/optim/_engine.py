@@ -17,9 +17,11 @@ import optax
 from jax import Array
 from jax.tree_util import GetAttrKey
 
-from ..ops.blockwise.codecs import array_key
+from ..ops.blockwise.codecs import array_key, hashed_bits
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
-from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, widest
+from ..ops.blockwise.quantize import linear_index, placed_like
+from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, square, widest
+from ..ops.rounding import stochastic_round
 from ._boxes import is_box, optim_bits, unbox
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
@@ -155,7 +157,9 @@ class Engine:
                 f"{stored}: was the state made by `init` of the same parameters?"
             )
         for moment in self.method.moments[:1]:
-            _check_same_paths(leaves, trees[moment.name])
+            _check_same_paths(leaves, trees[moment.name], "the optimizer state has")
+        if params is not None:
+            _check_same_paths(leaves, params, "the parameters have")
         self._check_storage(state.format, [path_name(path) for path, _ in leaves], columns)
         allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
         before_allowed = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
@@ -192,6 +196,8 @@ class Engine:
             compute = np.dtype(np.float32)
         else:
             compute = moments[0].dtype if moments and bits == 32 else wide_dtype(dtype)
+        if not fused and not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = compute  # whole numbers take their updates as optax gives them, with their fractions
         wide_p: Any = None if p is None else p.astype(compute)
         clip = tail.clip if bits != 8 else None
         decays_last = clip is not None and tail.weight_decay is not None and not tail.coupled
@@ -221,6 +227,8 @@ class Engine:
         names = [m.name for m in self.method.moments]
         if bits == "rowwise":
             hyper["square"] = row_mean_square
+            # Its square is not in the row's mean, which would leave it a step as long as itself.
+            g = jnp.where(jnp.isfinite(g) & ~jnp.isfinite(square(g.astype(compute))), jnp.zeros_like(g), g)
         elif bits == "bf16":
             hyper["rounded"] = True
         # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
@@ -230,7 +238,7 @@ class Engine:
         if bits != 8:
             wide = tuple(m.astype(compute) for m in moments)
             out, new = apply_rule(step, g, p, wide, traced, compute)
-            new = [after.astype(before.dtype) for after, before in zip(new, moments)]
+            new = [_narrowed(f"{path}/{n}", count, *pair) for n, *pair in zip(names, new, moments)]
             return out, stored | dict(zip(names, new))
         state_format, blocks = self.rules.blocks(path, g.shape)
         step = step.with_storage(tuple(m.stored(state_format) for m in self.method.moments), blocks)
@@ -394,15 +402,23 @@ def kind_of(state: Any) -> str:
     return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 
 
-def _check_same_paths(leaves, moment: Any):
-    """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments."""
-    stored, _ = jax.tree_util.tree_flatten_with_path(moment, is_leaf=_is_none)
+def _check_same_paths(leaves, tree: Any, who_has: str):
+    """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments or values."""
+    stored, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
     for (path, _), (other, _) in zip(leaves, stored):
         if path_name(path) != path_name(other):
             raise ValueError(
-                f"The gradients have a leaf {path_name(path)!r} where the optimizer state has {path_name(other)!r}: "
+                f"The gradients have a leaf {path_name(path)!r} where {who_has} {path_name(other)!r}: "
                 "was the state made by `init` of the same parameters?"
             )
+
+
+def _narrowed(name: str, count: Array, new: Array, old: Array) -> Array:
+    """A moment in the dtype that it is stored in. To nearest, a slow mean in bfloat16 would stay where it is."""
+    if old.dtype != jnp.bfloat16:
+        return new.astype(old.dtype)
+    bits = placed_like(hashed_bits(linear_index(old.shape), array_key(name, count)), old)
+    return stochastic_round(new.astype(jnp.float32), old.dtype, bits)
 
 
 def _is_none(x: Any) -> bool:

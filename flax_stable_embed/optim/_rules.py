@@ -58,6 +58,7 @@ class StateFormat:
             raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {self.rounding!r}.")
         if self.block_size is not None:
             check_block_size(self.block_size)
+            object.__setattr__(self, "block_size", int(self.block_size))
         if self.block_axis is not None and not _is_int(self.block_axis):
             raise ValueError(f"`block_axis` must be an integer or None, got {self.block_axis!r}; try -1.")
         if not _is_int(self.shards) or self.shards < 1:
@@ -91,8 +92,9 @@ class Rule:
 
     Args:
         bits: 32 keeps fp32 moments. 8 asks for bytes (the size rules of `StateFormat` still hold). "bf16" keeps
-            bfloat16 moments. "rowwise" keeps an fp32 first moment and one fp32 second moment for each row (the last
-            axis): of the mean of squares over the row, as trainers of large embeddings do.
+            bfloat16 moments, rounded up or down at random (without a key) so that slow means keep moving; those of
+            `quantize_state` to nearest. "rowwise" keeps an fp32 first moment and one fp32 second moment for each row
+            (the last axis): of the mean of squares over the row, as trainers of large embeddings do.
         state_format: how the bytes are stored, in place of the optimizer's `state_format`.
         lr_scale: multiplies the learning rate.
         b1: the decay rate of the first moment, in place of the optimizer's (SGD, LARS, RMSprop: of the momentum).

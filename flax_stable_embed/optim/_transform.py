@@ -208,6 +208,8 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     whole = optax.chain(*transforms)
 
     def fused(grads, state, params, **extra_args):
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise TypeError(f"`state` must be a tuple of {len(transforms)}, as `init` makes it, got {kind_of(state)}.")
         states = []
         for tx, one in zip(prefixes, state):
             grads, one = tx.update(grads, one, params, **extra_args)

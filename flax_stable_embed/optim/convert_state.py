@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import GetAttrKey
 
 from ._report import Leaf, trace_init
@@ -263,7 +263,7 @@ def _encoded(x: Array, leaf: Leaf | None, want: Any) -> tuple[Array, ...]:
         return encode(x.astype(jnp.float32), leaf.moment._replace(stochastic=False), leaf.blocks)
     if x.shape != want.shape:
         x = jnp.mean(x, axis=-1, keepdims=True)
-    return (x.astype(want.dtype),)
+    return (x if x.dtype == want.dtype else x.astype(want.dtype),)
 
 
 def _sharding(x: Array) -> Any:
@@ -273,4 +273,5 @@ def _sharding(x: Array) -> Any:
 def _placed(x: Array, sharding: Any) -> Array:
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding, may_alias=False)  # or one count, taken twice, could not be donated
-    return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(x, sharding) if explicit else x

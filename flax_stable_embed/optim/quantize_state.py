@@ -406,6 +406,8 @@ def _widened(tree: Any) -> Any:
 
 def _cast(x: Any, like: Any) -> Any:
     """`x` in the floating point dtype of `like`."""
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == like.dtype:
+    if not (hasattr(x, "dtype") and hasattr(like, "dtype")):
+        return x  # Python's numbers have no dtype of their own
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == like.dtype:
         return x
     return x.astype(like.dtype)

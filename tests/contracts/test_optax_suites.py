@@ -57,16 +57,38 @@ def _is_ours(x):
     return isinstance(x, STATES)
 
 
-class Redirect:
-    """A module of optax whose optimizers are ours where we have a namesake."""
+def wrapped_in_8bit(factory):
+    """A factory of optax whose transform keeps its moments in 8 bits, and a record of it."""
 
-    def __init__(self, module):
-        self._module = module
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        options = {"rules": ((".*", 8),), "state_format": fse.StateFormat(min_size=0)}
+        tx = fse.quantize_state(factory(*args, **kwargs), **options)
+
+        def init(params):
+            state = tx.init(params)
+            if hasattr(params, "dtype"):  # and is not the placeholder of `optax.tree.map_params`
+                RECORD.append(jnp.iscomplexobj(params) or any(map(is_codes, jax.tree.leaves(state.inner))))
+            return state
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
+
+    return wrapped
+
+
+class Redirect:
+    """A module of optax whose optimizers are ours where we have a namesake; or `lead(name, optimizer)`."""
+
+    def __init__(self, module, lead=None):
+        self._module, self._lead = module, lead or to_namesake
 
     def __getattr__(self, name):
-        found = getattr(self._module, name)
-        case = NAMESAKES.get(name)
-        return in_8bit(case) if case is not None and found is case.theirs else found
+        return self._lead(name, getattr(self._module, name))
+
+
+def to_namesake(name, found):
+    case = NAMESAKES.get(name)
+    return in_8bit(case) if case is not None and found is case.theirs else found
 
 
 def run_source(module_name, prepare):
@@ -94,6 +116,23 @@ def ours_of(entries):
 def prepare_alias(namespace):
     namespace["_OPTIMIZERS_UNDER_TEST"] = tuple(ours_of(namespace["_OPTIMIZERS_UNDER_TEST"]))
     namespace["alias"] = Redirect(namespace["alias"])
+
+
+def prepare_wrapped(namespace):
+    entries = tuple(filter(keeps_moments, namespace["_OPTIMIZERS_UNDER_TEST"]))
+    names = {entry["opt_name"] for entry in entries}
+    namespace["_OPTIMIZERS_UNDER_TEST"] = entries
+    lead = lambda name, found: wrapped_in_8bit(found) if name in names else found  # noqa: E731
+    namespace["alias"] = Redirect(namespace["alias"], lead)
+
+
+def keeps_moments(entry):
+    """Whether `quantize_state` takes it with these hyper-parameters: sgd has moments only with momentum, say."""
+    try:
+        fse.quantize_state(getattr(optax, entry["opt_name"])(**entry["opt_kwargs"]))
+    except (ValueError, DeprecationWarning):
+        return False
+    return True
 
 
 def prepare_contrib(namespace):
@@ -126,7 +165,7 @@ def is_covered(name, test):
     """
     parameters = getattr(test, "__x_params_repr__", "")
     found = re.match(r"\(opt_name='(\w+)'", parameters)
-    if found is None:
+    if found is None or found[1] not in NAMESAKES:
         return False
     joined = "wrapper_name=None" in parameters and NAMESAKES[found[1]].theirs.__module__.startswith("optax._src.alias")
     return joined or (name.startswith(COVERED) and NAMESAKES[found[1]].name not in REPRESENTATIVE)
@@ -162,6 +201,16 @@ _sharding = run_source("optax._src.sharding_test", prepare_sharding)
 AliasTest = suite(_alias["AliasTest"], "test_explicit_dtype")
 ContribTest = suite(_contrib["ContribTest"])
 ShardingTest = suite(_sharding["ShardingTest"], "test_microbatch")
+
+
+# Any transform of optax's, wrapped: what optimizes.
+_wrapped = run_source("optax._src.alias_test", prepare_wrapped)["AliasTest"]
+for _name in [name for name in vars(_wrapped) if name.startswith("test") and not name.startswith("test_optimization")]:
+    delattr(_wrapped, _name)
+WrappedTest = suite(_wrapped)
+for _number, _name in enumerate(name for name in vars(WrappedTest) if name.startswith("test")):
+    if _number % 9:  # both problems and several dtypes; `make test-all` runs every one
+        setattr(WrappedTest, _name, pytest.mark.slow(vars(WrappedTest)[_name]))
 
 
 @pytest.mark.parametrize(("test_class", "of_each"), [(AliasTest, 16), (ContribTest, 14), (ShardingTest, 3)])

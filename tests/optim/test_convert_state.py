@@ -604,3 +604,19 @@ def test_the_error_names_the_fields_that_could_be_given_up():
     assert {"acc_grads", "params0", "grad_sum"} <= set(ast.literal_eval(names))
     converted = fse.convert_state(before, after, params, state, allow_reset=ast.literal_eval(names))
     assert types(converted) == types(after.init(params))
+
+
+def test_under_vmap_and_with_parameters_that_jit_knows():
+    params, plain, eight = parameters(), plain_adamw(), adamw()
+    states = jax.vmap(plain.init)(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params))
+    converted = jax.vmap(lambda s: fse.convert_state(plain, eight, params, s))(states)
+    assert codes_of(converted)[0].shape == (2, 64, 64)
+    before, after = (optax.contrib.mechanize(tx) for tx in (plain, eight))
+    assert codes_of(jax.jit(lambda s: fse.convert_state(before, after, params, s))(before.init(params)))
+
+
+def test_random_keys_in_a_state_are_carried():
+    params = parameters()
+    noisy = lambda tx: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), tx)  # noqa: E731
+    converted = fse.convert_state(noisy(plain_adamw()), noisy(adamw()), params, noisy(plain_adamw()).init(params))
+    assert codes_of([x for x in jax.tree.leaves(converted) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)])

@@ -223,3 +223,32 @@ def test_a_state_with_other_moments_is_refused(made_by, given_to, message):
 def test_a_hyperparameter_that_is_no_number_is_named_at_once(argument, make):
     with pytest.raises(TypeError, match=f"`{argument}` must be a number"):
         make()
+
+
+def test_parameters_of_other_names_are_refused():
+    tx, grads = fse.adamw8bit(0.1), {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
+    with pytest.raises(ValueError, match="a leaf 'a' where the parameters have 'b'"):
+        tx.update(grads, tx.init(grads), {"b": jnp.ones((64, 64)), "c": jnp.ones((64, 64))})
+
+
+def test_whole_numbers_move_as_with_optax():
+    params, grads = {"n": jnp.full((4,), 5, jnp.int32)}, {"n": jnp.zeros((4,), jnp.int32)}
+    tx, theirs = fse.adamw8bit(1e-3), optax.adamw(1e-3)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected, _ = theirs.update(grads, theirs.init(params), params)
+    assert updates["n"].dtype == expected["n"].dtype
+    expected = optax.apply_updates(params, expected)["n"]
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["n"], expected)
+    np.testing.assert_array_equal(fse.fused_update(tx, grads, tx.init(params), params)[0]["n"], expected)
+
+
+def test_block_sizes_may_be_numpys():
+    assert fse.StateFormat(block_size=np.int64(64)) == fse.StateFormat(block_size=64)
+    fse.adamw8bit(0.1, state_format=fse.StateFormat(block_size=np.int64(64))).init({"kernel": jnp.ones((64, 64))})
+
+
+def test_a_fused_chain_asks_for_a_state_of_its_length():
+    long = fse.chain(optax.clip(1.0), optax.trace(0.9), fse.adamw8bit(0.1))
+    params = {"kernel": jnp.ones((64, 64))}
+    with pytest.raises(TypeError, match="`state` must be a tuple of 2"):
+        fse.fused_update(fse.chain(optax.clip(1.0), fse.adamw8bit(0.1)), params, long.init(params), params)

@@ -494,3 +494,16 @@ class frozen(dict):
 
     def __hash__(self):
         return hash(tuple(self.items()))
+
+
+def test_parameters_may_be_pythons_numbers():
+    params = {"kernel": jnp.ones((64, 64)), "scale": 1.0}
+    tx = fse.quantize_state(optax.adamw(0.1), state_format=SMALL)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates["scale"].shape == () and is_codes(state.inner[0].mu["kernel"])
+
+
+def test_a_table_of_optaxs_names_serves_many_transforms():
+    table = {"mu": "signed", "trace": "signed", "nu": "unsigned"}
+    for tx in (optax.adamw(0.1), optax.sgd(0.1, momentum=0.9)):
+        fse.quantize_state(tx, moments=table).init(parameters())

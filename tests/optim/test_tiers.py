@@ -219,3 +219,35 @@ def test_rowwise_trains_an_embedding_as_fp32_does():
         losses = train(fse.adam8bit(0.05, rules=((".*", bits),)))
         assert fp32[-20:].mean() < 0.1 * fp32[0]
         np.testing.assert_allclose(losses[-20:].mean(), fp32[-20:].mean(), rtol=0, atol=0.01 * float(fp32[0]))
+
+
+@pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.name in ("adam8bit", "adagrad8bit")], ids=lambda c: c.name)
+def test_slow_means_in_bfloat16_follow_those_in_float32(case):
+    """What a step adds to them is below half an ulp."""
+    ours, theirs = build(case, "bf16"), case.theirs(**case.hyper)
+
+    def last(tx):
+        params = {"kernel": jnp.ones((64, 64))}
+
+        def step(carry, size):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(lambda p: jnp.full_like(p, size), params), state, params)
+            return (params, state), updates["kernel"].mean()
+
+        sizes = jnp.where(jnp.arange(3000) < 3, 100.0, 1.0)
+        return jax.lax.scan(step, (params, tx.init(params)), sizes)[1][-1]
+
+    np.testing.assert_allclose(last(ours), last(theirs), rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["adam8bit", "rmsprop8bit", "adagrad8bit", "ademamix8bit"])
+def test_a_gradient_whose_square_overflows_takes_no_step_of_its_size_rowwise(name):
+    (case,) = [case for case in OPTIMIZERS if case.name == name]
+    tx, params = build(case, "rowwise"), parameters()
+    state, before = tx.init(params), params["kernel"][5, 7]
+    for i in range(4):
+        grads = gradients(i)
+        if i == 2:
+            grads = grads | {"kernel": grads["kernel"].at[5, 7].set(1e20)}
+        params, state, _ = jitted(tx)(grads, state, params)
+    assert abs(params["kernel"][5, 7] - before) < 1
