@@ -161,14 +161,15 @@ COVERED = "test_state_shape", "test_preserve_dtype", "test_gradient_accumulation
 def is_covered(name, test):
     """Whether `make test` leaves it out: what two suites ask of one optimizer, and what does not depend on its formula.
 
-    The tests that optimize run for all, and one of the suites whole for the representatives.
+    The tests that optimize real parameters run for all, and one of the suites whole for the representatives.
     """
     parameters = getattr(test, "__x_params_repr__", "")
     found = re.match(r"\(opt_name='(\w+)'", parameters)
     if found is None or found[1] not in NAMESAKES:
         return False
     joined = "wrapper_name=None" in parameters and NAMESAKES[found[1]].theirs.__module__.startswith("optax._src.alias")
-    return joined or (name.startswith(COVERED) and NAMESAKES[found[1]].name not in REPRESENTATIVE)
+    formula_alone = not name.startswith(COVERED) and "complex" not in parameters
+    return joined or (not formula_alone and NAMESAKES[found[1]].name not in REPRESENTATIVE)
 
 
 def suite(test_class, without="test of nothing"):
