@@ -297,3 +297,18 @@ def test_hyperparameters_that_nobody_knows_are_asked_for(frozen):
     other = our_optimizer(ADAM, rules=((".*", 32),))
     with pytest.raises(ValueError, match="uint8 for 'weight', which `tx` stores otherwise"):
         bitsandbytes.dump_optimizer_state(other, params, state, order=order, param_groups=GROUP)
+
+
+def test_codes_that_are_not_bytes_are_no_numbers():
+    codes = one_vector()["state"][0]["state1"]
+    for wrong, what in (
+        (codes.astype(np.int64), "int64 with scales"),
+        (codes.astype(np.float32), "float32 with scales"),
+    ):
+        with pytest.raises(ValueError, match=f"`state1` of parameter 0 is {what}"):
+            load_vector(one_vector(state1=wrong))
+
+
+def test_scales_of_a_wider_dtype_are_cast():
+    state, _ = load_vector(one_vector(absmax1=np.arange(1.0, 5.0)))
+    np.testing.assert_array_equal(state.mu_absmax["kernel"], np.arange(1, 5, dtype=np.float32))

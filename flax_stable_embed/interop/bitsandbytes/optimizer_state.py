@@ -188,14 +188,20 @@ def _read(state: Mapping[str, Any], slot: Slot) -> Stored:
                 f"{(2, *slot.place.shape)}. Is it the same optimizer?"
             )
         values, absmax = values[slot.plane], None if absmax is None else absmax[slot.plane]
-    if values.dtype != np.uint8:
+    if jnp.issubdtype(values.dtype, jnp.floating) and absmax is None:
         return Stored(values)
+    if values.dtype != np.uint8:
+        what = f"{values.dtype}{'' if absmax is None else ' with scales'}"
+        raise ValueError(
+            f"`state{slot.number}` of parameter {slot.key!r} is {what}: a moment is uint8 codes with `absmax` and "
+            "`qmap`, or floating point numbers without them."
+        )
     if absmax is None or "qmap" not in found:
         raise ValueError(
             f"`state{slot.number}` of parameter {slot.key!r} is in 8 bits, without its `absmax{slot.number}` or "
             f"`qmap{slot.number}`: there are {', '.join(state)}. States that are not block-wise cannot be read."
         )
-    moment = Stored(values, absmax.reshape(-1), found["qmap"])
+    moment = Stored(values, absmax.reshape(-1).astype(np.float32), found["qmap"])
     if not moment.block_size:
         raise ValueError(
             f"`absmax{slot.number}` of parameter {slot.key!r} has {absmax.size} scales for {values.size} elements: "
