@@ -17,9 +17,9 @@ import optax
 from jax import Array
 from jax.tree_util import GetAttrKey
 
-from ..ops.blockwise.codecs import array_key, hashed_bits
+from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
-from ..ops.blockwise.quantize import linear_index, placed_like
+from ..ops.blockwise.quantize import random_bits
 from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, square, widest
 from ..ops.rounding import stochastic_round
 from ._boxes import is_box, optim_bits, unbox
@@ -156,22 +156,22 @@ class Engine:
                 f"The gradients have {len(leaves)} leaves, the parameters {len(p_leaves)} and the optimizer state "
                 f"{stored}: was the state made by `init` of the same parameters?"
             )
+        paths = [path_name(path) for path, _ in leaves]
         for moment in self.method.moments[:1]:
-            _check_same_paths(leaves, trees[moment.name], "the optimizer state has")
+            _check_same_paths(paths, trees[moment.name], "the optimizer state has")
         if params is not None:
-            _check_same_paths(leaves, params, "the parameters have")
-        self._check_storage(state.format, [path_name(path) for path, _ in leaves], columns)
+            _check_same_paths(paths, params, "the parameters have")
+        self._check_storage(state.format, paths, columns)
         allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
         before_allowed = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
         count = jnp.asarray(optax.safe_increment(state.count))
         hypers = {}  # by what rules set: most parameters share theirs
         outputs = []
-        for i, (path, g) in enumerate(leaves):
+        for i, (path, (_, g)) in enumerate(zip(paths, leaves)):
             p, stored = p_leaves[i], {name: column[i] for name, column in columns.items()}
             if g is None:
                 outputs.append(p if fused else None)
                 continue
-            path = path_name(path)
             g, p = jnp.asarray(g), None if p is None else jnp.asarray(p)  # numpy's arrays and Python's numbers too
             rule = self.rules.first_match(path, g.shape)[1]
             overrides = {k: v for k, v in rule.overrides.items() if k != "weight_decay"}
@@ -402,14 +402,13 @@ def kind_of(state: Any) -> str:
     return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 
 
-def _check_same_paths(leaves, tree: Any, who_has: str):
+def _check_same_paths(paths: Sequence[str], tree: Any, who_has: str):
     """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments or values."""
-    stored, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    for (path, _), (other, _) in zip(leaves, stored):
-        if path_name(path) != path_name(other):
+    for path, (key_path, _) in zip(paths, jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)):
+        if path != path_name(key_path):
             raise ValueError(
-                f"The gradients have a leaf {path_name(path)!r} where {who_has} {path_name(other)!r}: "
-                "was the state made by `init` of the same parameters?"
+                f"The gradients have a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by "
+                "`init` of the same parameters?"
             )
 
 
@@ -417,8 +416,7 @@ def _narrowed(name: str, count: Array, new: Array, old: Array) -> Array:
     """A moment in the dtype that it is stored in. To nearest, a slow mean in bfloat16 would stay where it is."""
     if old.dtype != jnp.bfloat16:
         return new.astype(old.dtype)
-    bits = placed_like(hashed_bits(linear_index(old.shape), array_key(name, count)), old)
-    return stochastic_round(new.astype(jnp.float32), old.dtype, bits)
+    return stochastic_round(new.astype(jnp.float32), old.dtype, random_bits(name, count, old))
 
 
 def _is_none(x: Any) -> bool:

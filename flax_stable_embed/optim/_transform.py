@@ -94,11 +94,7 @@ def optimizer(
         return tuple(states)
 
     def step(fused, grads, state, params):
-        if not isinstance(state, tuple) or len(state) != len(members):
-            raise TypeError(
-                f"`state` must be a tuple of {len(members)}, as `init` makes it, got {kind_of(state)}. The order is "
-                "update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
-            )
+        _check_members(state, len(members))
         _need_params(params, fused or decay_tx is not None or tail.needs_params)
         states = dict(zip(members, state))
         now = tail
@@ -120,6 +116,14 @@ def optimizer(
         return step(True, grads, state, params)
 
     return FusedTransformation(init, update, fused)
+
+
+def _check_members(state: Any, n: int) -> None:
+    if not isinstance(state, tuple) or len(state) != n:
+        raise TypeError(
+            f"`state` must be a tuple of {n}, as `init` makes it, got {kind_of(state)}. The order is update(grads, "
+            "state, params); `fse.convert_state` converts the state of another optimizer."
+        )
 
 
 def _need_params(params: Any, needed: bool) -> None:
@@ -208,8 +212,7 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     whole = optax.chain(*transforms)
 
     def fused(grads, state, params, **extra_args):
-        if not isinstance(state, tuple) or len(state) != len(transforms):
-            raise TypeError(f"`state` must be a tuple of {len(transforms)}, as `init` makes it, got {kind_of(state)}.")
+        _check_members(state, len(transforms))
         states = []
         for tx, one in zip(prefixes, state):
             grads, one = tx.update(grads, one, params, **extra_args)

@@ -8,9 +8,14 @@ Trust ratio: You et al. 2017, eq. 6 (arXiv:1708.03888), as `optax.scale_by_trust
 `max_unorm`, which never makes a step longer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from ._method import check_numbers
 
 
 def trust_ratio(u: Array, p: Array, coefficient: float = 1.0, eps: float = 0.0) -> Array:
@@ -25,6 +30,18 @@ def clipping(u: Array, p: Array, max_unorm: float | Array) -> Array:
     p_norm, u_norm = optax.safe_norm(_finite(p), 0.0), optax.safe_norm(_finite(u), 0.0)
     limit = max_unorm * p_norm
     return jnp.where((u_norm > limit) & (limit > 0), limit / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
+
+
+def clipped(max_unorm: Any) -> Callable[[Array, Array], Array] | None:
+    """`(u, p) -> u`, clipped; None where `max_unorm` is.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if max_unorm is None:
+        return None
+    check_numbers(max_unorm=max_unorm)
+    return lambda u, p: u * clipping(u, p, max_unorm)
 
 
 def _finite(u: Array) -> Array:

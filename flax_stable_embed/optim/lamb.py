@@ -5,28 +5,26 @@ r"""LAMB: Adam's direction, decayed, at the length of its parameter; moments in 
 Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from functools import partial
 from typing import Any
 
 import optax
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Tail
-from ._method import check_numbers
 from ._rules import StateFormat
 from ._transform import KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
-from ._trust_ratio import clipping, trust_ratio
+from ._trust_ratio import clipped, trust_ratio
 from .adam import engine
 
 
-def rescale(u, p, *, max_unorm=None):
-    """`u` at the length that the trust ratio, or bitsandbytes' clipping, gives it."""
-    return u * (trust_ratio(u, p) if max_unorm is None else clipping(u, p, max_unorm))
+def rescale(u, p):
+    """`u` at the length that the trust ratio gives it."""
+    return u * trust_ratio(u, p)
 
 
 def _tail(weight_decay, mask, max_unorm) -> Tail:
-    check_numbers(max_unorm=0.0 if max_unorm is None else max_unorm)
-    return Tail(weight_decay=weight_decay, mask=mask, rescale=partial(rescale, max_unorm=max_unorm))
+    """Decay, and then the trust ratio or bitsandbytes' clipping."""
+    return Tail(weight_decay=weight_decay, mask=mask, rescale=clipped(max_unorm) or rescale)
 
 
 def scale_by_lamb8bit(

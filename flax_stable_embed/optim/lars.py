@@ -14,7 +14,7 @@ from ._engine import Engine, Tail
 from ._method import check_numbers
 from ._rules import StateFormat
 from ._transform import MASKED_KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
-from ._trust_ratio import clipping, trust_ratio
+from ._trust_ratio import clipped, trust_ratio
 from .sgd import engine as sgd_engine
 from .sgd import sgd
 
@@ -34,11 +34,10 @@ def _parts(
     """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it."""
     if momentum is None:
         raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
-    check_numbers(trust_coefficient=coefficient, eps=eps, max_unorm=0.0 if max_unorm is None else max_unorm)
+    check_numbers(trust_coefficient=coefficient, eps=eps)
     decay = Tail(weight_decay=weight_decay, mask=mask, coupled=True)
-    if max_unorm is not None:
-        tail = decay._replace(rescale=lambda u, p: u * clipping(u, p, max_unorm))
-        return sgd_engine(momentum, nesterov, None, *options, name="lars"), tail
+    if (rescale := clipped(max_unorm)) is not None:
+        return sgd_engine(momentum, nesterov, None, *options, name="lars"), decay._replace(rescale=rescale)
 
     def ratio(g, p):
         return {"ratio": trust_ratio(g, p, coefficient, eps)}

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ..ops.blockwise.codecs import array_key, hashed_bits
-from ..ops.blockwise.quantize import linear_index, placed_like
+from ..ops.blockwise.quantize import random_bits
 from ..ops.rounding import stochastic_round
 from ._rules import path_name
 from ._transform import FusedTransformation
@@ -99,8 +98,7 @@ def _rounded(u: Any, p: Any, path: str, count: Array) -> Any:
     if u is None:
         return None
     p = jnp.asarray(p)
-    bits = placed_like(hashed_bits(linear_index(p.shape), array_key(path, count)), p)
-    old = p.astype(jnp.float32)
+    old, bits = p.astype(jnp.float32), random_bits(path, count, p)
     new = stochastic_round(old + jnp.asarray(u).astype(jnp.float32), p.dtype, bits).astype(jnp.float32)
     return jnp.where(new == old, -0.0, new - old)  # infinite parameters stay, and those that are -0.0
 

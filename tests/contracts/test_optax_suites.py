@@ -9,6 +9,7 @@ Everything is in 8 bits, however small: the problems have two or three parameter
 import ast
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import types
@@ -172,8 +173,12 @@ def is_covered(name, test):
     return joined or (not formula_alone and NAMESAKES[found[1]].name not in REPRESENTATIVE)
 
 
-def suite(test_class, without="test of nothing"):
-    """The class, less tests that take no optimizer from a list; each test that runs must have made 8-bit states."""
+def suite(test_class, only="test", without="test of nothing", one_in=1):
+    """The class, less tests that take no optimizer from a list; each test that runs must have made 8-bit states.
+
+    Of its tests every `one_in`-th is in `make test`, less those that are covered.
+    """
+    number = itertools.count()
 
     def checked(test):
         @functools.wraps(test)
@@ -185,11 +190,13 @@ def suite(test_class, without="test of nothing"):
         return run
 
     for name, test in list(vars(test_class).items()):
-        if name.startswith(without):
+        if not name.startswith("test"):
+            continue
+        if name.startswith(without) or not name.startswith(only):
             delattr(test_class, name)
-        elif name.startswith("test"):
-            new = checked(test)
-            setattr(test_class, name, pytest.mark.slow(new) if is_covered(name, test) else new)
+            continue
+        slow = next(number) % one_in or is_covered(name, test)
+        setattr(test_class, name, pytest.mark.slow(checked(test)) if slow else checked(test))
     test_class.__module__ = __name__
     return test_class
 
@@ -199,19 +206,12 @@ _contrib = run_source("optax.contrib._common_test", prepare_contrib)
 _sharding = run_source("optax._src.sharding_test", prepare_sharding)
 
 # `mu_dtype` is refused, and microbatching has no optimizer in it.
-AliasTest = suite(_alias["AliasTest"], "test_explicit_dtype")
+AliasTest = suite(_alias["AliasTest"], without="test_explicit_dtype")
 ContribTest = suite(_contrib["ContribTest"])
-ShardingTest = suite(_sharding["ShardingTest"], "test_microbatch")
-
-
-# Any transform of optax's, wrapped: what optimizes.
-_wrapped = run_source("optax._src.alias_test", prepare_wrapped)["AliasTest"]
-for _name in [name for name in vars(_wrapped) if name.startswith("test") and not name.startswith("test_optimization")]:
-    delattr(_wrapped, _name)
-WrappedTest = suite(_wrapped)
-for _number, _name in enumerate(name for name in vars(WrappedTest) if name.startswith("test")):
-    if _number % 9:  # both problems and several dtypes; `make test-all` runs every one
-        setattr(WrappedTest, _name, pytest.mark.slow(vars(WrappedTest)[_name]))
+ShardingTest = suite(_sharding["ShardingTest"], without="test_microbatch")
+# Any transform of optax's, wrapped.
+_wrapped = run_source("optax._src.alias_test", prepare_wrapped)
+WrappedTest = suite(_wrapped["AliasTest"], only="test_optimization", one_in=9)
 
 
 @pytest.mark.parametrize(("test_class", "of_each"), [(AliasTest, 16), (ContribTest, 14), (ShardingTest, 3)])

@@ -27,7 +27,9 @@ INNER = {
     "adamw": lambda: optax.adamw(1e-3),
     "adamw8bit": lambda: fse.adamw8bit(1e-3, state_format=SMALL),
 }
-every_inner = pytest.mark.parametrize("inner", ["sgd", pytest.param("adamw", marks=pytest.mark.slow), "adamw8bit"])
+every_inner = pytest.mark.parametrize(
+    "inner", [pytest.param(name, marks=pytest.mark.slow if name == "adamw" else []) for name in INNER]
+)
 ADD = fse.stochastic_round_updates(optax.identity())  # the gradient is what is added
 
 

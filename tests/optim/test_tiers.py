@@ -221,7 +221,11 @@ def test_rowwise_trains_an_embedding_as_fp32_does():
         np.testing.assert_allclose(losses[-20:].mean(), fp32[-20:].mean(), rtol=0, atol=0.01 * float(fp32[0]))
 
 
-@pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.name in ("adam8bit", "adagrad8bit")], ids=lambda c: c.name)
+def cases(*names):
+    return pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.name in names], ids=lambda case: case.name)
+
+
+@cases("adam8bit", "adagrad8bit")
 def test_slow_means_in_bfloat16_follow_those_in_float32(case):
     """What a step adds to them is below half an ulp."""
     ours, theirs = build(case, "bf16"), case.theirs(**case.hyper)
@@ -240,9 +244,8 @@ def test_slow_means_in_bfloat16_follow_those_in_float32(case):
     np.testing.assert_allclose(last(ours), last(theirs), rtol=0.02)
 
 
-@pytest.mark.parametrize("name", ["adam8bit", "rmsprop8bit", "adagrad8bit", "ademamix8bit"])
-def test_a_gradient_whose_square_overflows_takes_no_step_of_its_size_rowwise(name):
-    (case,) = [case for case in OPTIMIZERS if case.name == name]
+@cases("adam8bit", "rmsprop8bit", "adagrad8bit", "ademamix8bit")
+def test_a_gradient_whose_square_overflows_takes_no_step_of_its_size_rowwise(case):
     tx, params = build(case, "rowwise"), parameters()
     state, before = tx.init(params), params["kernel"][5, 7]
     for i in range(4):

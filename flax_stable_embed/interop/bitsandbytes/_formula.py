@@ -15,7 +15,7 @@ from jax import Array
 from ...optim._engine import Engine, Tail
 from ...optim._rules import StateFormat
 from ...optim._transform import FusedTransformation, optimizer
-from ...optim._trust_ratio import clipping
+from ...optim._trust_ratio import clipped
 
 STATE_FORMAT = StateFormat("dynamic", block_size=256, block_axis=-1)
 
@@ -41,6 +41,5 @@ def decayed(
     max_unorm: Any = None,
 ) -> FusedTransformation:
     """An optimizer: decay, of the parameter or (`coupled`) in the gradient, clipping and learning rate."""
-    clip = None if max_unorm is None else lambda u, p: u * clipping(u, p, max_unorm)
-    tail = Tail(weight_decay=weight_decay, coupled=coupled, clip=clip)
+    tail = Tail(weight_decay=weight_decay, coupled=coupled, clip=clipped(max_unorm))
     return optimizer(engine, learning_rate, tail=tail, members=("method", "decay", "rate"))

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .blocks import Blocks
-from .codecs import CODECS, TINY, Code, Codec, decode, encode, hashed_uniform
+from .codecs import CODECS, TINY, Code, Codec, array_key, decode, encode, hashed_bits, hashed_uniform
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -207,6 +207,11 @@ def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:
     axis = blocks.axis
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return x if x.shape == shape else lax.slice_in_dim(x, 0, shape[axis], axis=axis)
+
+
+def random_bits(path: str, count: Array, like: Array) -> Array:
+    """Random uint32 for every element of the array `like` at this step, which lie on devices as it does."""
+    return placed_like(hashed_bits(linear_index(like.shape), array_key(path, count)), like)
 
 
 def linear_index(shape: tuple[int, ...]) -> Array:
