@@ -6,6 +6,7 @@ once, in `init`; `update` reads it off the state's dtypes. An optimizer brings a
 is done around the rule (decay, learning rate, norms) is the `Tail`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from warnings import warn
@@ -94,17 +95,21 @@ class Engine:
                     f"{rule} sets {', '.join(sorted(unknown))}, but {self.method.name} has no such hyper-parameter. "
                     f"A rule can set {', '.join(('lr_scale', *sorted(possible)))}."
                 )
-            if rule.bits == "rowwise" and not any(moment.second for moment in self.method.moments):
-                raise ValueError(
-                    f"{rule} asks for one second moment a row, but {self.method.name} has no second moment. Use 'bf16' "
-                    "or 8."
-                )
+            self._check_rowwise(rule.bits, str(rule))
+
+    def _check_rowwise(self, bits: Any, who: str) -> None:
+        if bits == "rowwise" and not any(moment.second for moment in self.method.moments):
+            raise ValueError(
+                f"{who} asks for one second moment a row, but {self.method.name} has no second moment. Use 'bf16' or 8."
+            )
 
     # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> Any:
         """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = decide(self.rules, params)
+        for x in leaves:
+            self._check_rowwise(x.decision and x.decision.bits, f"The metadata of parameter {x.path!r}")
         if not self.method.moments:
             leaves = [x._replace(decision=x.decision and x.decision.without_moments) for x in leaves]
         fields, sizes = {}, [0] * len(leaves)
@@ -332,6 +337,9 @@ def decide(rules: Rules, params: Any) -> tuple[list[Decided], Any]:
         path, box = path_name(key_path), with_shape(box)
         one = rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
         decided.append(Decided(key_path, path, box, one))
+    twice = [path for path, n in Counter(x.path for x in decided).items() if n > 1]
+    if twice:
+        raise ValueError(f"Two parameters have the path {twice[0]!r}, by which rules and states know them: rename one.")
     _check_rules(rules, params, decided)
     return decided, tree
 

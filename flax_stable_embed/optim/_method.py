@@ -4,17 +4,21 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..ops.blockwise.step import Moment
 from ._rules import StateFormat
+
+Sums = Literal["gradients", "directions", "steps"]
 
 
 class MomentName(NamedTuple):
     """A moment's field in the state, whether it can be negative, and what it begins with.
 
-    `dynamic_signed` is the sign with the `dynamic` codec, where bitsandbytes decides; `second` moments are means or
-    sums of squares: those that stochastic rounding acts on, and that `rowwise` keeps one of for each row.
+    dynamic_signed: the sign with the `dynamic` codec, where bitsandbytes decides.
+    second: a mean or a sum of squares, of which `rowwise` keeps one for each row.
+    slow: a mean over so many steps that stochastic rounding acts on it, as it does on second moments.
+    sums: what a trace sums: gradients, directions (gradients times a trust ratio), or steps (learning rate and all).
     """
 
     name: str
@@ -22,10 +26,13 @@ class MomentName(NamedTuple):
     dynamic_signed: bool
     second: bool = False
     initial: Any = 0.0
+    slow: bool = False
+    sums: Sums = "gradients"
 
     def stored(self, state_format: StateFormat) -> Moment:
         signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
-        return Moment(signed, state_format.codec, self.second and state_format.rounding == "stochastic")
+        stochastic = state_format.rounding == "stochastic" and (self.second or self.slow)
+        return Moment(signed, state_format.codec, stochastic)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class StateFormat:
 
     Args:
         codec: "root" (default), "dynamic" (bitsandbytes' map) or "linear"; see `ops/blockwise/README.md`.
-        rounding: "nearest", or "stochastic" for the second moment, which then cannot stall where gradients shrink.
+        rounding: "nearest", or "stochastic" for second moments and AdEMAMix's slow mean: they then stay right in the
+            mean where what a step changes is less than from one code to the next.
         block_size: elements that share a scale; None chooses 32 to 256 per parameter, and no block straddles shards.
         block_axis: the axis that blocks lie in; None chooses per parameter. Vectors always use their only one.
         shards: the most ways that any axis of a parameter will ever be cut. Fixes the state's shapes, so it is a
@@ -67,6 +68,9 @@ class StateFormat:
             raise ValueError(
                 f"`min_size` must be an integer of at least 0, got {self.min_size!r}; the default is 4096."
             )
+        for name in ("block_axis", "shards", "min_size"):  # numpy's integers are other numbers in a state's format
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))
 
     def blocks(self, path: str, shape: tuple[int, ...]) -> Blocks:
         """The blocks of a parameter. Rows of an embedding table differ in frequency and do not share scales."""
@@ -121,8 +125,10 @@ class Rule:
     weight_decay: float | None = None
 
     def __post_init__(self):
-        if self.bits is not None and (isinstance(self.bits, bool) or self.bits not in BITS):
-            raise ValueError(f"`bits` must be 8, 32, 'bf16' or 'rowwise', got {self.bits!r}.")
+        if self.bits is not None:
+            if not _is_bits(self.bits):
+                raise ValueError(f"`bits` must be 8, 32, 'bf16' or 'rowwise', got {self.bits!r}.")
+            object.__setattr__(self, "bits", self.bits if isinstance(self.bits, str) else int(self.bits))
         if self.state_format is not None and not isinstance(self.state_format, StateFormat):
             raise TypeError(f"`state_format` must be a StateFormat, got {self.state_format!r}.")
         if self.bits not in (None, 8) and self.state_format is not None:
@@ -292,7 +298,7 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
     if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
         return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
-    if _is_pair(rules) and not _is_pair(rules[0]):
+    if _is_pair(rules) and not all(map(_is_bits, rules)):  # two labels could be a pair
         raise TypeError(f"`rules` must be pairs, got one: {rules!r}. Put it into a tuple: rules=({rules!r},).")
     if not labels or isinstance(rules, str):
         raise TypeError(
@@ -322,7 +328,7 @@ def _pattern(pattern: Any) -> re.Pattern | Where:
 def _rule(value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
-    if (_is_int(value) or isinstance(value, str)) and value in BITS:
+    if _is_bits(value):
         return Rule(value)  # pyright: ignore[reportArgumentType]  # one of them
     raise ValueError(f"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got {value!r}.")
 
@@ -339,8 +345,12 @@ def _show(pattern: Any) -> str:
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "path", pattern))
 
 
+def _is_bits(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, str)) and value in BITS
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def path_name(path: tuple) -> str:

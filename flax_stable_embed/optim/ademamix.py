@@ -62,7 +62,7 @@ def engine(
 
     moments = (
         MomentName("m1", True, True),
-        MomentName("m2", True, True),
+        MomentName("m2", True, True, slow=True),
         MomentName("nu", False, False, second=True),
     )
     return Engine(Method("ademamix", ScaleByAdemamix8bitState, ademamix, moments, hyper), *options)
@@ -122,6 +122,9 @@ def ademamix8bit(
 
     The slow mean is not corrected for its beginning. bitsandbytes' `AdEMAMix8bit` has a weight decay of 0.01 by default
     and schedules of its own: `fse.interop.bitsandbytes.ademamix8bit(t_alpha=..., t_beta3=...)`.
+
+    A step changes the slow mean by 1 - b3 of a gradient, which is less than from one code to the next unless gradients
+    are noisy; `StateFormat(rounding="stochastic")` rounds it so that it still follows where they are smooth.
 
     Rule: Pagliardini et al. 2024, Alg. 1 (arXiv:2409.03137).
 

@@ -16,11 +16,20 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
-from jax.tree_util import GetAttrKey
+from jax.tree_util import GetAttrKey, SequenceKey
 
 from ._report import Leaf, trace_init
 from ._rules import path_name
 from ._storage import decode, encode, format_difference, is_codes
+
+# The last but two member of optax's LARS and RMSprop, whose traces come last, after the learning rate.
+_TWO_BEFORE_A_TRACE_OF_STEPS = (
+    "MaskedState",
+    "ScaleByRmsState",
+    "ScaleByRmsWithCountState",
+    "ScaleByRStdDevState",
+    "ScaleByRStdDevWithCountState",
+)
 
 
 def convert_state(
@@ -38,9 +47,12 @@ def convert_state(
     MultiSteps, inject_hyperparams. Codes are copied where both store them alike. Else a moment is decoded to fp32 and
     stored to the nearest code: from 8 bits to fp32 and back every code is the same (but with the `dynamic` codec a
     block's largest element, if it is negative, loses 0.7% each time it is stored). "rowwise" takes the mean of each row
-    and gives it to the whole row. A step count that the source lacks is that of its nearest neighbour, say of a
-    schedule, or 0 where nothing but random bits depends on it; one that the target lacks is dropped. Nothing else is
-    dropped or begun anew.
+    and gives it to the whole row. A step count is that of the moments that it counts for, else that of its nearest
+    neighbour, say of a schedule, or 0 where nothing but random bits depends on it; one that the target lacks is
+    dropped. Nothing else is dropped or begun anew.
+
+    What has the same name must mean the same. Traces are told apart: SGD's sums gradients, that of LARS and of RMSprop
+    steps. That Adamax' `nu` is a maximum of magnitudes and Adam's a mean of squares, no state tells.
 
     Runs under `jit`. The result shares no memory with `state`, and every array lies on devices as `tx_to.init(params)`
     lays it (under `jit` and an Auto mesh: as the compiler chooses).
@@ -57,8 +69,9 @@ def convert_state(
         and of `opt_state`, then `nnx.update(new.opt_state, nnx.state(returned))`.
 
     Raises:
-        ValueError: before any work: `state` is not one of `tx_from`; or something in it has no place in the target, or
-            something in the target no source.
+        ValueError: before any work: `state` is not one of `tx_from`; or something in it has no place in the target,
+            something in the target no source, or a trace sums something else there; or moments of different step counts
+            would get a single one (under `jit`, where counts are not known, the first of them is taken).
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}
@@ -70,7 +83,7 @@ def convert_state(
     """
     source, target = _View("tx_from", tx_from, params), _View("tx_to", tx_to, params)
     arrays = source.arrays(state)
-    plan = _plan(source, target, allow_reset)
+    plan = _plan(source, target, arrays, allow_reset)
     made = dict(target.named(tx_to.init(params)))
     places = {key: _sharding(made[key]) for key in made}
     for key in plan:  # what is filled need not be in memory twice
@@ -104,14 +117,18 @@ class _View:
         self.leaves: dict[str, Leaf] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
+        self.sums = {self.name(path): "steps" for path in _traces_of_steps(self.state)}
         for place, record in records:
             for leaf in record.leaves:
                 key = self.name((*place, *leaf.codes))
                 self.leaves[key], self.absmax[key] = leaf, self.name((*place, *leaf.absmax))
+                moments = record.method.moments if record.method else ()
+                self.sums.update((key, moment.sums) for moment in moments if moment.name == leaf.name)
             self.formats[self.name((*place, GetAttrKey("format")))] = record.formats
             if record.method is not None and not record.method.counts_steps:
                 self.uncounted.add(self.name(place))
         self.names = {leaf.name for leaf in self.leaves.values()}
+        self.counts = [key for key, x in self.stored.items() if _is_count(key, x)]
         own = {*self.formats, *self.absmax.values()}
         self.shapes = {
             k: self.leaves[k].shape if k in self.leaves else x.shape for k, x in self.stored.items() if k not in own
@@ -128,6 +145,11 @@ class _View:
             if name.startswith(f"{wrapper}/"):
                 return f"{wrapper.removesuffix('inner')}{name[len(wrapper) + 1 :]}"
         return name
+
+    def counts_over(self, key: str) -> dict[str, str]:
+        """The step counts that a value is kept beside, the nearest of each name."""
+        around = [c for c in self.counts if f"{key}/".startswith(c.removesuffix(_last(c)))]
+        return {_last(c): c for c in sorted(around, key=len)}
 
     def keys_of(self, key: str) -> tuple[str, ...]:
         """The arrays that store a value: codes and scales, or one."""
@@ -152,7 +174,7 @@ class _View:
         return arrays
 
 
-def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str, str]:
+def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Sequence[str]) -> dict[str, str]:
     """The value of the source for each value of the target; raises unless every one has its partner."""
     allow_reset = (allow_reset,) if isinstance(allow_reset, str) else allow_reset
     names = source.names | target.names
@@ -173,7 +195,7 @@ def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str,
             plan[key] = same.pop()
             free.pop(plan[key])
         elif _is_count(key, target.stored[key]):
-            counts = [k for k, x in source.stored.items() if _is_count(k, x) and _last(k) == _last(key)]
+            counts = [k for k in source.counts if _last(k) == _last(key)]
             if counts:
                 plan[key] = max(counts, key=lambda k: _common(k, key))
             elif key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
@@ -186,11 +208,28 @@ def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str,
         if not _is_count(key, source.stored[key]) and not _allowed(key, allow_reset):
             problems.append(f"{key} of the source has no place in the target")
             fields[source.fields[key]] = None
-    for key, origin in plan.items():
+    for key, origin in list(plan.items()):
+        there, here = source.sums.get(origin, "gradients"), target.sums.get(key, "gradients")
+        if there != here:
+            if _allowed(key, allow_reset):
+                plan.pop(key)
+                continue
+            problems.append(f"{origin} of the source sums {there}, and {key} of the target {here}")
+            fields[target.fields[key]] = None
         if target.shapes[key] != source.shapes[origin]:
             problems.append(
                 f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
             )
+    for key, origins in _counts_of_moments(plan, source, target).items():
+        steps = {origin: int(arrays[origin]) for origin in origins if not isinstance(arrays[origin], Tracer)}
+        if len(set(steps.values())) <= 1:
+            plan[key] = origins[0]
+        elif _allowed(key, allow_reset):
+            plan.pop(key, None)
+        else:
+            found = " and ".join(f"{origin} = {n}" for origin, n in steps.items())
+            problems.append(f"{key} of the target would count the steps of moments with {found}")
+            fields[target.fields[key]] = None
     if problems:
         names = tuple(filter(None, fields))
         hint = f", or name the fields that may begin anew or stay behind: allow_reset={names}" if names else ""
@@ -198,6 +237,31 @@ def _plan(source: _View, target: _View, allow_reset: Sequence[str]) -> dict[str,
             f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same{hint}."
         )
     return plan
+
+
+def _counts_of_moments(plan: dict[str, str], source: _View, target: _View) -> dict[str, list[str]]:
+    """For counts of the target, those of the source that counted the steps of the same moments."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for key, origin in plan.items():
+        theirs = source.counts_over(origin)
+        for last, count in target.counts_over(key).items() if key not in target.counts else ():
+            if last in theirs:
+                found[count][theirs[last]] = None
+    return {key: list(origins) for key, origins in found.items()}
+
+
+def _traces_of_steps(state: Any) -> Iterator[tuple]:
+    """Where the traces of optax's LARS and RMSprop lie, which come after the learning rate."""
+
+    def is_chain(x):
+        if type(x) is not tuple or len(x) < 3 or not isinstance(x[-1], optax.TraceState):
+            return False
+        return type(x[-3]).__name__ in _TWO_BEFORE_A_TRACE_OF_STEPS
+
+    for path, chain in jax.tree.leaves_with_path(state, is_leaf=is_chain):
+        if is_chain(chain):
+            for inner, _ in jax.tree.leaves_with_path(chain[-1]):
+                yield (*path, SequenceKey(len(chain) - 1), *inner)
 
 
 def _field(path: tuple) -> str:

@@ -11,7 +11,7 @@ import optax
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine, Tail
-from ._method import check_numbers
+from ._method import Sums, check_numbers
 from ._rules import StateFormat
 from ._transform import MASKED_KEEPS_NOTHING, FusedTransformation, optimizer, scale_by
 from ._trust_ratio import clipped, trust_ratio
@@ -29,9 +29,12 @@ def lars(g, t, *, momentum, nesterov, ratio=None, step_size=None):
 
 
 def _parts(
-    weight_decay, mask, coefficient, eps, ratio_mask, momentum, nesterov, max_unorm, *options
+    sums: Sums, weight_decay, mask, coefficient, eps, ratio_mask, momentum, nesterov, max_unorm, *options
 ) -> tuple[Engine, Tail]:
-    """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it."""
+    """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it.
+
+    `sums` is what the trace sums with the ratio; with clipping it is gradients.
+    """
     if momentum is None:
         raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
     check_numbers(trust_coefficient=coefficient, eps=eps)
@@ -43,7 +46,7 @@ def _parts(
         return {"ratio": trust_ratio(g, p, coefficient, eps)}
 
     tail = decay._replace(gradient_hyper=ratio, gradient_mask=ratio_mask)
-    return sgd_engine(momentum, nesterov, None, *options, rule=lars, name="lars"), tail
+    return sgd_engine(momentum, nesterov, None, *options, rule=lars, name="lars", sums=sums), tail
 
 
 def scale_by_lars8bit(
@@ -75,7 +78,8 @@ def scale_by_lars8bit(
     """
     options = rules, state_format, implementation, skip_nonfinite
     ratio = trust_coefficient, eps, trust_ratio_mask
-    return scale_by(*_parts(weight_decay, weight_decay_mask, *ratio, momentum, nesterov, max_unorm, *options))
+    decay = weight_decay, weight_decay_mask
+    return scale_by(*_parts("directions", *decay, *ratio, momentum, nesterov, max_unorm, *options))
 
 
 def lars8bit(
@@ -135,5 +139,6 @@ def lars8bit(
     """
     options = rules, state_format, implementation, skip_nonfinite
     ratio = trust_coefficient, eps, trust_ratio_mask
-    method, tail = _parts(weight_decay, weight_decay_mask, *ratio, momentum, nesterov, max_unorm, *options)
+    decay = weight_decay, weight_decay_mask
+    method, tail = _parts("steps", *decay, *ratio, momentum, nesterov, max_unorm, *options)
     return optimizer(method, learning_rate, tail=tail, members=("decay", MASKED_KEEPS_NOTHING, "rate", "method"))

@@ -49,7 +49,8 @@ def percentile_clipping(
           gradient. `per_parameter=True` gives theirs.
         - A gradient with NaN or infinite elements passes as it is, for the user or `optax.apply_if_finite` to see, and
           is not recorded; there the history is lost.
-        - A finite gradient whose square overflows is clipped all the same, and recorded as the largest float32.
+        - A finite gradient whose square overflows is clipped all the same, and recorded as the largest float32. (What
+          is too large for float32 itself, in float64, counts as infinite.)
 
     Args:
         percentile: in percent, 0 to 100: 0 clips to the smallest of the norms, 100 does not clip.
@@ -137,10 +138,12 @@ def _recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array
 
 def _percentile(ring: Array, percentile: Any) -> Array:
     """The entry below which lie `percentile` percent of the ring; infinite at 100."""
-    index = jnp.round(percentile * jnp.float32(ring.shape[0])).astype(jnp.int32) // 100
+    nearly = 1 + 2.0**-20  # so that what float32 makes of a whole number, 28.999998, is that number
+    index = jnp.floor(percentile * jnp.float32(ring.shape[0] / 100 * nearly)).astype(jnp.int32)
     return jnp.sort(ring, axis=0).at[index].get(mode="fill", fill_value=jnp.inf)
 
 
 def _scaled(g: Any, scale: Array) -> Array:
-    wide = jnp.promote_types(jnp.asarray(g).dtype, jnp.float32)
-    return (jnp.asarray(g, wide) * scale).astype(jnp.asarray(g).dtype)
+    g = jnp.asarray(g)
+    scaled = g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale
+    return jnp.where(scale < 1, scaled.astype(g.dtype), g)  # whole numbers above 2^24 are no float32

@@ -77,7 +77,7 @@ def engine(
         moments.append(MomentName("mu", True, True))
     if momentum is not None:
         check_numbers(momentum=momentum)
-        moments.append(MomentName("trace", True, True))
+        moments.append(MomentName("trace", True, True, sums="steps"))
 
     def static(after, decay, eps):
         c = correction(decay, after) if bias_correction else None

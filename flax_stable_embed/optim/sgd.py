@@ -13,7 +13,7 @@ from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
 from ._engine import Engine
-from ._method import Method, MomentName, check_numbers, refuse_dtype
+from ._method import Method, MomentName, Sums, check_numbers, refuse_dtype
 from ._rules import StateFormat
 from ._transform import FusedTransformation, optimizer, scale_by
 
@@ -38,7 +38,7 @@ def plain_sgd(g):
     return g, ()
 
 
-def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd") -> Engine:
+def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd", sums: Sums = "gradients") -> Engine:
     """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
@@ -49,7 +49,8 @@ def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd"
         del before, after
         return {"momentum": b1, "nesterov": nesterov}
 
-    return Engine(Method(name, ScaleBySgd8bitState, rule, (MomentName("trace", True, True),), hyper, False), *options)
+    trace = MomentName("trace", True, True, sums=sums)
+    return Engine(Method(name, ScaleBySgd8bitState, rule, (trace,), hyper, False), *options)
 
 
 def scale_by_sgd8bit(

@@ -147,6 +147,11 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
         path.write_bytes(content[:cut])
         with pytest.raises(ValueError, match=message):
             load_embedding(path)
+    damaged = {"[]": "does not name tensors", '{"weight": 1}': "does not name tensors", '{"weight": {}}': "is damaged"}
+    for header, message in damaged.items():
+        path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        with pytest.raises(ValueError, match=message):
+            load_embedding(path)
     path.write_bytes((2).to_bytes(8, "little") + b"no header")
     with pytest.raises(ValueError, match="its header is not JSON"):
         load_embedding(path)

@@ -241,7 +241,16 @@ def test_an_embedding_and_its_optimizer_together(name):
     assert heads and set(heads) == {"uint8"} and tables and set(tables) == {"float32"}
 
 
-@pytest.mark.parametrize("b1", [0.0, 1.0])
-def test_a_rate_that_cannot_grow_is_refused(b1):
-    with pytest.raises(ValueError, match="`b1` must lie between 0 and 1 where `t_beta3` lets b3 grow from it"):
-        fse.interop.bitsandbytes.ademamix8bit(b1=b1, t_beta3=10)
+@pytest.mark.parametrize("name", ["b1", "b3"])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_that_cannot_grow_is_refused(name, rate):
+    with pytest.raises(ValueError, match=f"`{name}` must lie between 0 and 1 where `t_beta3` lets b3 grow"):
+        fse.interop.bitsandbytes.ademamix8bit(t_beta3=10, **{name: rate})
+
+
+def test_schedules_keep_to_strict_promotion_of_dtypes():
+    tx = fse.interop.bitsandbytes.ademamix8bit(t_alpha=10, t_beta3=10)
+    params = {"kernel": jnp.ones((64, 64))}
+    with jax.numpy_dtype_promotion("strict"):
+        _, state = tx.update(params, tx.init(params), params)
+    assert state[0].m2["kernel"].dtype == jnp.uint8

@@ -1,5 +1,7 @@
 """State dicts that are not as ours: foreign maps and blocks, order and axes of parameters, wrappers; and refusals."""
 
+import pathlib
+
 import flax.linen as nn
 import flax.nnx
 import jax
@@ -190,10 +192,37 @@ def test_what_is_not_the_same_optimizer_is_refused(frozen):
         load(saved, fse.rmsprop8bit(1e-3, centered=True, momentum=0.9), params, **order)
     with pytest.raises(ValueError, match="keeps no moments"):
         load(saved, fse.sgd8bit(1e-3), params, **order)
+    with pytest.raises(TypeError, match=r"got PosixPath. A file opens with torch.load"):
+        load(pathlib.Path("optimizer.pt"), bitsandbytes.adam8bit(), params, **order)
     with pytest.raises(ValueError, match="must have 'state' and 'param_groups', got 'weight', 'bias'"):
         load(params, bitsandbytes.adam8bit(), params, **order)
     with pytest.raises(TypeError, match="paths in torch's order"):
         load(saved, bitsandbytes.adam8bit(), params, order="weight")
+
+
+def test_a_trace_of_steps_is_none_of_gradients():
+    """What our LARS sums has other signs and sizes than what bitsandbytes' does, which clips behind its trace."""
+    kernel = {"kernel": jnp.ones((4, 256))}
+    for tx in (fse.lars8bit(1e-3), optax.chain(fse.scale_by_lars8bit(), optax.scale(-1e-3))):
+        with pytest.raises(ValueError, match=r"trace of lars .* sums what its trust ratio makes of gradients"):
+            bitsandbytes.load_optimizer_state(one_vector(), tx, kernel, order=["kernel"])
+        with pytest.raises(ValueError, match=r"Use fse.interop.bitsandbytes.lars8bit"):
+            bitsandbytes.dump_optimizer_state(tx, kernel, tx.init(kernel), order=["kernel"], param_groups=GROUP)
+    clipping = fse.lars8bit(1e-3, max_unorm=0.02, state_format=BLOCKS)
+    state, _ = bitsandbytes.load_optimizer_state(one_vector(), clipping, {"kernel": jnp.ones(1024)}, order=["kernel"])
+    assert int(state[-1].count) == 4
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_mean_of_squares_cannot_be_negative(bits):
+    tx = fse.interop.bitsandbytes.rmsprop8bit(state_format=fse.StateFormat(min_size=0), rules=((".*", bits),))
+    params = {"kernel": jnp.ones(1024)}
+    saved = one_vector()
+    with pytest.raises(ValueError, match=r"`nu` is never negative, but the state that is to become it has -3.97"):
+        bitsandbytes.load_optimizer_state(saved, tx, params, order=["kernel"])
+    saved["state"][0]["state1"] = np.maximum(saved["state"][0]["state1"], 127)  # code 127 is zero
+    state, _ = bitsandbytes.load_optimizer_state(saved, tx, params, order=["kernel"])
+    assert float(state[0].nu["kernel"].min()) == 0
 
 
 def test_broken_states_are_refused():

@@ -46,3 +46,21 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
     _, state, updates = jitted(in_8bit)(grads, in_8bit.init(params), params)
     assert state[0].m1["kernel"].dtype == state[0].m2["kernel"].dtype == jnp.int8
     assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2])
+
+
+def test_stochastic_rounding_keeps_the_slow_mean_right_where_the_nearest_code_would_stall():
+    """Gradients of 1, then as many of -0.5, beside an element of each block that keeps the scale large."""
+    errors = {}
+    for rounding in ("nearest", "stochastic"):
+        tx = fse.scale_by_ademamix8bit(b3=0.999, state_format=fse.StateFormat(rounding=rounding, min_size=0))
+        is_large = jnp.arange(4096) % 256 == 0
+        state, expected = tx.init({"kernel": jnp.ones(4096)}), 0.0
+        step = jax.jit(lambda g, state, tx=tx: tx.update({"kernel": g}, state)[1])
+        for i in range(600):
+            g = 1.0 if i < 300 else -0.5
+            state, expected = step(jnp.where(is_large, 20.0, g), state), 0.999 * expected + 0.001 * g
+        m2 = fse.ops.dequantize(
+            state.m2["kernel"], state.m2_absmax["kernel"], signed=True, codec="root", block_size=256
+        )
+        errors[rounding] = abs(float(m2.reshape(-1, 256)[:, 1:].mean()) / expected - 1)
+    assert errors["stochastic"] < 0.05 < 0.5 < errors["nearest"]

@@ -314,6 +314,50 @@ def test_what_has_no_counterpart_is_named(before, after, message):
         fse.convert_state(before, after, params, before.init(params))
 
 
+STEPS_BESIDE_GRADIENTS = {
+    "ours": (fse.lars8bit, functools.partial(fse.lars8bit, max_unorm=0.02)),
+    "optax": (optax.lars, fse.sgd8bit, 0.9),
+    "to optax": (fse.sgd8bit, optax.lars, 0.9),
+    "the halves": (fse.lars8bit, lambda rate: optax.chain(*[optax.identity()] * 3, fse.scale_by_lars8bit())),
+    "of optax's transforms": (lambda rate: fse.quantize_state(optax.lars(rate)), optax.sgd, 0.9),
+    "rmsprop": (fse.sgd8bit, functools.partial(optax.rmsprop, momentum=0.9), 0.9),
+}
+
+
+@pytest.mark.parametrize("pair", STEPS_BESIDE_GRADIENTS)
+def test_a_trace_of_gradients_is_none_of_steps(pair):
+    make_before, make_after, *momentum = STEPS_BESIDE_GRADIENTS[pair]
+    options = {make: {"momentum": m} for make in (fse.sgd8bit, optax.sgd) for m in momentum}
+    before, after = (make(0.1, **options.get(make, {})) for make in (make_before, make_after))
+    params, state = run(before, parameters(), 2)
+    with pytest.raises(ValueError, match=r"trace/kernel of the source sums (gradients|steps), and \S+ of the target "):
+        fse.convert_state(before, after, params, state)
+    anew = fse.convert_state(before, after, params, state, allow_reset=("trace", "nu"))
+    traces = [x for path, x in named(anew).items() if "trace" in path and "absmax" not in path]
+    assert traces and not any(x.any() for x in traces)
+
+
+def test_moments_of_different_ages_do_not_get_one_count():
+    two = optax.partition({"a": optax.adam(0.1), "b": optax.adam(0.1)}, labels)
+    params, state = run(two, parameters(), 2)
+    converted = fse.convert_state(two, adamw(), params, state)
+    assert int(converted[0].count) == 2
+    inner = state.inner_states["b"]
+    older = jax.tree.map(lambda x: x + 3 if x.shape == () else x, inner)
+    state = state._replace(inner_states=state.inner_states | {"b": older})
+    with pytest.raises(ValueError, match=r"0/count of the target would count the steps of moments with \S+ = [25] and"):
+        fse.convert_state(two, adamw(), params, state)
+    assert int(fse.convert_state(two, adamw(), params, state, allow_reset=("count",))[0].count) == 0
+
+
+def test_a_count_comes_with_the_moments_that_it_counts_for():
+    before = optax.chain(optax.scale_by_schedule(optax.constant_schedule(1.0)), optax.scale_by_adam())
+    after = optax.chain(fse.scale_by_adam8bit(state_format=SMALL), optax.identity())
+    params, state = run(before, parameters(), 2)
+    state = (state[0]._replace(count=jnp.int32(7)), state[1])  # at a place, 0/count, where the target has the other
+    assert int(fse.convert_state(before, after, params, state)[0].count) == 2
+
+
 def test_what_may_begin_anew_or_stay_behind():
     before, after = optax.adamw(0.1), fse.lion8bit(0.1, state_format=SMALL)
     params, state = run(before, parameters(), 2)

@@ -87,7 +87,8 @@ def test_at_100_percent_nothing_is_clipped():
 
 
 @pytest.mark.parametrize(("percentile", "history", "index"), [(5, 10, 0), (50, 10, 5), (29, 100, 29), (99, 7, 6),
-                                                              (12.5, 8, 1), (50, 1, 0), (57, 1000, 570)])  # fmt: skip
+                                                              (12.5, 8, 1), (50, 1, 0), (57, 1000, 570),
+                                                              (4.996, 100, 4)])  # fmt: skip
 def test_the_percentile_is_that_of_the_history(percentile, history, index):
     """With the ring full of known norms, a larger one comes down to the entry at floor(percentile n / 100)."""
     tx = fse.percentile_clipping(percentile, history)
@@ -107,6 +108,11 @@ def test_a_gradient_that_is_not_clipped_keeps_its_bits(per_parameter):
         grads = {"a": jnp.asarray([1e-3, -0.0, 0.1, 7], dtype), "b": jnp.zeros(3, dtype)}
         updates, _ = stepped(tx)(grads, tx.init(grads))
         assert_same_bits(updates, grads)
+
+
+def test_whole_numbers_that_float32_lacks_are_kept():
+    tx, grads = fse.percentile_clipping(), {"a": jnp.asarray([2**24 + 1, -3], jnp.int32)}
+    assert_same_bits(tx.update(grads, tx.init(grads))[0], grads)
 
 
 # --- numbers at the edge -------------------------------------------------------------------------------------------

@@ -101,6 +101,16 @@ def test_metadata_that_cannot_be_is_refused():
     params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits=7)}
     with pytest.raises(ValueError, match="`bits` must be 8, 32, 'bf16' or 'rowwise', got 7"):
         fse.scale_by_adam8bit(state_format=SMALL).init(params)
+    params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits="rowwise")}
+    with pytest.raises(ValueError, match="metadata of parameter 'kernel' asks for one second moment a row, but lion"):
+        fse.scale_by_lion8bit(state_format=SMALL).init(params)
+
+
+def test_two_parameters_of_one_path_are_refused():
+    params = {"a/b": jnp.ones(4), "a": {"b": jnp.ones(4)}}
+    for tx in (fse.adamw8bit(1e-3), fse.quantize_state(optax.adamw(1e-3))):
+        with pytest.raises(ValueError, match="Two parameters have the path 'a/b'"):
+            tx.init(params)
 
 
 def test_labels_may_stand_in_a_tree_like_the_parameters():
@@ -121,6 +131,8 @@ def test_labels_may_stand_in_a_tree_like_the_parameters():
     listed = [jnp.ones((64, 64)), jnp.ones((64, 64))]
     assert list(bits(listed, [32, 8]).values()) == [32, 8]
     assert list(bits(tuple(listed), (32, 8)).values()) == [32, 8]
+    assert list(bits(listed, ["bf16", 32]).values()) == ["bf16", 32]
+    assert list(bits(listed, [np.int64(32), np.int64(8)]).values()) == [32, 8]
 
 
 def test_labels_match_exactly_their_own_path():
@@ -330,6 +342,7 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
     ("arguments", "message"),
     [
         ({"bits": 4}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got 4"),
+        ({"bits": 8.0}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got 8.0"),
         ({"bits": True}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got True"),
         ({"state_format": "root"}, r"`state_format` must be a StateFormat, got 'root'"),
         ({"bits": 32, "state_format": SMALL}, r"but `bits` is 32: .* Drop one"),

@@ -67,11 +67,18 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 header = json.loads(file.read(length))
             except ValueError as error:
                 raise ValueError(f"{self.path!r} is not a safetensors file: its header is not JSON.") from error
+        if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+            raise ValueError(f"{self.path!r} is not a safetensors file: its header does not name tensors.")
         self._start, self._size = 8 + length, size - 8 - length
         self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        dtype, shape, (start, end) = (self._entries[name][field] for field in ("dtype", "shape", "data_offsets"))
+        try:
+            dtype, shape, (start, end) = (self._entries[name][field] for field in ("dtype", "shape", "data_offsets"))
+        except (KeyError, TypeError, ValueError) as error:
+            if name not in self._entries:
+                raise
+            raise ValueError(f"{self.path!r} is damaged: it says of {name!r} only {self._entries[name]}.") from error
         if dtype not in DTYPES:
             raise ValueError(f"{name!r} in {self.path!r} has the dtype {dtype}; known are {', '.join(DTYPES)}.")
         itemsize = np.dtype(DTYPES[dtype]).itemsize

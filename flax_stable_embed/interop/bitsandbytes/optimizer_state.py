@@ -62,7 +62,9 @@ def load_optimizer_state(
         The state, and a `ConversionReport` of what became of each moment.
 
     Raises:
-        ValueError: what does not fit: `order`, shapes, moments, steps; a square kernel that `transpose` is silent on.
+        TypeError: `state_dict` is no mapping.
+        ValueError: what does not fit: `order`, shapes, moments (negative where they cannot be), steps; a square kernel
+            that `transpose` is silent on.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> saved = {"state": {0: {"step": 7, "state1": jnp.ones((2, 3))}}, "param_groups": [{"params": [0]}]}
@@ -74,6 +76,11 @@ def load_optimizer_state(
     >>> int(state[0].count), state[0].mu["kernel"].shape
     (7, (3, 2))
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must be the mapping that `optimizer.state_dict()` gives, got {type(state_dict).__name__}. A "
+            "file opens with torch.load(path, map_location='cpu', weights_only=True)."
+        )
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"`state_dict` must have 'state' and 'param_groups', got {', '.join(map(repr, state_dict))}.")
     kept, saved = layout(tx, params), {key: _unwrapped(one) for key, one in state_dict["state"].items()}
