@@ -1,0 +1,120 @@
+"""What rounding does to slow means: Adam's updates beside those of fp32 moments, for gradients that only chance drives.
+
+    python -m benchmarks.rounding                writes results/rounding.json, prints the table
+    python -m benchmarks.rounding --quick        a tenth of the steps; writes no file
+
+Every element's gradient is drawn from N(0, 1), so that second moments should hover around 1 and updates around a fixed
+size; then from N(0, 1/30^2), so that they should fall. A step changes a second moment by 1 - b2 of itself or less, far
+below the distance of two codes: rounded to the nearest, it moves when a large gradient comes, and hardly ever down but
+with its block's scale. Losses of trainings, which are what counts, are in `quality.py`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flax_stable_embed as fse
+
+from . import report
+
+SHAPE = (64, 256)
+STEPS, AFTER = 6000, 1000  # of unit size, and of SHRUNK
+SHRUNK = 1 / 30
+STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in ("nearest", "stochastic")]
+
+
+def measure(shorter: int = 1) -> dict[str, Any]:
+    """For fp32 and every storage: the size of updates, the error of updates, and second moments once gradients shrank."""
+    exact = _run(fse.scale_by_adam8bit(rules=((".*", 32),)), shorter)
+    rows = [_row("fp32", "", exact, exact)]
+    for codec, rounding in STORAGES:
+        state_format = fse.StateFormat(codec, rounding, min_size=0)
+        rows.append(_row(codec, rounding, _run(fse.scale_by_adam8bit(state_format=state_format), shorter), exact))
+    steps = {"steps": STEPS // shorter, "after": AFTER // shorter, "shrunk": SHRUNK, "shape": SHAPE}
+    return {"environment": report.environment("python -m benchmarks.rounding"), **steps, "rows": rows}
+
+
+def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Updates over the last tenth of the steps, every tenth one, and the second moment after gradients shrank."""
+    params = {"kernel": jnp.zeros(SHAPE)}
+
+    @jax.jit
+    def step(state, i, size):
+        g = size * jax.random.normal(jax.random.fold_in(jax.random.key(0), i), SHAPE)
+        updates, state = tx.update({"kernel": g}, state, params)
+        return updates["kernel"], state
+
+    state, updates, steps = tx.init(params), [], STEPS // shorter
+    for i in range(steps):
+        u, state = step(state, i, 1.0)
+        if i >= 0.9 * steps and i % 10 == 0:
+            updates.append(np.asarray(u))
+    for i in range(AFTER // shorter):
+        _, state = step(state, steps + i, SHRUNK)
+    return updates, _second_moment(state)
+
+
+def _second_moment(state: Any) -> np.ndarray:
+    stored, absmax = state.nu["kernel"], state.nu_absmax["kernel"]
+    if stored.dtype == jnp.float32:
+        return np.asarray(stored)
+    codec = "root" if state.mu["kernel"].dtype == jnp.int8 else "dynamic"
+    axis = next(i for i, (n, blocks) in enumerate(zip(SHAPE, absmax.shape)) if blocks < n)
+    size = SHAPE[axis] // absmax.shape[axis]
+    return np.asarray(fse.ops.dequantize(stored, absmax, signed=False, codec=codec, block_size=size, axis=axis))
+
+
+def _row(codec: str, rounding: str, run: Any, exact: Any) -> dict[str, Any]:
+    (updates, nu), (theirs, their_nu) = run, exact
+    return {
+        "codec": codec,
+        "rounding": rounding,
+        "size": _rms(updates) / _rms(theirs),
+        "error": _rms(np.subtract(updates, theirs)) / _rms(theirs),
+        "second_moment_after": float(np.median(nu / their_nu)),
+    }
+
+
+def _rms(x: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [
+        f"`{results['environment']['command']}`, {' x '.join(map(str, results['shape']))} elements, "
+        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} of a thirtieth of the size; "
+        "beside Adam with fp32 moments:",
+        "",
+        "| moments | size of updates | their error | second moment after gradients shrank |",
+        "| --- | --: | --: | --: |",
+    ]
+    for row in results["rows"][1:]:
+        name, after = f"{row['codec']}, {row['rounding']}", row["second_moment_after"]
+        lines.append(f"| {name} | {row['size'] - 1:+.1%} | {row['error']:.1%} | {after:.2f} times |")
+    return "\n".join(lines)
+
+
+FILE = report.HOME / "results" / "rounding.json"
+
+
+def main(arguments: list[str], save: Callable = report.save) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__, formatter_class=form)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    results = measure(10 if args.quick else 1)
+    print(markdown(results))
+    if not args.quick:
+        save(json.loads(json.dumps(results)), FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
