@@ -306,6 +306,14 @@ def flattened(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: tx.init(flat(params)), update)
 
 
+def scheduled(task: Any, cell: Cell, rate: Any) -> optax.GradientTransformation:
+    """The cell's optimizer, its learning rate warmed up to `rate` and falling again."""
+    shapes = jax.eval_shape(lambda: nnx.split(task.model(cell, 0))[1])
+    warmup = max(1, round(WARMUP * task.steps))
+    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, task.steps, end_value=0.1)
+    return optimizer(cell, lambda count: rate * unit(count), shapes)
+
+
 class Program(NamedTuple):
     """What runs of one cell share: compiled once, for every rate and seed."""
 
@@ -316,13 +324,8 @@ class Program(NamedTuple):
 
 def program(task: Any, cell: Cell) -> Program:
     """The compiled functions of a cell."""
-    graphdef, params = nnx.split(task.model(cell, 0))
-    shapes = jax.eval_shape(lambda: params)
-    warmup = max(1, round(WARMUP * task.steps))
-    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, task.steps, end_value=0.1)
-
-    def tx(rate):
-        return optimizer(cell, lambda count: rate * unit(count), shapes)
+    graphdef, _ = nnx.split(task.model(cell, 0))
+    tx = functools.partial(scheduled, task, cell)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch, rate):

@@ -10,7 +10,6 @@ with its block's scale. Losses of trainings, which are what counts, are in `qual
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +29,7 @@ STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in (
 
 
 def measure(shorter: int = 1) -> dict[str, Any]:
-    """For fp32 and every storage: the size of updates, the error of updates, and second moments once gradients shrank."""
+    """For fp32 and every storage: the size and the error of updates, and second moments once gradients shrank."""
     exact = _run(fse.scale_by_adam8bit(rules=((".*", 32),)), shorter)
     rows = [_row("fp32", "", exact, exact)]
     for codec, rounding in STORAGES:
@@ -113,7 +112,7 @@ def main(arguments: list[str], save: Callable = report.save) -> None:
     results = measure(10 if args.quick else 1)
     print(markdown(results))
     if not args.quick:
-        save(json.loads(json.dumps(results)), FILE)
+        save(results, FILE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""What it costs to change the optimizer's storage in the middle of a training: `fse.convert_state`.
+
+    python -m benchmarks.switch                  writes results/switch.json, prints the table; minutes
+    python -m benchmarks.switch --seeds 1        fewer seeds than 3; writes no file
+
+The language model of `quality.py` at fp32's best learning rate. Half of the steps with one storage, half with another;
+beside it the runs that never changed, from the same parameters on the same batches. *Begun anew* is what comes of zeros
+for moments at the switch, with the learning rate's schedule going on.
+"""
+
+import argparse
+import math
+import sys
+from statistics import mean, stdev
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+import flax_stable_embed as fse
+
+from . import quality, report
+
+SEEDS = 3
+NEVER = ("fp32", "root", "dynamic")
+SWITCHES = (("fp32", "root"), ("root", "fp32"), ("fp32", "dynamic"), ("dynamic", "root"), ("root", "dynamic"))
+
+
+class Trainer:
+    """One task, seed by seed, with compiled steps for every storage."""
+
+    def __init__(self, task: Any):
+        self.task, self.held_out = task, task.held_out()
+        cells = {codec: quality.Cell("language", codec) for codec in NEVER}
+        self.programs = {codec: quality.program(task, cell) for codec, cell in cells.items()}
+        self.optimizers = {codec: quality.scheduled(task, cell, task.rates[1]) for codec, cell in cells.items()}
+
+    def begin(self, seed: int) -> Any:
+        """The first parameters."""
+        return nnx.split(self.task.model(quality.Cell("language", "fp32"), seed))[1]
+
+    def train(self, codec: str, seed: int, params: Any, state: Any, steps: range) -> tuple[Any, Any]:
+        for step in steps:
+            batch = self.task.batch(seed, step)
+            params, state, _ = self.programs[codec].step(params, state, batch, self.task.rates[1])
+        return params, state
+
+    def loss(self, params: Any) -> float:
+        return float(self.programs["fp32"].validate(params, self.held_out))
+
+    def convert(self, before: str, after: str, params: Any, state: Any) -> Any:
+        return fse.convert_state(self.optimizers[before], self.optimizers[after], params, state)
+
+    def anew(self, after: str, params: Any, state: Any) -> Any:
+        """A new state, with the schedule of `state`."""
+        is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+        fresh = self.programs[after].init(params)
+        return jax.tree.map(lambda new, old: old if is_schedule(new) else new, fresh, state, is_leaf=is_schedule)
+
+
+def measure(task: Any, seeds: int) -> dict[str, Any]:
+    """The last validation losses, by what was done and seed."""
+    trainer, losses = Trainer(task), {}
+    half = task.steps // 2
+    first, second = range(1, half + 1), range(half + 1, task.steps + 1)
+    for seed in range(seeds):
+        at_half = {}
+        for codec in NEVER:
+            params = trainer.begin(seed)
+            params, state = trainer.train(codec, seed, params, trainer.programs[codec].init(params), first)
+            at_half[codec] = jax.device_get((params, state))
+            params, _ = trainer.train(codec, seed, params, state, second)
+            losses.setdefault(codec, []).append(trainer.loss(params))
+        for before, after in SWITCHES:
+            params, state = at_half[before]
+            converted = trainer.convert(before, after, params, state)
+            params, _ = trainer.train(after, seed, params, converted, second)
+            losses.setdefault(f"{before}, then {after}", []).append(trainer.loss(params))
+        params, state = at_half["fp32"]
+        zeros = trainer.anew("root", params, trainer.convert("fp32", "root", params, state))
+        params, _ = trainer.train("root", seed, params, zeros, second)
+        losses.setdefault("fp32, then root begun anew", []).append(trainer.loss(params))
+    return {"environment": report.environment("python -m benchmarks.switch"), "steps": task.steps, "losses": losses}
+
+
+def gaps(results: dict[str, Any], name: str) -> list[float]:
+    """Relative differences from fp32 throughout, seed by seed."""
+    return [loss / base - 1 for loss, base in zip(results["losses"][name], results["losses"]["fp32"], strict=True)]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The losses as a table."""
+    seeds = len(results["losses"]["fp32"])
+    lines = [
+        f"`{results['environment']['command']}`: {results['steps']} steps, the switch in the middle, {seeds} seeds.",
+        "",
+        "| moments | validation loss | from fp32 throughout |",
+        "| --- | --: | --: |",
+    ]
+    for name, losses in results["losses"].items():
+        values = gaps(results, name)
+        spread = f" ± {stdev(values) / math.sqrt(seeds):.2%}" if seeds > 1 else ""
+        gap = "" if name == "fp32" else f"{mean(values):+.2%}{spread}"
+        lines.append(f"| {name}{' throughout' if name in NEVER else ''} | {mean(losses):.4f} | {gap} |")
+    return "\n".join(lines)
+
+
+FILE = report.HOME / "results" / "switch.json"
+
+
+def main(arguments: list[str], task: Any = None) -> None:
+    """Trains, prints, and keeps the results if they have all seeds."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.switch", description=__doc__, formatter_class=form)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    args = parser.parse_args(arguments)
+    results = measure(task or quality.tasks()["language"], args.seeds)
+    print(markdown(results))
+    if args.seeds == SEEDS:
+        report.save(results, FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
