@@ -6,10 +6,8 @@ once, in `init`; `update` reads it off the state's dtypes. An optimizer brings a
 is done around the rule (decay, learning rate, norms) is the `Tail`.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from warnings import warn
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +21,16 @@ from ..ops.blockwise.implementations import Implementation, check_implementation
 from ..ops.blockwise.quantize import random_bits
 from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, square, widest
 from ..ops.rounding import stochastic_round
-from ._boxes import is_box, optim_bits, unbox
+from ._boxes import unbox
+from ._decide import decide
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
-from ._rules import LIKE_AN_EMBEDDING, Decision, Rule, Rules, StateFormat, path_name
+from ._rules import Rule, Rules, StateFormat, path_name
+from ._state_checks import check_fields, check_moments, check_same_paths, check_storage, format_of, kind_of
 from ._storage import (
-    bits_of,
-    format_bytes,
-    format_difference,
     initial,
-    is_array,
-    is_codes,
     nbytes,
     wide_dtype,
-    with_shape,
 )
 
 
@@ -150,7 +144,7 @@ class Engine:
                 f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {kind_of(state)}. The "
                 "order is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
             )
-        self._check_fields(state, grads)
+        check_fields(self.method, state, grads)
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_none)
         trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}
         columns = {name: jax.tree.leaves(x, is_leaf=_is_none) for name, x in trees.items()}
@@ -163,10 +157,10 @@ class Engine:
             )
         paths = [path_name(path) for path, _ in leaves]
         for moment in self.method.moments[:1]:
-            _check_same_paths(paths, trees[moment.name], "the optimizer state has")
+            check_same_paths(paths, trees[moment.name], "the optimizer state has")
         if params is not None:
-            _check_same_paths(paths, params, "the parameters have")
-        self._check_storage(state.format, paths, columns)
+            check_same_paths(paths, params, "the parameters have")
+        check_storage(self.method, self.rules, state.format, paths, columns)
         allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
         before_allowed = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -195,7 +189,7 @@ class Engine:
 
     def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, tail: Tail, count, fused: bool):
         moments = tuple(stored[m.name] for m in self.method.moments)
-        bits = self._check_moments(path, g, p, moments)
+        bits = check_moments(self.method, self.rules, path, g, p, moments)
         dtype = np.dtype(g.dtype if p is None else p.dtype)
         if bits == 8:
             compute = np.dtype(np.float32)
@@ -255,137 +249,6 @@ class Engine:
         out, codes, absmax = step_blockwise(step, operands, self.implementation)
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 
-    # --- what a state may be -----------------------------------------------------------------------------------------
-
-    def _check_fields(self, state, grads):
-        """The state has the moments of this optimizer and no others: options decide which of them there are."""
-        kept = [m.name for m in self.method.moments]
-        for name in [name for name in state._fields if f"{name}_absmax" in state._fields]:
-            has = getattr(state, name) is not None
-            if has != (name in kept) and grads is not None:
-                raise ValueError(
-                    f"The state has {'a' if has else 'no'} `{name}`, but this optimizer keeps "
-                    f"{', '.join(kept) or 'no moments'}: another one made the state, or this one with other options. "
-                    "fse.convert_state converts it."
-                )
-
-    def _check_storage(self, vector, paths, columns):
-        """Codes and scales are as the rules ask; what dtypes and shapes do not tell, the length of `format` does.
-
-        Numbers have scales of one element: where there are more, a restore has cast codes to numbers.
-        """
-        in_bytes = []
-        for i, path in enumerate(paths):
-            for m in self.method.moments:
-                codes, scales = columns[m.name][i], columns[f"{m.name}_absmax"][i]
-                if codes is None:
-                    continue
-                in_codes = is_codes(codes.dtype)
-                want = codes.dtype, (1,) * len(codes.shape)
-                if in_codes:
-                    state_format, blocks = self.rules.blocks(path, codes.shape)
-                    want = m.stored(state_format).code.dtype, blocks.absmax_shape(codes.shape)
-                    in_bytes += [(path, codes.shape)] if m is self.method.moments[0] else []
-                if (codes.dtype, scales.shape) != want:
-                    raise ValueError(
-                        f"The state of parameter {path!r} has {codes.dtype} {'codes' if in_codes else 'moments'} and "
-                        f"scales of shape {scales.shape}, but rules and `state_format` ask for {want[0]} and {want[1]}"
-                        f"{differs(self.rules, vector)}. Make the optimizer with those that made the state, or convert "
-                        "the state: fse.convert_state; and call it outside of shard_map, whose pieces do not show the "
-                        "global shape."
-                    )
-        check_format(self.rules, vector, in_bytes)
-
-    def _check_moments(self, path: str, g, p, moments):
-        """How a parameter's moments are stored, of all of which the gradient must have the shape."""
-        if p is not None and p.shape != g.shape:
-            raise ValueError(f"Parameter {path!r} has the shape {p.shape}, but its gradient {g.shape}.")
-        if not moments:
-            return 32
-        kinds = [bits_of(m, g.shape) for m in moments]
-        bits = "rowwise" if "rowwise" in kinds else kinds[0]
-        for m, stored, kind in zip(self.method.moments, moments, kinds):
-            rows = m.second and bits == "rowwise"
-            if stored.shape not in ({(*g.shape[:-1], 1)} if rows else {g.shape}) or kind not in (bits, 32):
-                raise ValueError(
-                    f"The gradient of parameter {path!r} has the shape {g.shape}, but its `{m.name}` in the state is "
-                    f"{stored.dtype} of shape {stored.shape}: was the state made by `init` of the same parameters?"
-                )
-        dtype = g.dtype if p is None else p.dtype
-        if rule := self.rules.conflict(path, g.shape, dtype, bits):
-            raise ValueError(
-                f"The state of parameter {path!r} is stored with bits {bits!r}, but `rules` has {rule} for it. Make "
-                "the optimizer with the rules that made the state, or convert the state: fse.convert_state."
-            )
-        return bits
-
-
-class Decided(NamedTuple):
-    """One parameter, in its wrapper, and what the rules say of it; None where there is no array."""
-
-    key_path: tuple
-    path: str
-    box: Any
-    decision: Decision | None
-
-
-def decide(rules: Rules, params: Any) -> tuple[list[Decided], Any]:
-    """What the rules say of every parameter, and the parameters' tree."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    decided = []
-    for key_path, box in leaves:
-        path, box = path_name(key_path), with_shape(box)
-        one = rules.decide(path, unbox(box).shape, unbox(box).dtype, optim_bits(box)) if is_array(box) else None
-        decided.append(Decided(key_path, path, box, one))
-    twice = [path for path, n in Counter(x.path for x in decided).items() if n > 1]
-    if twice:
-        raise ValueError(f"Two parameters have the path {twice[0]!r}, by which rules and states know them: rename one.")
-    _check_rules(rules, params, decided)
-    return decided, tree
-
-
-def _check_rules(rules: Rules, params: Any, leaves: list[Decided]) -> None:
-    hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
-    named = [(x.path, unbox(x.box).shape) for x in leaves if x.decision]
-    if not named or hidden or any(x.decision is None for x in leaves):
-        return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
-    if unmatched := rules.unmatched(named):
-        paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
-        raise ValueError(
-            f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
-            "Correct the pattern, or drop it."
-        )
-    decisions = [(x.path, x.decision) for x in leaves if x.decision]
-    if not any(d.reason == "embedding" for _, d in decisions):
-        default = [path for path, d in decisions if d.bits == 8 and d.reason == "default"]
-        if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:
-            warn(
-                "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
-                f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
-                stacklevel=5,
-            )
-
-
-def format_of(rules: Rules, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
-    """A state's `format`, from paths and shapes of the parameters in 8 bits."""
-    return format_bytes(rules.formats, [(path, shape, *rules.blocks(path, shape)) for path, shape in in_bytes])
-
-
-def check_format(rules: Rules, vector: Array, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Raises unless a state's `format` is of these rules: by its length, as dtypes and shapes can be the same."""
-    if vector.shape != format_of(rules, in_bytes).shape:
-        raise ValueError(
-            "The state's `format` says that other rules or another `state_format` made it"
-            f"{differs(rules, vector)}. Make the optimizer with those that made the state, or convert the state: "
-            "fse.convert_state."
-        )
-
-
-def differs(rules: Rules, vector: Array) -> str:
-    """What the rules would change in the formats that a state's `format` names, in parentheses."""
-    found = format_difference(vector, rules.formats)
-    return f" ({found})" if found else ""
-
 
 def _tail_of(tail: Tail, rule: Rule, decays: bool, in_gradient: bool) -> Tail:
     """The tail for one parameter: what its rule sets, and what masks leave out."""
@@ -404,22 +267,6 @@ def _counts(state: Any) -> list[str]:
     return [name for name in state._fields if name.startswith("count")]
 
 
-def kind_of(state: Any) -> str:
-    """What a state is, for an error message."""
-    names = [type(x).__name__ for x in state] if type(state) is tuple else []
-    return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
-
-
-def _check_same_paths(paths: Sequence[str], tree: Any, who_has: str):
-    """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments or values."""
-    for path, (key_path, _) in zip(paths, jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)):
-        if path != path_name(key_path):
-            raise ValueError(
-                f"The gradients have a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by "
-                "`init` of the same parameters?"
-            )
-
-
 def _narrowed(name: str, count: Array, new: Array, old: Array) -> Array:
     """A moment in the dtype that it is stored in. To nearest, a slow mean in bfloat16 would stay where it is."""
     if old.dtype != jnp.bfloat16:
@@ -433,10 +280,6 @@ def _is_none(x: Any) -> bool:
 
 def _is_static(hyper: Any) -> bool:
     return hyper is None or isinstance(hyper, int | float) or callable(hyper)
-
-
-def _is_masked_node(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:

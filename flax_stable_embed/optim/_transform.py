@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 import jax
 import optax
 
-from ._engine import Engine, Tail, broadcast_mask, kind_of
+from ._engine import Engine, Tail, broadcast_mask
 from ._method import check_schedules
+from ._state_checks import kind_of
 from ._storage import is_array
 
 

@@ -32,10 +32,11 @@ from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.quantize import merge, placed_like, split
 from ..ops.blockwise.step import Moment
 from ._boxes import rebox, rebox_scales, unbox
-from ._engine import check_format, decide, format_of
+from ._decide import decide
 from ._method import MomentName
 from ._report import RECORDS, Leaf, Record, Row, Stayed
 from ._rules import Decision, Rules, StateFormat
+from ._state_checks import check_format, format_of
 from ._state_fields import (
     COUNTS,
     MOMENTS,
