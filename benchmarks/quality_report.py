@@ -148,7 +148,7 @@ STYLES = {
     "linear, stochastic": ("#999999", "D", "--"),
 }
 TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold"}
-SHADES = ("#9ecae1", "#4292c6", "#08519c", "#041f4a")  # learning rates, from low to high
+SHADES = ("#b5d4ea", "#6baed6", "#2f7fbc", "#08519c", "#062a5a", "#000000")  # learning rates, from low to high
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -271,7 +271,7 @@ def _ladder(share, losses, results) -> None:
         share.barh(y, value, color=colour, height=0.6)
         share.annotate(f"{value:.0f}%", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
         for i, rate in enumerate(rates):
-            shade, height = SHADES[i % len(SHADES)], y + 0.16 * (i - (len(rates) - 1) / 2)
+            shade, height = SHADES[i % len(SHADES)], y + 0.65 * ((i + 0.5) / len(rates) - 0.5)
             shown = [final(run) for run in of_cell(results, cell, rate)]
             inside = [x for x in shown if x <= top]
             losses.plot(inside, [height] * len(inside), "o", color=shade, markersize=5, alpha=0.85)

@@ -12,7 +12,7 @@ from benchmarks.quality import Language
 
 @pytest.fixture(scope="module")
 def measured():
-    return rounding.measure(shorter=20)
+    return rounding.measure(shorter=30)
 
 
 def test_rounding_moves_updates_and_the_table_says_how_much(measured):

@@ -113,6 +113,7 @@ def test_extra_arguments_are_ignored(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.one_in(2)
 def test_a_second_call_compiles_nothing(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -174,6 +175,7 @@ def test_the_half_works_without_params(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("which", ["whole", "half"])
+@pytest.mark.one_in(2)
 def test_hyperparameters_can_be_injected(case, which):
     """Static options pass through untouched, a predicate in the rules too, and every number can be changed later."""
     rules = ((fse.where(lambda path, shape: shape == (64, 64)), fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)
@@ -203,6 +205,7 @@ def test_hyperparameters_can_be_injected(case, which):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.one_in(2, start=1)
 def test_multi_steps_waits_and_then_takes_one_step(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -800,7 +803,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}
@@ -830,6 +833,7 @@ def test_params_are_asked_for_by_name(case):
 
 
 @every_optimizer
+@pytest.mark.one_in(2, start=1)
 def test_8bit_follows_fp32_on_a_small_regression(case):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 32)), jnp.float32)

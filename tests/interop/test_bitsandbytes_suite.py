@@ -43,7 +43,7 @@ ALLOWED = {"float32": (3e-8, 1e-5), "float16": (6e-5, 6e-4), "bfloat16": (1.7e-4
         pytest.param((1024, 32), "float16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 def test_optimizer8bit(case, shape, dtype):
     one_step_errors(case, shape, dtype, steps=50 if dtype == "float32" else 10)
 
@@ -104,7 +104,7 @@ WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1
 @every_case
 @pytest.mark.parametrize("shape", [(1024, 1), pytest.param((1024, 32), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", WITHIN_32BIT)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_optimizer32bit(case, shape, dtype):
     """20 steps, free-running in float32, and else, as there, from the parameter of the step before; also
     test_lion32bit_weight_decay. LAMB and LARS do not clip: nor does the formula.

@@ -185,7 +185,7 @@ def specs_for(names, ndim):
     PLACES + [pytest.param(*p, marks=pytest.mark.slow) for p in sorted(ALL_PLACES, key=str) if p not in PLACES],
     ids=str,
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_pieces):
     step = a_step(shape, fused=True, stochastic=True)
     operands = operands_of(step, shape)
