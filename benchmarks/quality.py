@@ -105,6 +105,15 @@ QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("root, stochastic", _lm("root", rounding="stochastic")),
         ("dynamic, nearest", _lm("dynamic")),
         ("dynamic, stochastic", _lm("dynamic", rounding="stochastic")),
+        ("linear, nearest", _lm("linear")),
+        ("linear, stochastic", _lm("linear", rounding="stochastic")),
+    ),
+    "Moments of a plain embedding": (
+        ("fp32", _lm("fp32", embedding="embed")),
+        ("root, embedding in fp32", _lm("root", embedding="embed")),
+        ("root, embedding in 8 bits", _paper("root")),
+        ("dynamic, embedding in fp32", _lm("dynamic", embedding="embed")),
+        ("dynamic, embedding in 8 bits", _paper("dynamic")),
     ),
     "Moments of the embedding": (
         ("fp32", _lm("fp32")),

@@ -31,7 +31,10 @@ def decide(rules: Rules, params: Any) -> tuple[list[Decided], Any]:
         decided.append(Decided(key_path, path, box, one))
     twice = [path for path, n in Counter(x.path for x in decided).items() if n > 1]
     if twice:
-        raise ValueError(f"Two parameters have the path {twice[0]!r}, by which rules and states know them: rename one.")
+        raise ValueError(
+            f"Two parameters have the path {twice[0]!r}, by which rules and states know them (without `value` at its "
+            "end). Rename one."
+        )
     _check_rules(rules, params, decided)
     return decided, tree
 

@@ -18,7 +18,8 @@ class MomentName(NamedTuple):
     dynamic_signed: the sign with the `dynamic` codec, where bitsandbytes decides.
     second: a mean or a sum of squares, of which `rowwise` keeps one for each row.
     slow: a mean over so many steps that stochastic rounding acts on it, as it does on second moments.
-    sums: what a trace sums: gradients, directions (gradients times a trust ratio), or steps (learning rate and all).
+    sums: what a trace sums: gradients, directions (gradients times a trust ratio), or steps (learning rate and all);
+        None where that depends on what is before it in a chain.
     """
 
     name: str
@@ -27,7 +28,7 @@ class MomentName(NamedTuple):
     second: bool = False
     initial: Any = 0.0
     slow: bool = False
-    sums: Sums = "gradients"
+    sums: Sums | None = None
 
     def stored(self, state_format: StateFormat) -> Moment:
         signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed

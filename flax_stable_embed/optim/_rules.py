@@ -298,7 +298,7 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
     if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
         return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
-    if _is_pair(rules) and not all(map(_is_bits, rules)):  # two labels could be a pair
+    if _is_pair(rules):
         raise TypeError(f"`rules` must be pairs, got one: {rules!r}. Put it into a tuple: rules=({rules!r},).")
     if not labels or isinstance(rules, str):
         raise TypeError(
@@ -311,7 +311,8 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
 def _is_pair(rule: Any) -> bool:
     if not isinstance(rule, tuple | list) or len(rule) != 2:
         return False
-    return isinstance(rule[0], str | re.Pattern | Where) or callable(rule[0])
+    is_label = _is_bits(rule[0]) or isinstance(rule[0], Rule)  # "bf16" is one, and no pattern
+    return not is_label and (isinstance(rule[0], str | re.Pattern | Where) or callable(rule[0]))
 
 
 def _pattern(pattern: Any) -> re.Pattern | Where:

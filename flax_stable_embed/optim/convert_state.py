@@ -5,7 +5,7 @@ has the same name, "0/mu/block/kernel", is the same; a moment that another state
 of its name, "mu/block/kernel". Then each value is stored as the target stores it.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,19 +16,18 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
-from jax.tree_util import GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey
 
+from ._method import Sums
 from ._report import Leaf, trace_init
 from ._rules import path_name
 from ._storage import decode, encode, format_difference, is_codes
 
-# The last but two member of optax's LARS and RMSprop, whose traces come last, after the learning rate.
-_TWO_BEFORE_A_TRACE_OF_STEPS = (
-    "MaskedState",
-    "ScaleByRmsState",
-    "ScaleByRmsWithCountState",
-    "ScaleByRStdDevState",
-    "ScaleByRStdDevWithCountState",
+# The states of what goes before a trace in optax's LARS and RMSprop: it then sums steps, learning rate and all.
+_RATE = ("EmptyState", "ScaleByScheduleState")
+_BEFORE_A_TRACE_OF_STEPS = (
+    (("MaskedState",), ("MaskedState",), _RATE),
+    (("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "ScaleByRStdDevWithCountState"), _RATE),
 )
 
 
@@ -48,11 +47,12 @@ def convert_state(
     stored to the nearest code: from 8 bits to fp32 and back every code is the same (but with the `dynamic` codec a
     block's largest element, if it is negative, loses 0.7% each time it is stored). "rowwise" takes the mean of each row
     and gives it to the whole row. A step count is that of the moments that it counts for, else that of its nearest
-    neighbour, say of a schedule, or 0 where nothing but random bits depends on it; one that the target lacks is
-    dropped. Nothing else is dropped or begun anew.
+    neighbour (a schedule's of a schedule), or 0 where nothing but random bits depends on it; one that the target lacks
+    is dropped. Nothing else is dropped or begun anew.
 
-    What has the same name must mean the same. Traces are told apart: SGD's sums gradients, that of LARS and of RMSprop
-    steps. That Adamax' `nu` is a maximum of magnitudes and Adam's a mean of squares, no state tells.
+    What has the same name must mean the same. Of traces, SGD's of gradients and LARS' and RMSprop's of steps are told
+    apart, here and in optax; what a chain of your own feeds to a trace is yours to know. That Adamax' `nu` is a maximum
+    of magnitudes and Adam's a mean of squares, no state tells.
 
     Runs under `jit`. The result shares no memory with `state`, and every array lies on devices as `tx_to.init(params)`
     lays it (under `jit` and an Auto mesh: as the compiler chooses).
@@ -62,7 +62,8 @@ def convert_state(
         tx_to: the optimizer to go on with.
         params: the parameters, or their shapes.
         state: as `tx_from.init(params)` makes it; the trees of dicts and lists that checkpoints hold will do.
-        allow_reset: names of fields, "nu" or "acc_grads" say, that may begin anew in the target, or stay behind.
+        allow_reset: names of fields, "nu" or "acc_grads" say, that may begin anew in the target, or stay behind. Of
+            several counts for one, "count" takes the largest.
 
     Returns:
         A state with the structure of `tx_to.init(params)`. With `nnx.Optimizer`: give `nnx.as_pure` of the parameters
@@ -113,17 +114,22 @@ class _View:
         wrapped = [place for place, record in records if record.method is None]
         self.wrappers = [path_name((*place, GetAttrKey("inner"))) for place in wrapped]
         self.stored = dict(self.named(self.state))
-        self.fields = {self.name(path): _field(path) for path, _ in jax.tree.leaves_with_path(self.state)}
+        paths = [path for path, _ in jax.tree.leaves_with_path(self.state)]
+        twice = [name for name, n in Counter(map(self.name, paths)).items() if n > 1]
+        if twice:
+            raise ValueError(f"Two values in the state of `{argument}` have the path {twice[0]!r}: rename a parameter.")
+        self.fields = {self.name(path): _field(path) for path in paths}
+        self.ends = {self.name(path): _end(path) for path in paths}
         self.leaves: dict[str, Leaf] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
-        self.sums = {self.name(path): "steps" for path in _traces_of_steps(self.state)}
+        self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
         for place, record in records:
             for leaf in record.leaves:
                 key = self.name((*place, *leaf.codes))
                 self.leaves[key], self.absmax[key] = leaf, self.name((*place, *leaf.absmax))
                 moments = record.method.moments if record.method else ()
-                self.sums.update((key, moment.sums) for moment in moments if moment.name == leaf.name)
+                self.sums.update((key, m.sums) for m in moments if m.name == leaf.name and m.sums is not None)
             self.formats[self.name((*place, GetAttrKey("format")))] = record.formats
             if record.method is not None and not record.method.counts_steps:
                 self.uncounted.add(self.name(place))
@@ -132,6 +138,9 @@ class _View:
         own = {*self.formats, *self.absmax.values()}
         self.shapes = {
             k: self.leaves[k].shape if k in self.leaves else x.shape for k, x in self.stored.items() if k not in own
+        }
+        self.counting = {
+            count for key in self.shapes if key not in self.counts for count in self.counts_over(key).values()
         }
 
     def named(self, tree: Any) -> Iterator[tuple[str, Any]]:
@@ -178,39 +187,32 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
     """The value of the source for each value of the target; raises unless every one has its partner."""
     allow_reset = (allow_reset,) if isinstance(allow_reset, str) else allow_reset
     names = source.names | target.names
-    plan = {key: key for key in target.shapes if key in source.shapes}
-    free = {key: None for key in source.shapes if key not in plan}  # in order
+    values = [key for key in target.shapes if key not in target.counts]
+    plan = {key: key for key in values if key in source.shapes}
+    free = {key: None for key in source.shapes if key not in plan and key not in source.counts}  # in order
     by_end = defaultdict(list)
     for key in free:
-        by_end[_moment(key, names)].append(key)
+        by_end[source.ends[key]].append(key)
     problems, fields = [], {}  # fields that a caller may give up, in order
-    for key in target.shapes:
+    for key in values:
         if key in plan:
             continue
-        end = _moment(key, names)
-        same = by_end[end] if end else []
+        same = by_end[target.ends[key]] if target.fields[key] in names else []
         if len(same) > 1:
             problems.append(f"{key} of the target may be {' or '.join(same)} of the source")
         elif same:
             plan[key] = same.pop()
             free.pop(plan[key])
-        elif _is_count(key, target.stored[key]):
-            counts = [k for k in source.counts if _last(k) == _last(key)]
-            if counts:
-                plan[key] = max(counts, key=lambda k: _common(k, key))
-            elif key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
-                problems.append(f"{key} of the target has no step count to take in the source")
-                fields[target.fields[key]] = None
         elif not _allowed(key, allow_reset):
             problems.append(f"{key} of the target has no source")
             fields[target.fields[key]] = None
     for key in free:
-        if not _is_count(key, source.stored[key]) and not _allowed(key, allow_reset):
+        if not _allowed(key, allow_reset):
             problems.append(f"{key} of the source has no place in the target")
             fields[source.fields[key]] = None
     for key, origin in list(plan.items()):
-        there, here = source.sums.get(origin, "gradients"), target.sums.get(key, "gradients")
-        if there != here:
+        there, here = source.sums.get(origin), target.sums.get(key)
+        if there and here and there != here:
             if _allowed(key, allow_reset):
                 plan.pop(key)
                 continue
@@ -220,15 +222,18 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
             problems.append(
                 f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
             )
-    for key, origins in _counts_of_moments(plan, source, target).items():
+    of_moments = _counts_of_moments(plan, source, target)
+    for key in target.counts:
+        origins = of_moments.get(key) or _neighbours(key, source, target)
         steps = {origin: int(arrays[origin]) for origin in origins if not isinstance(arrays[origin], Tracer)}
-        if len(set(steps.values())) <= 1:
-            plan[key] = origins[0]
-        elif _allowed(key, allow_reset):
-            plan.pop(key, None)
-        else:
-            found = " and ".join(f"{origin} = {n}" for origin, n in steps.items())
-            problems.append(f"{key} of the target would count the steps of moments with {found}")
+        if origins:
+            plan[key] = max(steps, key=lambda origin: steps[origin]) if steps else origins[0]
+        if len(set(steps.values())) > 1 and not _allowed(key, allow_reset):
+            found = " or ".join(f"{origin} = {n}" for origin, n in steps.items())
+            problems.append(f"{key} of the target may be {found} of the source")
+            fields[target.fields[key]] = None
+        elif not origins and key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
+            problems.append(f"{key} of the target has no step count to take in the source")
             fields[target.fields[key]] = None
     if problems:
         names = tuple(filter(None, fields))
@@ -239,29 +244,44 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
     return plan
 
 
+def _neighbours(key: str, source: _View, target: _View) -> list[str]:
+    """The counts that a schedule's may be, or that of moments that had none: of its kind, the nearest ones."""
+    counts = [k for k in source.counts if _last(k) == _last(key)]
+    counts = [k for k in counts if (k in source.counting) == (key in target.counting)] or counts
+    nearest = max((_common(k, key) for k in counts), default=0)
+    return [key] if key in counts else [k for k in counts if _common(k, key) == nearest]
+
+
 def _counts_of_moments(plan: dict[str, str], source: _View, target: _View) -> dict[str, list[str]]:
     """For counts of the target, those of the source that counted the steps of the same moments."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for key, origin in plan.items():
         theirs = source.counts_over(origin)
-        for last, count in target.counts_over(key).items() if key not in target.counts else ():
+        for last, count in target.counts_over(key).items():
             if last in theirs:
                 found[count][theirs[last]] = None
     return {key: list(origins) for key, origins in found.items()}
 
 
-def _traces_of_steps(state: Any) -> Iterator[tuple]:
-    """Where the traces of optax's LARS and RMSprop lie, which come after the learning rate."""
+def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
+    """Where the traces of optax's SGD, LARS and RMSprop lie, and what they sum."""
 
-    def is_chain(x):
-        if type(x) is not tuple or len(x) < 3 or not isinstance(x[-1], optax.TraceState):
-            return False
-        return type(x[-3]).__name__ in _TWO_BEFORE_A_TRACE_OF_STEPS
+    def summed(x: Any) -> Sums | None:
+        if type(x) is not tuple or not any(isinstance(one, optax.TraceState) for one in x):
+            return None
+        kinds = [type(one).__name__ for one in x]
+        if len(x) == 2 and kinds[0] == "TraceState" and kinds[1] in _RATE:
+            return "gradients"
+        for before in _BEFORE_A_TRACE_OF_STEPS:
+            if len(x) == len(before) + 1 and all(kind in allowed for kind, allowed in zip(kinds, before)):
+                return "steps"
+        return None
 
-    for path, chain in jax.tree.leaves_with_path(state, is_leaf=is_chain):
-        if is_chain(chain):
-            for inner, _ in jax.tree.leaves_with_path(chain[-1]):
-                yield (*path, SequenceKey(len(chain) - 1), *inner)
+    for path, chain in jax.tree.leaves_with_path(state, is_leaf=lambda x: summed(x) is not None):
+        if sums := summed(chain):
+            for inner, leaf in jax.tree.leaves_with_path(chain):
+                if any(isinstance(key, GetAttrKey) and key.name == "trace" for key in inner) and leaf is not None:
+                    yield (*path, *inner), sums
 
 
 def _field(path: tuple) -> str:
@@ -270,15 +290,15 @@ def _field(path: tuple) -> str:
     return names[-1] if names else ""
 
 
+def _end(path: tuple) -> str:
+    """A path from its field on, "mu/block/kernel", which is the same wherever the state lies."""
+    at = [i for i, key in enumerate(path) if isinstance(key, GetAttrKey) and key.name not in ("value", "raw_value")]
+    return path_name(path[at[-1] :]) if at else ""
+
+
 def _kind(x: Any) -> tuple[tuple[int, ...], bool]:
     """What orbax does not cast, and what must not have been cast."""
     return np.shape(x), is_codes(getattr(x, "dtype", None))
-
-
-def _moment(key: str, names: set[str]) -> str:
-    """The end of a name that begins with a moment's; "" where there is none."""
-    parts = key.split("/")
-    return next(("/".join(parts[i:]) for i, part in enumerate(parts) if part in names), "")
 
 
 def _last(key: str) -> str:

@@ -40,7 +40,8 @@ def _parts(
     check_numbers(trust_coefficient=coefficient, eps=eps)
     decay = Tail(weight_decay=weight_decay, mask=mask, coupled=True)
     if (rescale := clipped(max_unorm)) is not None:
-        return sgd_engine(momentum, nesterov, None, *options, name="lars"), decay._replace(rescale=rescale)
+        clipping = sgd_engine(momentum, nesterov, None, *options, name="lars", sums="gradients")
+        return clipping, decay._replace(rescale=rescale)
 
     def ratio(g, p):
         return {"ratio": trust_ratio(g, p, coefficient, eps)}

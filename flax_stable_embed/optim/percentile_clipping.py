@@ -108,7 +108,8 @@ def percentile_clipping(
 
 
 def _check(percentile: Any, history: Any) -> None:
-    if not isinstance(percentile, int | float | np.number | np.ndarray | Array) or isinstance(percentile, bool):
+    numbers = int | float | np.number | np.ndarray | Array
+    if not isinstance(percentile, numbers) or isinstance(percentile, bool) or np.ndim(percentile):
         raise TypeError(
             f"`percentile` must be a number, got {percentile!r}. For a schedule use "
             "optax.inject_hyperparams(percentile_clipping)."

@@ -38,7 +38,7 @@ def plain_sgd(g):
     return g, ()
 
 
-def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd", sums: Sums = "gradients") -> Engine:
+def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd", sums: Sums | None = None) -> Engine:
     """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
@@ -121,4 +121,4 @@ def sgd8bit(
     dtype('int8')
     """
     options = rules, state_format, implementation, skip_nonfinite
-    return optimizer(engine(momentum, nesterov, accumulator_dtype, *options), learning_rate)
+    return optimizer(engine(momentum, nesterov, accumulator_dtype, *options, sums="gradients"), learning_rate)

@@ -248,6 +248,19 @@ def test_a_rate_that_cannot_grow_is_refused(name, rate):
         fse.interop.bitsandbytes.ademamix8bit(t_beta3=10, **{name: rate})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"t_beta3": -5}, ValueError, "`t_beta3` must be a number of steps, at least 0, or None; got -5"),
+        ({"t_alpha": "soon"}, TypeError, "`t_alpha` must be a number, got 'soon'"),
+        ({"t_beta3": 5, "b3": lambda count: 0.9}, TypeError, "`b3` must be a number"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fse.interop.bitsandbytes.ademamix8bit(**arguments)
+
+
 def test_schedules_keep_to_strict_promotion_of_dtypes():
     tx = fse.interop.bitsandbytes.ademamix8bit(t_alpha=10, t_beta3=10)
     params = {"kernel": jnp.ones((64, 64))}

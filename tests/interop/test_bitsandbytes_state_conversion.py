@@ -213,6 +213,16 @@ def test_a_trace_of_steps_is_none_of_gradients():
     assert int(state[-1].count) == 4
 
 
+def test_scalars_survive_the_way_there_and_back():
+    params = {"logit_scale": jnp.ones(())}
+    group = GROUP | {"alpha": 5.0}
+    for tx in (bitsandbytes.adamw8bit(), bitsandbytes.ademamix8bit(), bitsandbytes.lion8bit()):
+        _, state = tx.update(params, tx.init(params), params)
+        saved, _ = bitsandbytes.dump_optimizer_state(tx, params, state, order=["logit_scale"], param_groups=group)
+        loaded, _ = bitsandbytes.load_optimizer_state(saved, tx, params, order=["logit_scale"])
+        jax.tree.map(np.testing.assert_array_equal, loaded, state)
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_mean_of_squares_cannot_be_negative(bits):
     tx = fse.interop.bitsandbytes.rmsprop8bit(state_format=fse.StateFormat(min_size=0), rules=((".*", bits),))
@@ -230,6 +240,17 @@ def test_broken_states_are_refused():
         saved = one_vector()
         del saved["state"][0]["qmap1"]
         load_vector(saved)
+    with pytest.raises(ValueError, match="`qmap1` of parameter 0 must be 256 finite numbers"):
+        load_vector(one_vector(qmap1=np.ones(100, np.float32)))
+    for step in (-3, 2**40, np.array([3, 4]), "many"):
+        with pytest.raises(ValueError, match="The step of parameter 0 must be a whole number"):
+            load_vector(one_vector(step=step))
+    saved = one_vector()
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match=r"has no 'step' for parameter 0. Say how many there were: step="):
+        load_vector(saved)
+    with pytest.raises(ValueError, match="has None for the state of parameter 0"):
+        load_vector({**saved, "state": {0: None}})
     with pytest.raises(ValueError, match="3 scales for 1024 elements"):
         load_vector(one_vector(absmax1=np.ones(3, np.float32)))
     with pytest.raises(ValueError, match=r"has the shape \(1024,\), but 'kernel' has \(1000,\)"):

@@ -23,7 +23,7 @@ every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit],
 
 def adamw(bits=8, **options):
     rules = () if bits == 8 else ((".*", bits),)
-    return fse.adamw8bit(0.01, **{"state_format": SMALL, "rules": rules} | options)
+    return fse.adamw8bit(**{"learning_rate": 0.01, "state_format": SMALL, "rules": rules} | options)
 
 
 def plain_adamw():
@@ -318,7 +318,7 @@ STEPS_BESIDE_GRADIENTS = {
     "ours": (fse.lars8bit, functools.partial(fse.lars8bit, max_unorm=0.02)),
     "optax": (optax.lars, fse.sgd8bit, 0.9),
     "to optax": (fse.sgd8bit, optax.lars, 0.9),
-    "the halves": (fse.lars8bit, lambda rate: optax.chain(*[optax.identity()] * 3, fse.scale_by_lars8bit())),
+    "the half": (fse.lars8bit, lambda rate: optax.chain(*[optax.identity()] * 3, fse.scale_by_lars8bit())),
     "of optax's transforms": (lambda rate: fse.quantize_state(optax.lars(rate)), optax.sgd, 0.9),
     "rmsprop": (fse.sgd8bit, functools.partial(optax.rmsprop, momentum=0.9), 0.9),
 }
@@ -337,6 +337,26 @@ def test_a_trace_of_gradients_is_none_of_steps(pair):
     assert traces and not any(x.any() for x in traces)
 
 
+def masked_decay():
+    return optax.masked(optax.add_decayed_weights(1e-4), lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+
+
+CHAINS_OF_ONES_OWN = {
+    "behind a decay": [masked_decay(), optax.clip(1.0)],
+    "of steps": [optax.scale_by_rms(), optax.scale(-0.1)],
+    "of directions": [masked_decay(), optax.masked(optax.scale_by_trust_ratio(), lambda p: True)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS_OF_ONES_OWN)
+def test_what_ones_own_chain_feeds_to_a_trace_is_not_guessed(name):
+    before = CHAINS_OF_ONES_OWN[name]
+    theirs = optax.chain(*before, optax.trace(0.9))
+    ours = optax.chain(*before, fse.scale_by_sgd8bit(0.9, state_format=SMALL))
+    params, state = run(theirs, parameters(), 2)
+    assert_same_bits(fse.convert_state(theirs, ours, params, state)[-1].trace["wte"], state[-1].trace["wte"])
+
+
 def test_moments_of_different_ages_do_not_get_one_count():
     two = optax.partition({"a": optax.adam(0.1), "b": optax.adam(0.1)}, labels)
     params, state = run(two, parameters(), 2)
@@ -345,9 +365,44 @@ def test_moments_of_different_ages_do_not_get_one_count():
     inner = state.inner_states["b"]
     older = jax.tree.map(lambda x: x + 3 if x.shape == () else x, inner)
     state = state._replace(inner_states=state.inner_states | {"b": older})
-    with pytest.raises(ValueError, match=r"0/count of the target would count the steps of moments with \S+ = [25] and"):
+    with pytest.raises(ValueError, match=r"0/count of the target may be \S+ = [25] or \S+ = [25] of the source"):
         fse.convert_state(two, adamw(), params, state)
-    assert int(fse.convert_state(two, adamw(), params, state, allow_reset=("count",))[0].count) == 0
+    assert int(fse.convert_state(two, adamw(), params, state, allow_reset=("count",))[0].count) == 5
+
+
+def is_schedule(x):
+    return type(x).__name__ in ("ScaleByScheduleState", "WrappedScheduleState")
+
+
+def test_a_schedules_count_is_a_schedules_wherever_it_lies():
+    schedule = optax.constant_schedule(0.01)
+    percentile = optax.chain(fse.percentile_clipping(), optax.adamw(schedule))
+    for before in (optax.adamw(schedule), percentile, optax.inject_hyperparams(optax.adamw)(schedule)):
+        params, state = run(before, parameters(), 2)
+        state = jax.tree.map(
+            lambda x: x._replace(count=jnp.int32(77)) if is_schedule(x) else x, state, is_leaf=is_schedule
+        )
+        for after in (adamw(learning_rate=schedule), optax.chain(optax.clip(1.0), adamw(learning_rate=schedule))):
+            converted = fse.convert_state(before, after, params, state, allow_reset=("hyperparams", "squared_norms"))
+            adam, _, of_schedule = converted if len(converted) == 3 else converted[1]
+            assert (int(adam.count), int(of_schedule.count)) == (2, 77)
+
+
+def test_two_values_of_one_path_are_refused():
+    params = {"a/b": jnp.ones(4), "a": {"b": jnp.ones(4)}}
+    tx = optax.adam(0.1)
+    with pytest.raises(ValueError, match=r"Two values in the state of `tx_from` have the path '0/mu/a/b'"):
+        fse.convert_state(tx, tx, params, tx.init(params))
+
+
+def test_labels_and_parameters_may_have_the_names_of_moments():
+    params = {"mu": {"nu": jnp.ones((64, 64))}, "trace": jnp.ones((64, 64))}
+    split = optax.partition({"mu": optax.adam(0.1), "nu": optax.adam(0.1)}, {"mu": {"nu": "mu"}, "trace": "nu"})
+    _, state = split.update(params, split.init(params))
+    converted = fse.convert_state(split, adamw(), params, state)
+    assert is_codes(converted[0].mu["mu"]["nu"]) and int(converted[0].count) == 1
+    back = fse.convert_state(adamw(), split, params, converted)
+    assert types(back) == types(state)
 
 
 def test_a_count_comes_with_the_moments_that_it_counts_for():

@@ -133,6 +133,8 @@ def test_labels_may_stand_in_a_tree_like_the_parameters():
     assert list(bits(tuple(listed), (32, 8)).values()) == [32, 8]
     assert list(bits(listed, ["bf16", 32]).values()) == ["bf16", 32]
     assert list(bits(listed, [np.int64(32), np.int64(8)]).values()) == [32, 8]
+    assert list(bits(listed, ("bf16", fse.Rule(8))).values()) == ["bf16", 8]
+    assert list(bits([listed[0], {"kernel": listed[1]}], ["bf16", {"kernel": 8}]).values()) == ["bf16", 8]
 
 
 def test_labels_match_exactly_their_own_path():

@@ -89,7 +89,7 @@ def to_theirs(values: np.ndarray, absmax: np.ndarray, place: Place) -> tuple[Sto
     back = np.argsort(place.axes)
     if place.decision.blocks is None:
         whole = np.broadcast_to(values, place.shape).transpose(back)
-        floats = np.ascontiguousarray(whole, np.float32)
+        floats = np.array(whole, np.float32, order="C")  # np.ascontiguousarray would give a scalar an axis
         error = _error(whole, floats, np.abs(whole).max(initial=0))
         return Stored(floats), "encoded" if error else "exact", error
     qmap = flat.qmap(place.signed).copy()

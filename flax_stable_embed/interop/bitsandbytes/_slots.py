@@ -75,7 +75,7 @@ def states_of(method: Method) -> tuple[tuple[str, ...], ...]:
             f"`tx` keeps {', '.join(sorted(ours)) or 'no moments'} ({method.name}), and no optimizer of bitsandbytes "
             "does. Its RMSprop is not centered and has no momentum; its SGD has momentum."
         )
-    if any(moment.sums != "gradients" for moment in method.moments):
+    if any(moment.sums in ("directions", "steps") for moment in method.moments):
         raise ValueError(
             f"The trace of {method.name} in `tx` sums what its trust ratio makes of gradients, that of bitsandbytes' "
             "LARS gradients. Use fse.interop.bitsandbytes.lars8bit, or fse.lars8bit(max_unorm=...)."

@@ -50,7 +50,8 @@ def sgd8bit(
     >>> round(float(params["kernel"][0, 0]), 4)
     0.85
     """
-    engine = sgd_engine(momentum, False, None, rules, state_format, implementation, skip_nonfinite)
+    options = rules, state_format, implementation, skip_nonfinite
+    engine = sgd_engine(momentum, False, None, *options, sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
 
@@ -93,7 +94,8 @@ def lars8bit(
     >>> [round(float(x.ravel()[0]), 4) for x in (params["kernel"], params["bias"])]
     [0.9, 0.998]
     """
-    engine = sgd_engine(momentum, False, None, rules, state_format, implementation, skip_nonfinite, name="lars")
+    options = rules, state_format, implementation, skip_nonfinite
+    engine = sgd_engine(momentum, False, None, *options, name="lars", sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True, max_unorm=max_unorm)
 
 

@@ -83,7 +83,7 @@ def load_optimizer_state(
         )
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"`state_dict` must have 'state' and 'param_groups', got {', '.join(map(repr, state_dict))}.")
-    kept, saved = layout(tx, params), {key: _unwrapped(one) for key, one in state_dict["state"].items()}
+    kept, saved = layout(tx, params), {key: _unwrapped(key, one) for key, one in state_dict["state"].items()}
     keys = dict.fromkeys([*(key for group in state_dict["param_groups"] for key in group["params"]), *saved])
     pairs = pair(order, keys, kept.parameters)
     saved = {key: saved[key] for key in pairs if saved.get(key)}
@@ -169,7 +169,9 @@ def dump_optimizer_state(
 # --- torch's side ----------------------------------------------------------------------------------------------------
 
 
-def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+def _unwrapped(key: Key, state: Any) -> dict[str, Any]:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"`state_dict` has {state!r} for the state of parameter {key!r}, which must be a mapping.")
     return {**{name: value for name, value in state.items() if name != NESTED}, **state.get(NESTED, {})}
 
 
@@ -209,6 +211,8 @@ def _read(state: Mapping[str, Any], slot: Slot) -> Stored:
             f"`qmap{slot.number}`: there are {', '.join(state)}. States that are not block-wise cannot be read."
         )
     moment = Stored(values, absmax.reshape(-1).astype(np.float32), found["qmap"])
+    if found["qmap"].shape != (256,) or not np.isfinite(found["qmap"]).all():
+        raise ValueError(f"`qmap{slot.number}` of parameter {slot.key!r} must be 256 finite numbers.")
     if not moment.block_size:
         raise ValueError(
             f"`absmax{slot.number}` of parameter {slot.key!r} has {absmax.size} scales for {values.size} elements: "
@@ -246,13 +250,29 @@ def _groups(given: Any, keys: list[Key], states: int, name: str) -> list[dict[st
 
 
 def _common_step(saved: Mapping[Key, Mapping], step: int | None) -> int:
-    steps = {key: int(state["step"]) for key, state in saved.items() if "step" in state}
+    without = [key for key, state in saved.items() if "step" not in state]
+    if step is None and without:
+        raise ValueError(f"`state_dict` has no 'step' for parameter {without[0]!r}. Say how many there were: step=...")
+    steps = {key: _whole(key, state["step"]) for key, state in saved.items()} if step is None else {}
+    if step is not None:
+        step = _whole(None, step)
     if step is None and len(set(steps.values())) > 1:
         raise ValueError(
             f"the parameters were updated a different number of times, {steps}, and we keep one count for all. Say "
             f"which to go on from: step={max(steps.values())}."
         )
     return next(iter(steps.values()), 0) if step is None else step
+
+
+def _whole(key: Key | None, step: Any) -> int:
+    try:
+        number = int(step)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < 2**31:
+        who = "`step`" if key is None else f"The step of parameter {key!r}"
+        raise ValueError(f"{who} must be a whole number of at least 0, got {step!r}.")
+    return number
 
 
 def _counted(state: Any, step: int) -> Any:

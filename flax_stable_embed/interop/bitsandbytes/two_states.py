@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from ...ops.blockwise.implementations import Implementation
+from ...optim._method import check_numbers
 from ...optim._rules import StateFormat
 from ...optim._transform import FusedTransformation
 from ...optim.adam import engine as adam_engine
@@ -188,15 +189,18 @@ def ademamix8bit(
         learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError: `t_alpha`, `t_beta3`, or a `b3` that grows, which is no number.
+        ValueError, NotImplementedError: as `adamw8bit`; a negative number of steps, or rates that cannot grow.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.ademamix8bit(1e-3, t_alpha=1000, t_beta3=1000)
     >>> tx.init({"kernel": jnp.ones((64, 512))})[0].m2_absmax["kernel"].shape
     (64, 2)
     """
+    _check_steps(t_alpha=t_alpha, t_beta3=t_beta3)
     growing_b3 = None if _is_off(t_beta3) else _growing_b3(b3, t_beta3)
     if growing_b3 is not None:
+        check_numbers(b3=b3)
         _check_between(b1=b1, b3=b3)
     alpha_now = alpha if _is_off(t_alpha) else lambda before: alpha * jnp.minimum(1.0, (before + 1) / t_alpha)
     options = rules, state_format, implementation, skip_nonfinite
@@ -230,6 +234,13 @@ def _check_between(**rates: Any) -> None:
     for name, rate in rates.items():
         if isinstance(rate, int | float) and not 0 < rate < 1:
             raise ValueError(f"`{name}` must lie between 0 and 1 where `t_beta3` lets b3 grow, got {rate!r}.")
+
+
+def _check_steps(**steps: Any) -> None:
+    check_numbers(**{name: n for name, n in steps.items() if n is not None})
+    for name, n in steps.items():
+        if isinstance(n, int | float) and n < 0:
+            raise ValueError(f"`{name}` must be a number of steps, at least 0, or None; got {n!r}.")
 
 
 def _is_off(steps: Any) -> bool:
