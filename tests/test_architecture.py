@@ -76,5 +76,6 @@ def test_every_public_name_is_documented(name, value):
         assert ">>>" in value.__doc__, f"{name} has no example"
     if name.endswith("8bit"):
         source = [] if "interop" in name else ["Rule"]  # of bitsandbytes' own: bitsandbytes
-        for part in ("$$", "bitsandbytes", *source):
+        other = f"`fse.{name.rsplit('.')[-1]}" if "interop" in name else "`optax."
+        for part in ("$$", "bitsandbytes", other, *source):
             assert part in value.__doc__, f"{name} does not say: {part}"

@@ -1,5 +1,7 @@
 """The README's code runs, and its figures are those of the result files."""
 
+import ast
+import inspect
 import json
 import re
 import statistics
@@ -7,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optax
 import pytest
 
+import flax_stable_embed as fse
 from benchmarks import errors, quality_report, readme, report, rounding, switch
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +24,44 @@ README = (ROOT / "README.md").read_text()
 )
 def test_code_in_the_readme_runs(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def rows_of_the_table():
+    table = README.split("## From bitsandbytes, from Flax")[1].split("\n## ")[0]
+    for line in re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[1:]:
+        there, here = line.replace("\\|", "/").split(" | ")
+        yield there, here
+
+
+def named(node):
+    """What a dotted name in code is, or the method of an optimizer or class; None for a name of the reader's."""
+    if isinstance(node, ast.Attribute):
+        owner = named(node.value)
+        return None if owner is None else getattr(owner, node.attr)
+    return {"fse": fse, "optax": optax}.get(node.id) if isinstance(node, ast.Name) else None
+
+
+@pytest.mark.parametrize(("there", "here"), list(rows_of_the_table()), ids=lambda x: x if len(x) < 40 else x[:40])
+def test_every_row_of_the_table_names_what_there_is(there, here):
+    """Every name exists and takes the arguments that the row gives it; rules and formats can be made."""
+    if here == "planned":
+        assert "Paged" in there or "sparse=True" in there
+        return
+    codes = [code for code in re.findall(r"`([^`]+)`", here) if "fse." in code or "optax." in code or "rules=" in code]
+    assert codes or "above" in here or re.search(r"`(rmsprop|dump|nnx)", here)
+    for code in codes:
+        tree = ast.parse(f"f({code})" if re.match(r"\w+=", code) else code)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                named(node)
+            if isinstance(node, ast.Call) and (found := named(node.func)) is not None:
+                parameters = inspect.signature(found).parameters
+                open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+                assert open_ended or {keyword.arg for keyword in node.keywords} <= parameters.keys(), code
+        if code.startswith(("rules=", "state_format=")):
+            values = {"...": "0.5"}
+            option = eval(code.partition("=")[2].replace("...", values["..."]), {"fse": fse})
+            fse.adamw8bit(1e-3, **{code.partition("=")[0]: option})
 
 
 @pytest.mark.parametrize("path", sorted({name for name, _ in readme.PARTS}))

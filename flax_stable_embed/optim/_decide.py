@@ -48,7 +48,7 @@ def _check_rules(rules: Rules, params: Any, leaves: list[Decided]) -> None:
         paths = ", ".join(path for path, _ in named[:8]) + (", ..." if len(named) > 8 else "")
         raise ValueError(
             f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
-            "Correct the pattern, or drop it."
+            "Correct the pattern, or drop it. (A variable that is tied has one path, the first of them.)"
         )
     decisions = [(x.path, x.decision) for x in leaves if x.decision]
     if not any(d.reason == "embedding" for _, d in decisions):

@@ -95,6 +95,9 @@ def adagrad8bit(
     bitsandbytes' `Adagrad8bit` begins from 0, puts eps outside the square root, adds weight decay to the gradient and
     stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.
 
+    Formula, order of arguments and defaults are those of `optax.adagrad`; moments are stored as in `adamw8bit`, and
+    what comes after `*` is ours. Nothing else differs.
+
     Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a).
 
     Args:

@@ -126,6 +126,9 @@ def ademamix8bit(
     A step changes the slow mean by 1 - b3 of a gradient, which is less than from one code to the next unless gradients
     are noisy; `StateFormat(rounding="stochastic")` rounds it so that it still follows where they are smooth.
 
+    Formula, order of arguments and defaults are those of `optax.contrib.ademamix`; moments are stored as in
+    `adamw8bit`, and what comes after `*` is ours. `mu_dtype` must be None.
+
     Rule: Pagliardini et al. 2024, Alg. 1 (arXiv:2409.03137).
 
     Args:

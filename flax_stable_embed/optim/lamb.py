@@ -46,6 +46,7 @@ def scale_by_lamb8bit(
     $$u_t = \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert} d_t$$
 
     Rule, and what differs from bitsandbytes: `lamb8bit`.
+    There is no `optax.scale_by_lamb`: its trust ratio is `optax.scale_by_trust_ratio`'s.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `lamb8bit`.
@@ -82,6 +83,9 @@ def lamb8bit(
     \lVert \theta \rVert / \lVert u \rVert)$, which `max_unorm` asks for here, in place of the ratio; its 8-bit `LAMB`
     on CPU does neither and is Adam. Norms are sums over a whole parameter: on another mesh they may differ in their
     last bits, and with them the updates, but not the moments.
+
+    Formula, order of arguments and defaults are those of `optax.lamb`; moments are stored as in `adamw8bit`, and what
+    comes after `*` is ours. `max_unorm` is bitsandbytes'.
 
     Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962).
 

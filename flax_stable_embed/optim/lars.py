@@ -70,6 +70,7 @@ def scale_by_lars8bit(
     $$t_t = b\, t_{t-1} + c \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert + \epsilon} d_t$$
 
     Rule, and what differs from bitsandbytes: `lars8bit`.
+    There is no `optax.scale_by_lars`: its trust ratio is `optax.scale_by_trust_ratio`'s.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `lars8bit`.
@@ -108,6 +109,9 @@ def lars8bit(
     $\min(1, \mathrm{max\_unorm} \lVert \theta \rVert / \lVert t \rVert)$, which `max_unorm` asks for here, in place of
     the ratio; its 8-bit `LARS` on CPU does neither and is SGD. Norms are sums over a whole parameter: on another mesh
     they may differ in their last bits.
+
+    Formula, order of arguments and defaults are those of `optax.lars`; moments are stored as in `adamw8bit`, and what
+    comes after `*` is ours. `max_unorm` is bitsandbytes', and `momentum` must be a number.
 
     Rule: You et al. 2017, Alg. 1 (arXiv:1708.03888).
 

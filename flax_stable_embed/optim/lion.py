@@ -91,6 +91,9 @@ def lion8bit(
     coordinate without a gradient never moves: zero is a code here, while the table of bitsandbytes' CPU quantizer has
     none, and the sign of what it stores instead moves such a coordinate by the learning rate on every step.
 
+    Formula, order of arguments and defaults are those of `optax.lion`; moments are stored as in `adamw8bit`, and what
+    comes after `*` is ours. `mu_dtype` must be None, and of `optax.scale_by_lion`'s modes there is the hard one.
+
     Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675).
 
     Args:

@@ -3,17 +3,7 @@
     state = decode(codes, absmax);   u, state <- tx.update(g, state, p);   codes, absmax <- encode(state)
 
 A moment is a field of the state that the table `moments` names, and in it every array that lies where a parameter lies
-and has its shape. Everything else stays as `tx` makes it, and a transform that has nothing else is refused:
-
-    keeps nothing of the parameters' shape    sgd without momentum, sign_sgd, fromage, noisy_sgd, polyak_sgd
-    parameters, or points of reference        schedule_free (z), dog, dowg, prodigy (params0), mechanize (x0), lookahead
-    sums that parameters are computed from    cocob, madgrad
-    previous gradients, to take a difference  optimistic_gradient_descent, adan (g), lbfgs
-    factored, projected, one for many         adafactor, galore (wrap its base_optimizer), sm3 (mu), novograd (nu)
-    nu - mu^2 of rounded moments              centered rmsprop (mu, nu): it can be negative, and its root NaN
-    step sizes, each its own                  rprop
-
-So of schedule_free_adamw, prodigy, adan, sm3, novograd, ... the other moments are in bytes; lookahead goes around.
+and has its shape. Everything else stays as `tx` makes it, and a transform that has nothing else is refused.
 Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
@@ -95,8 +85,20 @@ def quantize_state(
     here all moments are decoded, then `tx` runs, then all are encoded. Half-precision gradients, parameters and states
     are computed in float32, whatever they are stored in.
 
-    Not in bytes, because they are no moments: parameters, reference points and previous gradients in a state, sums that
-    a parameter is computed from, factored or projected moments. `fse.describe` lists what stayed, and why.
+    Refused, as nothing is left to store in bytes, and kept as it is in other transforms:
+
+        keeps nothing of the parameters' shape    sgd without momentum, sign_sgd, fromage, noisy_sgd, polyak_sgd, dpsgd
+        parameters, or points of reference        schedule_free (z), dog, dowg, prodigy (params0), mechanize (x0),
+                                                  lookahead
+        sums that parameters are computed from    cocob, madgrad
+        previous gradients, to take a difference  optimistic_gradient_descent, adan (g), lbfgs
+        factored, projected, one for many         adafactor, galore (wrap its base_optimizer), sm3 (mu), novograd (nu)
+        nu - mu^2 of rounded moments              centered rmsprop (mu, nu): it can be negative, and its root NaN
+        step sizes, each its own                  rprop
+
+    So of schedule_free_adamw, prodigy, adan, sm3, novograd, ... the other moments are in bytes; lookahead goes around.
+    `fse.describe` lists what stayed, and why. Functions of optax's that read a state (`schedule_free_eval_params`) take
+    `state.inner`.
 
     Args:
         tx: the transform. Extra arguments of `update` are passed on.

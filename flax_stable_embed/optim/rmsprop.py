@@ -151,6 +151,9 @@ def rmsprop8bit(
     $v$ with a signed code, which leaves half of the codes unused: `fse.interop.bitsandbytes.rmsprop8bit`. With the
     `dynamic` codec it is stored so here as well.
 
+    Formula, order of arguments and defaults are those of `optax.rmsprop`; moments are stored as in `adamw8bit`, and
+    what comes after `*` is ours. `optax.rmsprop` of a centered variance below zero is NaN, here it is clipped.
+
     Rule: Hinton 2012, lecture 6; centered: Graves 2013, eq. 38 to 41 (arXiv:1308.0850).
 
     Args:

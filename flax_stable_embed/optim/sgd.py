@@ -98,6 +98,9 @@ def sgd8bit(
     gradient; that formula is `fse.interop.bitsandbytes.sgd8bit`, or `optax.chain(optax.add_decayed_weights(...),
     sgd8bit(...))`.
 
+    Formula, order of arguments and defaults are those of `optax.sgd`; moments are stored as in `adamw8bit`, and what
+    comes after `*` is ours. `accumulator_dtype` must be None.
+
     Rule: Sutskever et al. 2013, sec. 2 (proceedings.mlr.press/v28/sutskever13).
 
     Args:

@@ -1,6 +1,7 @@
 """What every optimizer of tests/cases.py must do: optax's contract, and optax's numbers where nothing is in 8 bits."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -77,6 +78,14 @@ def test_every_public_optimizer_is_swept():
 
 
 # --- the contract of an optax transform ----------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_order_and_defaults_of_arguments_are_the_namesakes(case):
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (case.ours, case.theirs))
+    kinds = [[(p.name, p.default, p.kind) for p in parameters] for parameters in (ours, theirs)]
+    assert kinds[0][: len(theirs)] == kinds[1]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
 @every_optimizer
@@ -620,7 +629,7 @@ def kernel_moment(state, name):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_fused_update_is_update_and_apply_updates(case, dtype):
     tx, params = build(case), parameters(dtype)
     _, state, _ = jitted(tx)(gradients(0, params), tx.init(params), params)
@@ -803,7 +812,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}

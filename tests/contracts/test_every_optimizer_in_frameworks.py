@@ -130,7 +130,7 @@ class LinenModel(nn.Module):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_a_train_state_trains(case):
     model = LinenModel(boxed=None)
     params = model.init(jax.random.key(0), X)["params"]
@@ -265,7 +265,7 @@ def assert_nnx_8bit(case, optimizer):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_an_nnx_optimizer_trains(case):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, build(case), wrt=nnx.Param)

@@ -131,6 +131,7 @@ def test_the_fused_step_is_the_update_applied(name):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_rows_without_gradient_stay_where_they_are_beside_rows_with(name):
     """Also in a block that holds both, and in a short one."""
     params = {"kernel": normal(0, (300,), 0.1), "embedding": normal(1, (64, 16), 0.1)}
@@ -148,6 +149,7 @@ def test_rows_without_gradient_stay_where_they_are_beside_rows_with(name):
 
 
 @every_optimizer
+@pytest.mark.one_in(2, start=1)
 def test_zero_gradients_from_the_first_step_on_move_nothing(name):
     params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
     tx, new = without_decay(name), params

@@ -45,14 +45,15 @@ ALLOWED = {"float32": (3e-8, 1e-5), "float16": (6e-5, 6e-4), "bfloat16": (1.7e-4
 )
 @pytest.mark.one_in(5)
 def test_optimizer8bit(case, shape, dtype):
-    one_step_errors(case, shape, dtype, steps=50 if dtype == "float32" else 10)
+    one_step_errors(case, shape, dtype, steps=50)
 
 
 @pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("shape", [(1024, 1024), (1024, 4097)])
-def test_optimizer8bit_of_full_size(case, shape):
-    one_step_errors(case, shape, "float32", steps=50)
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_optimizer8bit_of_full_size(case, shape, dtype):
+    one_step_errors(case, shape, dtype, steps=50 if shape[1] == 1024 and dtype == "float32" else 5)
 
 
 def one_step_errors(case, shape, dtype, steps):
@@ -74,7 +75,7 @@ def one_step_errors(case, shape, dtype, steps):
         stored = decoded(case, state, shape)
         for ours, theirs in zip(stored, expected):
             if theirs is not None:
-                assert (~np.isclose(ours, theirs, rtol=1e-3, atol=3e-3)).sum() < 20
+                assert (~np.isclose(ours, theirs, rtol=1e-3, atol=3e-3)).sum() < max(1, 20 * min(1, p.size / 2**15))
         error = np.abs(np.asarray(params["kernel"], np.float64) - expected_p)
         mean, relative = ALLOWED[dtype]
         assert error.mean() < mean and (error / (np.abs(expected_p) + 1e-9)).mean() < relative
@@ -102,7 +103,9 @@ WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1
 
 
 @every_case
-@pytest.mark.parametrize("shape", [(1024, 1), pytest.param((1024, 32), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(1024, 1), *(pytest.param((1024, n), marks=pytest.mark.slow) for n in (32, 1024, 4097))]
+)
 @pytest.mark.parametrize("dtype", WITHIN_32BIT)
 @pytest.mark.one_in(3)
 def test_optimizer32bit(case, shape, dtype):
@@ -126,7 +129,7 @@ def test_optimizer32bit(case, shape, dtype):
             if theirs is not None:
                 np.testing.assert_allclose(our_fields(case, state)[f"state{i}"], theirs, rtol=rtol, atol=atol)
         wrong = ~np.isclose(np.asarray(params["kernel"], np.float64), expected_p, rtol=rtol, atol=atol)
-        assert wrong.sum() <= 15
+        assert wrong.sum() <= 15 * min(1, p.size / 2**15)
 
 
 def test_override_config():

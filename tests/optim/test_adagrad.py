@@ -55,3 +55,10 @@ def test_stochastic_rounding_keeps_sums_right_in_the_mean_where_nearest_lets_the
     value = fse.ops.dequantize(codes, absmax, signed=False, block_size=32)
     assert low < float(value[:, 1:].mean()) < high
     np.testing.assert_allclose(value[:, 0], 1.005**200, rtol=1e-4)
+
+
+def test_with_the_map_of_bitsandbytes_the_sum_has_its_signed_code():
+    for codec, zero in (("dynamic", 127), ("root", 0), ("linear", 0)):
+        tx = fse.adagrad8bit(1e-2, 0.0, state_format=fse.StateFormat(codec, min_size=0))
+        state = tx.init({"kernel": jnp.zeros((64, 64))})[0]
+        assert np.unique(state.sum_of_squares["kernel"]).tolist() == [zero]

@@ -497,7 +497,7 @@ PAIRS = {
 @every_kind
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None)], ids=str)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
     before, after = (make() for make in PAIRS[pair])
     plain, state = run(before, parameters(kernel=KERNEL), 2)
@@ -622,8 +622,8 @@ def validation_loss(params):
     return float(loss(params, x[-1], y[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["root", "dynamic"])
-@pytest.mark.one_in(2)
 def test_a_training_goes_on_across_the_switch(codec):
     """Validation loss after 100 steps, switched at 50, beside both runs that never were: 0.003% with `root`, 0.03% with
     `dynamic`. Moments begun anew at step 50 cost 1.9%.
@@ -639,7 +639,8 @@ def test_a_training_goes_on_across_the_switch(codec):
         switched, anew = (
             validation_loss(train(after, params, s, range(50, 100))[0]) for s in (converted, after.init(params))
         )
-        print(f"{codec}: never switched {never}, switched {switched}, begun anew {anew}")
+        gaps = [f"{loss / never[0] - 1:+.3%}" for loss in (switched, anew)]
+        print(f"{codec}: loss gap of the switch {gaps[0]}, of moments begun anew {gaps[1]}")
         for without in never:
             assert abs(switched / without - 1) < 5e-4
             assert anew / without - 1 > 0.015

@@ -176,20 +176,68 @@ def test_a_tied_weight_is_one_parameter_with_one_rule():
         def __call__(self, ids):
             return self.head.attend(self.wte(ids))
 
-    model = Tied()
-    optimizer = nnx.Optimizer(model, fse.adam8bit(1e-3), wrt=nnx.Param)
-    for _ in range(2):
-        grads = nnx.grad(lambda model: jnp.mean(model(jnp.arange(8)) ** 2))(model)
-        optimizer.update(model, grads)
-    leaves = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].mu))
-    assert [x.dtype for x in leaves] == [jnp.float32]  # found as an embedding, under whichever name
+    def trained(**options):
+        model = Tied()
+        optimizer = nnx.Optimizer(model, fse.adam8bit(1e-3, **options), wrt=nnx.Param)
+        before = model.wte.embedding[...]
+        for _ in range(2):
+            grads = nnx.grad(lambda model: jnp.mean(model(jnp.arange(8)) ** 2))(model)
+            optimizer.update(model, grads)
+        (moment,) = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].mu))
+        assert model.head.embedding[...] is model.wte.embedding[...]
+        return moment.dtype, model.wte.embedding[...] - before
+
+    dtype, moved = trained()
+    assert dtype == jnp.float32  # found as an embedding, under whichever name
+    for pattern in ("embedding", "head"):  # of a variable's two paths NNX shows the first
+        dtype, half = trained(rules=((pattern, fse.Rule(8, lr_scale=0.5)),))
+        assert dtype == jnp.int8
+        assert abs(np.median(np.abs(half[:8])) / np.median(np.abs(moved[:8])) - 0.5) < 0.02
+    with pytest.raises(ValueError, match=r"'wte'. The parameters are: head/embedding\. .* tied .* one path"):
+        trained(rules=(("wte", 8),))
 
 
 def test_a_rule_holds_where_parameters_move_to_another_top_level():
-    for wrap in (lambda p: p, lambda p: {"params": p}, lambda p: {"model": {"inner": p}}):
-        state = fse.adam8bit(1e-3, rules=HEAD).init(wrap(tree(body=1.0, head=2.0)))
-        dtypes = sorted(str(x.dtype) for x in jax.tree.leaves(state[0].mu))
-        assert dtypes == ["float32", "int8"]
+    """Or get another one: which leaf is in fp32, and which one has the rate of its own."""
+    tx = fse.adam8bit(1e-3, rules=(("(^|/)head/", fse.Rule(32, lr_scale=0.5)),))
+    names = [lambda p: p, lambda p: {"params": p}, lambda p: {"lm": p}, lambda p: {"decoder": {"inner": p}}]
+    results = []
+    for wrap in names:
+        params = wrap(tree(body=1.0, head=2.0))
+        _, state, updates = jitted(tx)(params, tx.init(params), params)
+        dtypes = {jax.tree_util.keystr(p): x.dtype for p, x in jax.tree_util.tree_leaves_with_path(state[0].mu)}
+        assert all((dtype == jnp.float32) == ("head" in path) for path, dtype in dtypes.items())
+        results.append(jax.tree.leaves(updates))
+    for updates in results[1:]:
+        assert_same_bits(updates, results[0])
+    body, head = results[0]
+    np.testing.assert_allclose(head.ravel()[0], 0.5 * body.ravel()[0], rtol=1e-5)
+
+
+def test_the_rule_holds_for_a_deep_copy_of_a_module():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.body, self.head = (nnx.Linear(64, 64, rngs=nnx.Rngs(i)) for i in range(2))
+
+    model = Model()
+    for one in (model, copy.deepcopy(model), nnx.clone(model)):
+        optimizer = nnx.Optimizer(one, fse.adam8bit(1e-3, rules=(("head/kernel", 32),)), wrt=nnx.Param)
+        mu = nnx.to_pure_dict(optimizer.opt_state[0].mu) if hasattr(nnx, "to_pure_dict") else optimizer.opt_state[0].mu
+        assert (mu["head"]["kernel"].dtype, mu["body"]["kernel"].dtype) == (jnp.float32, jnp.int8)
+
+
+def test_the_report_shows_everything_that_a_rule_sets():
+    rule = fse.Rule(8, SMALL, lr_scale=0.5, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.25)
+    row = fse.describe(fse.adamw8bit(1e-3, rules=(("head", rule),)), tree(body=1.0, head=2.0)).rows[1]
+    assert (row.path, row.bits) == ("head/kernel", 8)
+    assert row.overrides == "lr_scale=0.5, b1=0.8, b2=0.9, eps=1e-06, weight_decay=0.25"
+    shown = fse.StateFormat("linear", block_size=16, block_axis=0, min_size=0)
+    row = fse.describe(fse.adamw8bit(1e-3, rules=(("head", fse.Rule(8, shown)),)), tree(head=2.0)).rows[0]
+    assert row.block == "16 on axis 0, linear"
+
+
+def test_every_optimizer_with_a_rule_is_swept():
+    assert EVERY.keys() == {name for name in vars(fse) if name.endswith("8bit") and not name.startswith("scale_by")}
 
 
 def test_the_slow_mean_of_bitsandbytes_ademamix_grows_from_the_rules_b1():

@@ -52,7 +52,7 @@ def assert_8bit(state):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state_format", [SMALL, STOCHASTIC, fse.StateFormat("linear", min_size=0)], ids=str)
+@pytest.mark.parametrize("state_format", [SMALL, DYNAMIC, STOCHASTIC, fse.StateFormat("linear", min_size=0)], ids=str)
 def test_around_adamw_it_is_adamw8bit(state_format):
     params = parameters()
     ours, theirs = adamw(state_format=state_format), fse.adamw8bit(0.01, weight_decay=0.1, state_format=state_format)

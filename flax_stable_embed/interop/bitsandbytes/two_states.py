@@ -39,7 +39,7 @@ def adam8bit(
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} +
     \epsilon}$$
 
-    See `adamw8bit` for the arguments, the differences and the errors.
+    See `adamw8bit` for the arguments, the differences (of `fse.adam8bit` too, which has no decay) and the errors.
 
     >>> import flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.adam8bit(1e-3)
@@ -135,6 +135,8 @@ def lamb8bit(
     Differences from bitsandbytes: those of `adamw8bit`. A parameter of length 0 is not clipped; there it would stay 0
     for ever. The norm is that of the corrected step, as on CUDA; on CPU it lacks the bias corrections.
 
+    Difference from `fse.lamb8bit`: clipping in place of the trust ratio, and only where moments are in fp32.
+
     Args:
         max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
         learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
@@ -180,6 +182,8 @@ def ademamix8bit(
     Steps t count from 1 (optax's schedules from 0). Differences from bitsandbytes: those of `adamw8bit`; and the scale
     of the slow mean's first block survives where the parameter is not a multiple of 256, as on CPU: on CUDA it is
     written over that of the fast mean's last block.
+
+    Differences from `fse.ademamix8bit`: the schedules, which count from 1, and a weight decay of 1e-2.
 
     Args:
         b3: decay rate of the slow mean.

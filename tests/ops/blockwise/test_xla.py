@@ -59,7 +59,7 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_pieces):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
