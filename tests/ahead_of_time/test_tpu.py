@@ -32,6 +32,7 @@ def compile_step(devices, shape, spec, kind=AxisType.Auto, codec="root"):
 
 @pytest.mark.parametrize("spec", [("data", "model"), (None, ("data", "model")), (("data", "model"), None)], ids=str)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+@pytest.mark.one_in(2)
 def test_a_sharded_step_has_no_collective_on_a_slice(topology, spec, kind):
     compiled = compile_step(topology("v5e:2x2"), (1024, 2048), spec, kind)
     assert not COLLECTIVE.findall(compiled.as_text())

@@ -160,6 +160,7 @@ def test_forward_and_reverse_mode_agree(case):
 
 
 @every_module
+@pytest.mark.one_in(2, start=1)
 def test_vmap_over_ids_and_over_tables(case):
     params = parameters(case)
     forward = linen_forward(case)
@@ -170,6 +171,7 @@ def test_vmap_over_ids_and_over_tables(case):
 
 
 @every_module
+@pytest.mark.one_in(2, start=1)
 def test_remat_changes_nothing(case):
     params = parameters(case)
     forward = linen_forward(case)
@@ -192,6 +194,7 @@ def test_scan_over_ids_equals_one_call(case):
 
 
 @every_module
+@pytest.mark.one_in(2)
 def test_lifted_transforms_stack_modules(case):
     kind = getattr(linen, case.module)
     stacked = nn.vmap(kind, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
@@ -279,7 +282,7 @@ SHARDINGS = [P("a", "b"), P("a", None), P(None, "b"), P(("a", "b"), None), P("b"
         for spec in (SHARDINGS if case.name.endswith("everything") else SHARDINGS[:1])
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(2)
 def test_a_sharded_table_changes_nothing(case, kind, spec):
     params = parameters(case)
     expected = reference(case.name)

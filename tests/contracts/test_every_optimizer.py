@@ -173,6 +173,7 @@ def test_gradients_may_have_another_dtype_than_parameters(case):
 
 
 @pytest.mark.parametrize("case", [case for case in OPTIMIZERS if not case.sums], ids=lambda case: case.name)
+@pytest.mark.one_in(2)
 def test_the_half_works_without_params(case):
     ours, _ = halves(case)
     params, grads = parameters(), gradients()
@@ -410,7 +411,7 @@ def test_fp32_moments_give_optax_bit_for_bit(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4, start=1)
 def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(case):
     params, grads = parameters(), gradients()
     ours, theirs = build(case), build_theirs(case)
@@ -429,7 +430,7 @@ def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
     params = parameters(dtype)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
@@ -449,6 +450,7 @@ def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_complex_parameters_keep_the_state_of_optax(case):
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(64, 64)) + 1j * rng.normal(size=(64, 64)), jnp.complex64)}
@@ -478,6 +480,7 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2, start=1)
 def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -570,6 +573,7 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
 
 @with_every_storage([case for case in OPTIMIZERS if case.bounded])
 @pytest.mark.parametrize("spike", [1e20, 1e30])
+@pytest.mark.one_in(2)
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -710,7 +714,7 @@ def test_every_kind_of_tree(case, kind):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     params = {kind: TREES[kind]() for kind in ("tuple", "none", "empty", "scalar", "vector", "deep")}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)

@@ -68,6 +68,7 @@ def assert_in_bytes(case, state):
 
 
 @every_transform
+@pytest.mark.one_in(3)
 def test_it_trains_as_its_fp32_self(case):
     ((params, state), losses), expected = trained(case.name)
     assert_in_bytes(case, state)
@@ -123,6 +124,7 @@ def test_half_precision_parameters_keep_their_types_and_fp32_moments(case):
 
 
 @every_transform
+@pytest.mark.one_in(3)
 def test_tree_map_params_finds_moments_and_scales(case):
     state = trained(case.name)[0][0][1]
     tx = wrapped(case)
@@ -140,6 +142,7 @@ def test_tree_map_params_finds_moments_and_scales(case):
 
 
 @every_transform
+@pytest.mark.one_in(3)
 def test_flax_serialization_restores_every_bit(case):
     state = trained(case.name)[0][0][1]
     like = jax.tree.map(jnp.zeros_like, state)
@@ -148,6 +151,7 @@ def test_flax_serialization_restores_every_bit(case):
 
 
 @every_transform
+@pytest.mark.one_in(3)
 def test_the_report_has_every_byte(case):
     tx = wrapped(case)
     report = fse.describe(tx, PARAMS)

@@ -223,7 +223,7 @@ _sharding = run_source("optax._src.sharding_test", prepare_sharding)
 
 # `mu_dtype` is refused, and microbatching has no optimizer in it.
 AliasTest = suite(_alias["AliasTest"], without="test_explicit_dtype")
-ContribTest = suite(_contrib["ContribTest"])
+ContribTest = suite(_contrib["ContribTest"], one_in=2)
 ShardingTest = suite(_sharding["ShardingTest"], without="test_microbatch")
 # Any transform of optax's, wrapped.
 _wrapped = run_source("optax._src.alias_test", prepare_wrapped)

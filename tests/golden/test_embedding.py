@@ -78,6 +78,7 @@ def assert_equal_within_the_rule(case, ours, theirs):
 
 @case_and_api
 @every_case
+@pytest.mark.one_in(2)
 def test_answers_equal_the_frozen_ones_of_torch_and_bitsandbytes(case, api, frozen):
     given = {name: frozen[f"{case.name}/{name}"] for name in inputs(case)}
     theirs = {name.removeprefix(f"{case.name}/"): array for name, array in frozen.items()}

@@ -53,7 +53,7 @@ every_case = pytest.mark.parametrize("case", STATE_DICTS, ids=lambda case: case.
 
 @every_case
 @pytest.mark.parametrize("layout", ["nested", "flat"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_codes_survive_bit_by_bit_and_training_goes_on(case, layout, frozen):
     saved, params = saved_of(case, frozen)
     given = flattened(saved) if layout == "nested" else as_before_050(flattened(saved))

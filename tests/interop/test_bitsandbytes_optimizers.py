@@ -162,7 +162,7 @@ def test_zero_gradients_from_the_first_step_on_move_nothing(name):
 
 @every_optimizer
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 def test_a_gradient_that_is_not_finite_is_one_elements_affair(name, bad):
     params, tail = {"kernel": normal(0, (300,), 0.1)}, 290  # in the short last block
     clean = {"kernel": normal(1, (300,), 0.1)}

@@ -69,7 +69,7 @@ def named(state):
 
 
 @every_namesake
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
     ours, theirs = both(name, rules=ALL_FP32)
     params, state = run(theirs, parameters(), 3)
@@ -85,7 +85,7 @@ def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
 
 
 @every_namesake
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 def test_with_8_bits_only_the_kernels_moments_are_rounded_and_only_once(name):
     ours, theirs = both(name)
     params, state = run(theirs, parameters(), 3)
@@ -161,6 +161,7 @@ CODEC_TO_CODEC = {
 
 
 @pytest.mark.parametrize(("a", "b"), CODEC_TO_CODEC)
+@pytest.mark.one_in(2)
 def test_the_error_from_one_codec_to_another(a, b):
     before, after = (adamw(state_format=fse.StateFormat(codec, min_size=0)) for codec in (a, b))
     plain = adamw(32)
@@ -187,7 +188,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_every_other_rule_and_format_there_and_back(name):
     before, after = adamw(), adamw(**OTHERS[name])
     params, state = run(before, parameters(), 3)
