@@ -118,8 +118,8 @@ class _View:
         twice = [name for name, n in Counter(map(self.name, paths)).items() if n > 1]
         if twice:
             raise ValueError(f"Two values in the state of `{argument}` have the path {twice[0]!r}: rename a parameter.")
-        self.fields = {self.name(path): _field(path) for path in paths}
         self.ends = {self.name(path): _end(path) for path in paths}
+        self.fields = {key: end.partition("/")[0] for key, end in self.ends.items()}  # "" where it has no name
         self.leaves: dict[str, Leaf] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
@@ -222,6 +222,18 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
             problems.append(
                 f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
             )
+    _plan_counts(plan, source, target, arrays, allow_reset, problems, fields)
+    if problems:
+        names = tuple(filter(None, fields))
+        hint = f", or name the fields that may begin anew or stay behind: allow_reset={names}" if names else ""
+        raise ValueError(
+            f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same{hint}."
+        )
+    return plan
+
+
+def _plan_counts(plan, source: _View, target: _View, arrays, allow_reset, problems: list, fields: dict) -> None:
+    """Adds the counts to a plan of everything else, or says what is wrong with them."""
     of_moments = _counts_of_moments(plan, source, target)
     for key in target.counts:
         origins = of_moments.get(key) or _neighbours(key, source, target)
@@ -235,13 +247,6 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
         elif not origins and key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
             problems.append(f"{key} of the target has no step count to take in the source")
             fields[target.fields[key]] = None
-    if problems:
-        names = tuple(filter(None, fields))
-        hint = f", or name the fields that may begin anew or stay behind: allow_reset={names}" if names else ""
-        raise ValueError(
-            f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same{hint}."
-        )
-    return plan
 
 
 def _neighbours(key: str, source: _View, target: _View) -> list[str]:
@@ -282,12 +287,6 @@ def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
             for inner, leaf in jax.tree.leaves_with_path(chain):
                 if any(isinstance(key, GetAttrKey) and key.name == "trace" for key in inner) and leaf is not None:
                     yield (*path, *inner), sums
-
-
-def _field(path: tuple) -> str:
-    """The field of a state that a leaf lies in; "" where it has no name."""
-    names = [key.name for key in path if isinstance(key, GetAttrKey) and key.name not in ("value", "raw_value")]
-    return names[-1] if names else ""
 
 
 def _end(path: tuple) -> str:
