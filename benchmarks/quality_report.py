@@ -145,7 +145,6 @@ STYLES = {
     "linear": ("#CC79A7", "D", "-"),
     "root, stochastic": ("#56B4E9", "s", "--"),
     "dynamic, stochastic": ("#E69F00", "^", "--"),
-    "linear, stochastic": ("#999999", "D", "--"),
 }
 TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold"}
 SHADES = ("#b5d4ea", "#6baed6", "#2f7fbc", "#08519c", "#062a5a", "#000000")  # learning rates, from low to high

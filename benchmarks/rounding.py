@@ -30,16 +30,18 @@ STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in (
 
 def measure(shorter: int = 1) -> dict[str, Any]:
     """For fp32 and every storage: the size and the error of updates, and second moments once gradients shrank."""
-    exact = _run(fse.scale_by_adam8bit(rules=((".*", 32),)), shorter)
+    exact = _run(fse.scale_by_adam8bit(rules=((".*", 32),)), "", shorter)
     rows = [_row("fp32", "", exact, exact)]
     for codec, rounding in STORAGES:
         state_format = fse.StateFormat(codec, rounding, min_size=0)
-        rows.append(_row(codec, rounding, _run(fse.scale_by_adam8bit(state_format=state_format), shorter), exact))
+        rows.append(
+            _row(codec, rounding, _run(fse.scale_by_adam8bit(state_format=state_format), codec, shorter), exact)
+        )
     steps = {"steps": STEPS // shorter, "after": AFTER // shorter, "shrunk": SHRUNK, "shape": SHAPE}
     return {"environment": report.environment("python -m benchmarks.rounding"), **steps, "rows": rows}
 
 
-def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _run(tx: Any, codec: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Updates over the last tenth of the steps, every tenth one, and the second moment after gradients shrank."""
     params = {"kernel": jnp.zeros(SHAPE)}
 
@@ -56,14 +58,13 @@ def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
             updates.append(np.asarray(u))
     for i in range(AFTER // shorter):
         _, state = step(state, steps + i, SHRUNK)
-    return updates, _second_moment(state)
+    return updates, _second_moment(state, codec)
 
 
-def _second_moment(state: Any) -> np.ndarray:
+def _second_moment(state: Any, codec: Any) -> np.ndarray:
     stored, absmax = state.nu["kernel"], state.nu_absmax["kernel"]
-    if stored.dtype == jnp.float32:
+    if not codec:
         return np.asarray(stored)
-    codec = "root" if state.mu["kernel"].dtype == jnp.int8 else "dynamic"
     axis = next(i for i, (n, blocks) in enumerate(zip(SHAPE, absmax.shape)) if blocks < n)
     size = SHAPE[axis] // absmax.shape[axis]
     return np.asarray(fse.ops.dequantize(stored, absmax, signed=False, codec=codec, block_size=size, axis=axis))
@@ -88,7 +89,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The rows as a table."""
     lines = [
         f"`{results['environment']['command']}`, {' x '.join(map(str, results['shape']))} elements, "
-        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} of a thirtieth of the size; "
+        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} of 1/{1 / results['shrunk']:.0f} of the size; "
         "beside Adam with fp32 moments:",
         "",
         "| moments | size of updates | their error | second moment after gradients shrank |",

@@ -29,6 +29,7 @@ from ._rules import Rule, Rules, StateFormat, path_name
 from ._state_checks import check_fields, check_moments, check_same_paths, check_storage, format_of, kind_of
 from ._storage import (
     initial,
+    is_none,
     nbytes,
     wide_dtype,
 )
@@ -145,10 +146,10 @@ class Engine:
                 "order is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
             )
         check_fields(self.method, state, grads)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_none)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
         trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}
-        columns = {name: jax.tree.leaves(x, is_leaf=_is_none) for name, x in trees.items()}
-        p_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params, is_leaf=_is_none)
+        columns = {name: jax.tree.leaves(x, is_leaf=is_none) for name, x in trees.items()}
+        p_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params, is_leaf=is_none)
         if {len(column) for column in (*columns.values(), p_leaves)} != {len(leaves)}:
             stored = len(next(iter(columns.values()), leaves))
             raise ValueError(
@@ -182,7 +183,7 @@ class Engine:
             outputs.append(out)
             for name, value in stored.items():
                 columns[name][i] = value
-        new = {name: jax.tree.structure(x, is_leaf=_is_none).unflatten(columns[name]) for name, x in trees.items()}
+        new = {name: jax.tree.structure(x, is_leaf=is_none).unflatten(columns[name]) for name, x in trees.items()}
         # One array each: an array that is in the state twice could not be donated.
         new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in _counts(self.method.state)}
         return tree.unflatten(outputs), state._replace(**new)
@@ -274,10 +275,6 @@ def _narrowed(name: str, count: Array, new: Array, old: Array) -> Array:
     return stochastic_round(new.astype(jnp.float32), old.dtype, random_bits(name, count, old))
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
 def _is_static(hyper: Any) -> bool:
     return hyper is None or isinstance(hyper, int | float) or callable(hyper)
 
@@ -292,21 +289,21 @@ def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:
     def spread(m, part):
         if isinstance(m, str) or not hasattr(m, "__bool__"):
             raise ValueError(f"`{name}` must hold booleans, got {m!r}.")
-        return jax.tree.map(lambda _: bool(m), part, is_leaf=_is_none)
+        return jax.tree.map(lambda _: bool(m), part, is_leaf=is_none)
 
     if mask is None:
-        return [True] * len(jax.tree.leaves(tree, is_leaf=_is_none))
+        return [True] * len(jax.tree.leaves(tree, is_leaf=is_none))
     if not _is_prefix(mask, tree):
         raise ValueError(
             f"`{name}` must be a pytree of booleans like the parameters, or a function that gives one, but it is "
             f"{jax.tree.structure(mask)}, and the parameters are {jax.tree.structure(tree)}."
         )
-    return jax.tree.leaves(jax.tree.map(spread, mask, tree, is_leaf=_is_none))
+    return jax.tree.leaves(jax.tree.map(spread, mask, tree, is_leaf=is_none))
 
 
 def _is_prefix(a: Any, b: Any) -> bool:
     try:
-        jax.tree.map(lambda *_: None, a, b, is_leaf=_is_none)
+        jax.tree.map(lambda *_: None, a, b, is_leaf=is_none)
     except (ValueError, TypeError):
         return False
     return True

@@ -9,7 +9,7 @@ from jax import Array
 
 from ._method import Method
 from ._rules import Rules, path_name
-from ._storage import bits_of, format_bytes, format_difference, is_codes
+from ._storage import bits_of, format_bytes, format_difference, is_codes, is_none
 
 
 def check_fields(method: Method, state: Any, grads: Any) -> None:
@@ -106,13 +106,9 @@ def kind_of(state: Any) -> str:
 
 def check_same_paths(paths: Sequence[str], tree: Any, who_has: str):
     """Leaves are paired by position: a renamed or swapped parameter must not get another one's moments or values."""
-    for path, (key_path, _) in zip(paths, jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)):
+    for path, (key_path, _) in zip(paths, jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)):
         if path != path_name(key_path):
             raise ValueError(
                 f"The gradients have a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by "
                 "`init` of the same parameters?"
             )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

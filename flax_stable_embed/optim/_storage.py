@@ -100,6 +100,11 @@ def is_array(box: Any) -> bool:
     return hasattr(unbox(box), "shape") and hasattr(unbox(box), "dtype")
 
 
+def is_none(x: Any) -> bool:
+    """Whether a parameter has no array in a tree, as an `is_leaf`."""
+    return x is None
+
+
 def with_shape(box: Any) -> Any:
     """Python numbers as shapes; all else as it is."""
     if not isinstance(box, int | float | complex) or is_array(box):

@@ -26,7 +26,7 @@ from ._storage import decode, encode, format_difference, is_codes
 # The states of what goes before a trace in optax's LARS and RMSprop: it then sums steps, learning rate and all.
 _RATE = ("EmptyState", "ScaleByScheduleState")
 _BEFORE_A_TRACE_OF_STEPS = (
-    (("MaskedState",), ("MaskedState",), _RATE),
+    (("MaskedState", "EmptyState"), ("MaskedState",), _RATE),
     (("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "ScaleByRStdDevWithCountState"), _RATE),
 )
 
@@ -63,7 +63,9 @@ def convert_state(
         params: the parameters, or their shapes.
         state: as `tx_from.init(params)` makes it; the trees of dicts and lists that checkpoints hold will do.
         allow_reset: names of fields, "nu" or "acc_grads" say, that may begin anew in the target, or stay behind. Of
-            several counts for one, "count" takes the largest.
+            several counts for one, "count" takes the largest. Moments that begin anew with all others of their
+            optimizer begin with a count of 0; beside moments that go on they keep the count, and a bias correction is
+            too small for them, unless "count" is named too, and is then too large for the others.
 
     Returns:
         A state with the structure of `tx_to.init(params)`. With `nnx.Optimizer`: give `nnx.as_pure` of the parameters
@@ -118,8 +120,7 @@ class _View:
         twice = [name for name, n in Counter(map(self.name, paths)).items() if n > 1]
         if twice:
             raise ValueError(f"Two values in the state of `{argument}` have the path {twice[0]!r}: rename a parameter.")
-        self.ends = {self.name(path): _end(path) for path in paths}
-        self.fields = {key: end.partition("/")[0] for key, end in self.ends.items()}  # "" where it has no name
+        self.paths = {self.name(path): path for path in paths}
         self.leaves: dict[str, Leaf] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
@@ -187,17 +188,18 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
     """The value of the source for each value of the target; raises unless every one has its partner."""
     allow_reset = (allow_reset,) if isinstance(allow_reset, str) else allow_reset
     names = source.names | target.names
+    ends = {view: {key: _end(path, names) for key, path in view.paths.items()} for view in (source, target)}
     values = [key for key in target.shapes if key not in target.counts]
     plan = {key: key for key in values if key in source.shapes}
     free = {key: None for key in source.shapes if key not in plan and key not in source.counts}  # in order
     by_end = defaultdict(list)
     for key in free:
-        by_end[source.ends[key]].append(key)
+        by_end[ends[source][key]].append(key)
     problems, fields = [], {}  # fields that a caller may give up, in order
     for key in values:
         if key in plan:
             continue
-        same = by_end[target.ends[key]] if target.fields[key] in names else []
+        same = by_end[ends[target][key]] if _field(ends[target][key]) in names else []
         if len(same) > 1:
             problems.append(f"{key} of the target may be {' or '.join(same)} of the source")
         elif same:
@@ -205,11 +207,11 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
             free.pop(plan[key])
         elif not _allowed(key, allow_reset):
             problems.append(f"{key} of the target has no source")
-            fields[target.fields[key]] = None
+            fields[_field(ends[target][key])] = None
     for key in free:
         if not _allowed(key, allow_reset):
             problems.append(f"{key} of the source has no place in the target")
-            fields[source.fields[key]] = None
+            fields[_field(ends[source][key])] = None
     for key, origin in list(plan.items()):
         there, here = source.sums.get(origin), target.sums.get(key)
         if there and here and there != here:
@@ -217,15 +219,15 @@ def _plan(source: _View, target: _View, arrays: dict[str, Any], allow_reset: Seq
                 plan.pop(key)
                 continue
             problems.append(f"{origin} of the source sums {there}, and {key} of the target {here}")
-            fields[target.fields[key]] = None
+            fields[_field(ends[target][key])] = None
         if target.shapes[key] != source.shapes[origin]:
             problems.append(
                 f"{origin} has the shape {source.shapes[origin]} in the source and {target.shapes[key]} in the target"
             )
     _plan_counts(plan, source, target, arrays, allow_reset, problems, fields)
     if problems:
-        names = tuple(filter(None, fields))
-        hint = f", or name the fields that may begin anew or stay behind: allow_reset={names}" if names else ""
+        named = tuple(filter(None, fields))
+        hint = f", or name the fields that may begin anew or stay behind: allow_reset={named}" if named else ""
         raise ValueError(
             f"The state cannot be converted whole: {_first(problems)}. Choose a `tx_to` that keeps the same{hint}."
         )
@@ -236,6 +238,10 @@ def _plan_counts(plan, source: _View, target: _View, arrays, allow_reset, proble
     """Adds the counts to a plan of everything else, or says what is wrong with them."""
     of_moments = _counts_of_moments(plan, source, target)
     for key in target.counts:
+        beneath = [k for k in target.leaves if key in target.counts_over(k).values()]
+        anew = [k for k in beneath if k not in plan]
+        if anew and (len(anew) == len(beneath) or _allowed(key, allow_reset)):
+            continue  # moments that begin anew are corrected for their beginning by a count that does
         origins = of_moments.get(key) or _neighbours(key, source, target)
         steps = {origin: int(arrays[origin]) for origin in origins if not isinstance(arrays[origin], Tracer)}
         if origins:
@@ -243,10 +249,10 @@ def _plan_counts(plan, source: _View, target: _View, arrays, allow_reset, proble
         if len(set(steps.values())) > 1 and not _allowed(key, allow_reset):
             found = " or ".join(f"{origin} = {n}" for origin, n in steps.items())
             problems.append(f"{key} of the target may be {found} of the source")
-            fields[target.fields[key]] = None
+            fields["count"] = None
         elif not origins and key.rpartition("/")[0] not in target.uncounted and not _allowed(key, allow_reset):
             problems.append(f"{key} of the target has no step count to take in the source")
-            fields[target.fields[key]] = None
+            fields["count"] = None
 
 
 def _neighbours(key: str, source: _View, target: _View) -> list[str]:
@@ -289,10 +295,18 @@ def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
                     yield (*path, *inner), sums
 
 
-def _end(path: tuple) -> str:
-    """A path from its field on, "mu/block/kernel", which is the same wherever the state lies."""
+def _end(path: tuple, moments: set[str]) -> str:
+    """A path from its field on, "mu/block/kernel", which is the same wherever the state lies; "" where none has a name.
+
+    The field is a moment's, the first on the path, as parameters may have the names of moments; or the last of all.
+    """
     at = [i for i, key in enumerate(path) if isinstance(key, GetAttrKey) and key.name not in ("value", "raw_value")]
-    return path_name(path[at[-1] :]) if at else ""
+    first = next((i for i in at if path[i].name in moments), at[-1] if at else len(path))
+    return path_name(path[first:])
+
+
+def _field(end: str) -> str:
+    return end.partition("/")[0]
 
 
 def _kind(x: Any) -> tuple[tuple[int, ...], bool]:

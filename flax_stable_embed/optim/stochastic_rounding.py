@@ -17,6 +17,7 @@ from jax import Array
 from ..ops.blockwise.quantize import random_bits
 from ..ops.rounding import stochastic_round
 from ._rules import path_name
+from ._storage import is_none
 from ._transform import FusedTransformation
 
 
@@ -72,19 +73,19 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         if params is None:
             raise ValueError("stochastic rounding needs `params`: call `update(grads, state, params)`; got None.")
         wide = jax.tree.map(_wide, params)
-        grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=_is_none)
+        grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=is_none)
         updates, inner_state = inner.update(grads, state.inner_state, wide, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def rounded(path, u, p):
             return _rounded(u, p, f"stochastic_round_updates/{path_name(path)}", count) if _is_half(p) else u
 
-        updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=_is_none)
+        updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=is_none)
         return updates, StochasticRoundState(count, inner_state)
 
     def fused(grads, state, params, **extra_args):
         updates, state = update(grads, state, params, **extra_args)
-        return jax.tree.map(_applied, params, updates, is_leaf=_is_none), state
+        return jax.tree.map(_applied, params, updates, is_leaf=is_none), state
 
     return FusedTransformation(init, update, fused)
 
@@ -106,10 +107,6 @@ def _rounded(u: Any, p: Any, path: str, count: Array) -> Any:
 def _applied(p: Any, u: Any) -> Any:
     """`optax.apply_updates` of a leaf, which may be without an update."""
     return p if p is None or u is None else jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _is_half(x: Any) -> bool:

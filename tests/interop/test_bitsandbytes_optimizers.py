@@ -11,6 +11,7 @@ import pytest
 
 import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes
+from flax_stable_embed.interop.bitsandbytes import two_states
 from flax_stable_embed.interop.bitsandbytes._formula import correction
 from tests.interop.tools import BLOCKS, fused, normal
 
@@ -261,6 +262,14 @@ def test_a_rate_that_cannot_grow_is_refused(name, rate):
 def test_schedules_that_cannot_be_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         fse.interop.bitsandbytes.ademamix8bit(**arguments)
+
+
+def test_a_slow_mean_that_begins_above_its_rate_has_it_throughout():
+    """min(b3, ...), as in bitsandbytes."""
+    growing = two_states._growing_b3(0.5, 10)
+    for count in (0, 5, 20):
+        rate, rest = growing(jnp.int32(count), 0.9)
+        assert (float(rate), float(rest)) == (0.5, 0.5)
 
 
 def test_schedules_keep_to_strict_promotion_of_dtypes():

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -318,6 +319,7 @@ def test_what_has_no_counterpart_is_named(before, after, message):
 STEPS_BESIDE_GRADIENTS = {
     "ours": (fse.lars8bit, functools.partial(fse.lars8bit, max_unorm=0.02)),
     "optax": (optax.lars, fse.sgd8bit, 0.9),
+    "optax without a mask": (functools.partial(optax.lars, weight_decay_mask=None), fse.sgd8bit, 0.9),
     "to optax": (fse.sgd8bit, optax.lars, 0.9),
     "the half": (fse.lars8bit, lambda rate: optax.chain(*[optax.identity()] * 3, fse.scale_by_lars8bit())),
     "of optax's transforms": (lambda rate: fse.quantize_state(optax.lars(rate)), optax.sgd, 0.9),
@@ -394,6 +396,30 @@ def test_two_values_of_one_path_are_refused():
     tx = optax.adam(0.1)
     with pytest.raises(ValueError, match=r"Two values in the state of `tx_from` have the path '0/mu/a/b'"):
         fse.convert_state(tx, tx, params, tx.init(params))
+
+
+def test_moments_that_begin_anew_do_not_keep_the_count_of_others():
+    before, after = fse.sgd8bit(0.1, 0.9, state_format=SMALL), adamw()
+    params, state = run(before, parameters(), 2)
+    converted = fse.convert_state(before, after, params, state, allow_reset=("trace", "mu", "nu"))
+    assert int(converted[0].count) == 0
+    before = fse.lion8bit(0.1, state_format=SMALL)
+    params, state = run(before, parameters(), 2)
+    for reset, count in ((("nu",), 2), (("nu", "count"), 0)):
+        assert int(fse.convert_state(before, after, params, state, allow_reset=reset)[0].count) == count
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    nu: jax.Array
+
+
+def test_parameters_in_tuples_with_names_move_too():
+    params = Layer(jnp.ones((64, 64)), jnp.ones(8))
+    before, after = optax.adamw(0.1), optax.chain(optax.clip(1.0), adamw())
+    _, state = before.update(params, before.init(params), params)
+    converted = fse.convert_state(before, after, params, state)
+    assert is_codes(converted[1][0].mu.kernel) and float(converted[1][0].nu.nu[0]) > 0
 
 
 def test_labels_and_parameters_may_have_the_names_of_moments():

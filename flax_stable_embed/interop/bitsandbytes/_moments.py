@@ -64,16 +64,17 @@ class Place(NamedTuple):
 
 def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.ndarray, np.ndarray, How, float]:
     """`(values, absmax, how, error)`; those that are given have the shapes and dtypes of our state."""
-    if moment.absmax is not None and moment.qmap is not None:
-        if place.shares_codes(moment.block_size, moment.qmap):
-            off = np.abs(moment.qmap - flat.qmap(place.signed)).max()
-            return moment.values, moment.absmax.reshape(absmax.shape), "exact", float(off)
-    given = moment.decoded().transpose(place.axes)
+    given = moment.decoded()
     if not place.moment.signed and given.size and given.min() < -1e-5 * np.abs(given).max():
         raise ValueError(
             f"`{place.moment.name}` is never negative, but the state that is to become it has {given.min():g}. Is it "
             "the same optimizer?"
         )
+    if moment.absmax is not None and moment.qmap is not None:
+        if place.shares_codes(moment.block_size, moment.qmap):
+            off = np.abs(moment.qmap - flat.qmap(place.signed)).max()
+            return moment.values, moment.absmax.reshape(absmax.shape), "exact", float(off)
+    given = given.transpose(place.axes)
     if place.decision.blocks is not None:
         codes, scales = place.encode(given)
         error = _error(given, place.decode(codes, scales), _spread(scales, place.decision.blocks, place.shape))

@@ -78,7 +78,8 @@ def lars8bit(
     Differences from bitsandbytes: those of `sgd8bit`. A parameter of length 0 is not clipped; there it would stay 0 for
     ever.
 
-    Difference from `fse.lars8bit`: clipping in place of the trust ratio, behind the trace and only of fp32 traces.
+    Differences from `fse.lars8bit`: the storage, as in `adamw8bit`; clipping in place of the trust ratio, behind the
+    trace and only of fp32 traces.
 
     Args:
         momentum: decay rate of the trace.
@@ -120,8 +121,8 @@ def rmsprop8bit(
     Differences from bitsandbytes: those of `adamw8bit`; the decayed gradient is in the numerator, as on CPU: on CUDA
     the raw one is, which all but loses the decay.
 
-    Differences from `fse.rmsprop8bit`: eps outside the square root, weight decay, `decay` 0.99 and not 0.9, and
-    neither centering nor momentum.
+    Differences from `fse.rmsprop8bit`: the storage, as in `adamw8bit`; a learning rate by default, eps outside the
+    square root, weight decay, `decay` 0.99 and not 0.9, and neither centering nor momentum.
 
     Args:
         decay: decay rate of the second moment; bitsandbytes' `alpha`.
@@ -161,8 +162,8 @@ def adagrad8bit(
 
     Differences from bitsandbytes: those of `rmsprop8bit`.
 
-    Differences from `fse.adagrad8bit`: the sum begins from 0 and not 0.1, eps is outside the square root and 1e-10, and
-    there is weight decay.
+    Differences from `fse.adagrad8bit`: the storage, as in `adamw8bit`; a learning rate by default, the sum begins from
+    0 and not 0.1, eps is outside the square root and 1e-10, and there is weight decay.
 
     Args:
         eps: added outside the square root.
@@ -201,7 +202,8 @@ def lion8bit(
 
     Differences from bitsandbytes: those of `adamw8bit`.
 
-    Differences from `fse.lion8bit`: the default learning rate and, in place of 1e-3, no weight decay.
+    Differences from `fse.lion8bit`: the storage, as in `adamw8bit`; a default learning rate and, in place of 1e-3, no
+    weight decay.
 
     Args:
         b1: weight of the moment in the direction.

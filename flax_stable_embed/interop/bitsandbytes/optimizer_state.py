@@ -266,7 +266,7 @@ def _common_step(saved: Mapping[Key, Mapping], step: int | None) -> int:
 
 def _whole(key: Key | None, step: Any) -> int:
     try:
-        number = int(step)
+        number = int(step) if float(step).is_integer() else -1
     except (TypeError, ValueError):
         number = -1
     if not 0 <= number < 2**31:

@@ -135,7 +135,8 @@ def lamb8bit(
     Differences from bitsandbytes: those of `adamw8bit`. A parameter of length 0 is not clipped; there it would stay 0
     for ever. The norm is that of the corrected step, as on CUDA; on CPU it lacks the bias corrections.
 
-    Difference from `fse.lamb8bit`: clipping in place of the trust ratio, and only where moments are in fp32.
+    Differences from `fse.lamb8bit`: the storage, as in `adamw8bit`; eps 1e-8 and not 1e-6; clipping in place of the
+    trust ratio, and only where moments are in fp32.
 
     Args:
         max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
@@ -183,7 +184,8 @@ def ademamix8bit(
     of the slow mean's first block survives where the parameter is not a multiple of 256, as on CPU: on CUDA it is
     written over that of the fast mean's last block.
 
-    Differences from `fse.ademamix8bit`: the schedules, which count from 1, and a weight decay of 1e-2.
+    Differences from `fse.ademamix8bit`: the storage, as in `adamw8bit`; the schedules, which count from 1, and a weight
+    decay of 1e-2.
 
     Args:
         b3: decay rate of the slow mean.
@@ -221,7 +223,8 @@ def _growing_b3(b3: Any, steps: Any) -> Callable:
         _check_between(b1=b1)  # a rule's, it may be
         low, high, t = 1 / log(b1), 1 / log(b3), (before + 1).astype(jnp.result_type(float))
         power = 1 / (low + t * ((high - low) / steps))
-        return jnp.where(t < steps, jnp.exp(power), b3), jnp.where(t < steps, -_expm1(power), 1 - b3)
+        grows = (t < steps) & (b1 < b3)  # what begins above b3 is b3 throughout
+        return jnp.where(grows, jnp.exp(power), b3), jnp.where(grows, -_expm1(power), 1 - b3)
 
     return schedule
 
