@@ -89,8 +89,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The rows as a table."""
     lines = [
         f"`{results['environment']['command']}`, {' x '.join(map(str, results['shape']))} elements, "
-        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} of 1/{1 / results['shrunk']:.0f} of the size; "
-        "beside Adam with fp32 moments:",
+        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} "
+        f"of 1/{1 / results['shrunk']:.0f} of the size; beside Adam with fp32 moments:",
         "",
         "| moments | size of updates | their error | second moment after gradients shrank |",
         "| --- | --: | --: | --: |",
