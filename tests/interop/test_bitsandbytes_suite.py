@@ -129,7 +129,8 @@ def test_optimizer32bit(case, shape, dtype):
             if theirs is not None:
                 np.testing.assert_allclose(our_fields(case, state)[f"state{i}"], theirs, rtol=rtol, atol=atol)
         wrong = ~np.isclose(np.asarray(params["kernel"], np.float64), expected_p, rtol=rtol, atol=atol)
-        assert wrong.sum() <= 15 * min(1, p.size / 2**15)
+        # There at most 15 whatever the size, from another float32 computation; here from float64.
+        assert wrong.sum() <= 15 * max(min(1, p.size / 2**15), p.size / 2**20)
 
 
 def test_override_config():
