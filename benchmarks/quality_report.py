@@ -108,7 +108,7 @@ def _question(results: dict[str, Any], title: str, rows: list[list[str]]) -> str
     for label, cell in rows:
         by_rate = [_at_rate(of_cell(results, cell, rate)) for rate in rates]
         pairs = ([] if cell == reference else differences(results, cell, reference, rate) for rate in (best, None))
-        lines.append([label, *by_rate, _share(of_cell(results, cell)), *map(_spread, pairs)])
+        lines.append([label, *by_rate, _share(of_cell(results, cell)), *map(spread_of, pairs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -129,7 +129,8 @@ def unstable_share(runs: list[dict[str, Any]]) -> float:
     return mean(bool(run["unstable"]) for run in runs)
 
 
-def _spread(values: list[float]) -> str:
+def spread_of(values: list[float]) -> str:
+    """The mean of relative differences, and its standard error where there is one."""
     if len(values) < 2:
         return "" if not values else f"{values[0]:+.2%}"
     return f"{mean(values):+.2%} ± {stdev(values) / math.sqrt(len(values)):.2%}"

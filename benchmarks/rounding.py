@@ -25,23 +25,23 @@ from . import report
 SHAPE = (64, 256)
 STEPS, AFTER = 6000, 1000  # of unit size, and of SHRUNK
 SHRUNK = 1 / 30
+EXACT = fse.scale_by_adam8bit(rules=((".*", 32),))
 STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in ("nearest", "stochastic")]
 
 
 def measure(shorter: int = 1) -> dict[str, Any]:
     """For fp32 and every storage: the size and the error of updates, and second moments once gradients shrank."""
-    exact = _run(fse.scale_by_adam8bit(rules=((".*", 32),)), "", shorter)
+    exact = _run(EXACT, shorter)
     rows = [_row("fp32", "", exact, exact)]
     for codec, rounding in STORAGES:
         state_format = fse.StateFormat(codec, rounding, min_size=0)
-        rows.append(
-            _row(codec, rounding, _run(fse.scale_by_adam8bit(state_format=state_format), codec, shorter), exact)
-        )
+        stored = _run(fse.scale_by_adam8bit(state_format=state_format), shorter)
+        rows.append(_row(codec, rounding, stored, exact))
     steps = {"steps": STEPS // shorter, "after": AFTER // shorter, "shrunk": SHRUNK, "shape": SHAPE}
     return {"environment": report.environment("python -m benchmarks.rounding"), **steps, "rows": rows}
 
 
-def _run(tx: Any, codec: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Updates over the last tenth of the steps, every tenth one, and the second moment after gradients shrank."""
     params = {"kernel": jnp.zeros(SHAPE)}
 
@@ -58,16 +58,7 @@ def _run(tx: Any, codec: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarra
             updates.append(np.asarray(u))
     for i in range(AFTER // shorter):
         _, state = step(state, steps + i, SHRUNK)
-    return updates, _second_moment(state, codec)
-
-
-def _second_moment(state: Any, codec: Any) -> np.ndarray:
-    stored, absmax = state.nu["kernel"], state.nu_absmax["kernel"]
-    if not codec:
-        return np.asarray(stored)
-    axis = next(i for i, (n, blocks) in enumerate(zip(SHAPE, absmax.shape)) if blocks < n)
-    size = SHAPE[axis] // absmax.shape[axis]
-    return np.asarray(fse.ops.dequantize(stored, absmax, signed=False, codec=codec, block_size=size, axis=axis))
+    return updates, np.asarray(fse.convert_state(tx, EXACT, params, state).nu["kernel"])
 
 
 def _row(codec: str, rounding: str, run: Any, exact: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ for moments at the switch, with the learning rate's schedule going on.
 """
 
 import argparse
-import math
 import sys
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from flax import nnx
 
 import flax_stable_embed as fse
 
-from . import quality, report
+from . import quality, quality_report, report
 
 SEEDS = 3
 NEVER = ("fp32", "root", "dynamic")
@@ -99,9 +98,7 @@ def markdown(results: dict[str, Any]) -> str:
         "| --- | --: | --: |",
     ]
     for name, losses in results["losses"].items():
-        values = gaps(results, name)
-        spread = f" ± {stdev(values) / math.sqrt(seeds):.2%}" if seeds > 1 else ""
-        gap = "" if name == "fp32" else f"{mean(values):+.2%}{spread}"
+        gap = "" if name == "fp32" else quality_report.spread_of(gaps(results, name))
         lines.append(f"| {name}{' throughout' if name in NEVER else ''} | {mean(losses):.4f} | {gap} |")
     return "\n".join(lines)
 

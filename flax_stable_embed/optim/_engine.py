@@ -27,12 +27,7 @@ from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
 from ._rules import Rule, Rules, StateFormat, path_name
 from ._state_checks import check_fields, check_moments, check_same_paths, check_storage, format_of, kind_of
-from ._storage import (
-    initial,
-    is_none,
-    nbytes,
-    wide_dtype,
-)
+from ._storage import initial, is_none, nbytes, wide_dtype
 
 
 class Tail(NamedTuple):

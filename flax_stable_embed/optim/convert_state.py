@@ -23,11 +23,13 @@ from ._report import Leaf, trace_init
 from ._rules import path_name
 from ._storage import decode, encode, format_difference, is_codes
 
-# The states of what goes before a trace in optax's LARS and RMSprop: it then sums steps, learning rate and all.
-_RATE = ("EmptyState", "ScaleByScheduleState")
-_BEFORE_A_TRACE_OF_STEPS = (
-    (("MaskedState", "EmptyState"), ("MaskedState",), _RATE),
-    (("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "ScaleByRStdDevWithCountState"), _RATE),
+# What the trace sums in a chain of these states, which are those of optax's SGD, LARS and RMSprop.
+_RATE, _TRACE = ("EmptyState", "ScaleByScheduleState"), ("TraceState",)
+_RMS = ("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "ScaleByRStdDevWithCountState")
+_CHAINS_WITH_A_TRACE: tuple[tuple[Sums, tuple[tuple[str, ...], ...]], ...] = (
+    ("gradients", (_TRACE, _RATE)),
+    ("steps", (("MaskedState", "EmptyState"), ("MaskedState",), _RATE, _TRACE)),
+    ("steps", (_RMS, _RATE, _TRACE)),
 )
 
 
@@ -278,20 +280,16 @@ def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
     """Where the traces of optax's SGD, LARS and RMSprop lie, and what they sum."""
 
     def summed(x: Any) -> Sums | None:
-        if type(x) is not tuple or not any(isinstance(one, optax.TraceState) for one in x):
-            return None
-        kinds = [type(one).__name__ for one in x]
-        if len(x) == 2 and kinds[0] == "TraceState" and kinds[1] in _RATE:
-            return "gradients"
-        for before in _BEFORE_A_TRACE_OF_STEPS:
-            if len(x) == len(before) + 1 and all(kind in allowed for kind, allowed in zip(kinds, before)):
-                return "steps"
+        kinds = [type(one).__name__ for one in x] if type(x) is tuple else []
+        for sums, chain in _CHAINS_WITH_A_TRACE:
+            if len(kinds) == len(chain) and all(kind in allowed for kind, allowed in zip(kinds, chain)):
+                return sums
         return None
 
     for path, chain in jax.tree.leaves_with_path(state, is_leaf=lambda x: summed(x) is not None):
         if sums := summed(chain):
-            for inner, leaf in jax.tree.leaves_with_path(chain):
-                if any(isinstance(key, GetAttrKey) and key.name == "trace" for key in inner) and leaf is not None:
+            for inner, _ in jax.tree.leaves_with_path(chain):
+                if any(isinstance(key, GetAttrKey) and key.name == "trace" for key in inner):
                     yield (*path, *inner), sums
 
 

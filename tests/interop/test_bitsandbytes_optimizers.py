@@ -14,6 +14,7 @@ from flax_stable_embed.interop import bitsandbytes
 from flax_stable_embed.interop.bitsandbytes import two_states
 from flax_stable_embed.interop.bitsandbytes._formula import correction
 from tests.interop.tools import BLOCKS, fused, normal
+from tests.tools import REPRESENTATIVE
 
 OPTIMIZERS = {
     "adam8bit": {},
@@ -30,7 +31,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 # For what does not depend on the formula: the others join in `make test-all`.
 every_kind_of_optimizer = pytest.mark.parametrize(
     "name",
-    [n if n in ("adamw8bit", "lars8bit") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+    [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
 )
 
 

@@ -73,12 +73,11 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
         try:
-            dtype, shape, (start, end) = (self._entries[name][field] for field in ("dtype", "shape", "data_offsets"))
+            dtype, shape, (start, end) = (entry[field] for field in ("dtype", "shape", "data_offsets"))
         except (KeyError, TypeError, ValueError) as error:
-            if name not in self._entries:
-                raise
-            raise ValueError(f"{self.path!r} is damaged: it says of {name!r} only {self._entries[name]}.") from error
+            raise ValueError(f"{self.path!r} is damaged: it says of {name!r} only {entry}.") from error
         if dtype not in DTYPES:
             raise ValueError(f"{name!r} in {self.path!r} has the dtype {dtype}; known are {', '.join(DTYPES)}.")
         itemsize = np.dtype(DTYPES[dtype]).itemsize

@@ -250,27 +250,25 @@ def _groups(given: Any, keys: list[Key], states: int, name: str) -> list[dict[st
 
 
 def _common_step(saved: Mapping[Key, Mapping], step: int | None) -> int:
-    without = [key for key, state in saved.items() if "step" not in state]
-    if step is None and without:
-        raise ValueError(f"`state_dict` has no 'step' for parameter {without[0]!r}. Say how many there were: step=...")
-    steps = {key: _whole(key, state["step"]) for key, state in saved.items()} if step is None else {}
     if step is not None:
-        step = _whole(None, step)
-    if step is None and len(set(steps.values())) > 1:
+        return _whole("`step`", step)
+    if without := [key for key, state in saved.items() if "step" not in state]:
+        raise ValueError(f"`state_dict` has no 'step' for parameter {without[0]!r}. Say how many there were: step=...")
+    steps = {key: _whole(f"The step of parameter {key!r}", state["step"]) for key, state in saved.items()}
+    if len(set(steps.values())) > 1:
         raise ValueError(
             f"the parameters were updated a different number of times, {steps}, and we keep one count for all. Say "
             f"which to go on from: step={max(steps.values())}."
         )
-    return next(iter(steps.values()), 0) if step is None else step
+    return next(iter(steps.values()), 0)
 
 
-def _whole(key: Key | None, step: Any) -> int:
+def _whole(who: str, step: Any) -> int:
     try:
         number = int(step) if float(step).is_integer() else -1
     except (TypeError, ValueError):
         number = -1
     if not 0 <= number < 2**31:
-        who = "`step`" if key is None else f"The step of parameter {key!r}"
         raise ValueError(f"{who} must be a whole number of at least 0, got {step!r}.")
     return number
 
