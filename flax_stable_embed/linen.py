@@ -50,7 +50,12 @@ class Embed(nn.Embed):
       norm_type: the p of that p-norm: 0, any positive number or infinity.
       scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
         global batch under jit, in one example under a vmap over examples.
-      sparse: True raises NotImplementedError.
+      sparse: `fse.row_value_and_grad` gives the table a gradient of the looked-up rows alone, for `fse.row_sparse`; no
+        dense one exists. Under `jax.grad` it is the dense one. Not with scale_grad_by_freq, as in torch.
+      lookup: "take" gathers the rows; "one_hot" multiplies with a one-hot matrix, and so does the gradient (summed in
+        float32): num_embeddings times the arithmetic, without a gather or a scatter. For TPU, where that can be faster.
+      mode: for ids outside the table. "fill": rows of NaN. "clip": the nearest row (the first for negative ids, too).
+        "promise_in_bounds": there are none, all ids are 0 .. num_embeddings - 1; the cheapest, undefined for others.
 
     Raises:
       ValueError, TypeError: an option outside its range, or inputs that are not an array of integers.
@@ -70,6 +75,8 @@ class Embed(nn.Embed):
     norm_type: float = _option(2.0)
     scale_grad_by_freq: bool = _option(False)
     sparse: bool = _option(False)
+    lookup: maths.Method = _option("take")
+    mode: maths.Mode = _option("fill")
 
     def __post_init__(self):
         padding_idx = maths.check_options(
@@ -77,7 +84,10 @@ class Embed(nn.Embed):
             padding_idx=self.padding_idx,
             max_norm=self.max_norm,
             norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
+            lookup=self.lookup,
+            mode=self.mode,
         )
         object.__setattr__(self, "padding_idx", padding_idx)
         super().__post_init__()
@@ -108,6 +118,9 @@ class Embed(nn.Embed):
             max_norm=self.max_norm,
             norm_type=self.norm_type,
             scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            method=self.lookup,
+            mode=self.mode,
             dtype=dtype,
             out_sharding=out_sharding,
         )
@@ -117,11 +130,16 @@ class Embed(nn.Embed):
         assert rows_cast is not None
         return rows_cast
 
-    def attend(self, query: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Tied logits, `query @ embedding.T` on the table as stored: (*batch, num_embeddings)."""
-        query_cast, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        assert query_cast is not None and table is not None
-        return jnp.dot(query_cast, table.T, out_sharding=out_sharding)
+    def attend(self, query: jax.Array, out_sharding: Sharding = None, *, token_ids: Any = None) -> jax.Array:
+        """Tied logits, `query @ embedding.T` on the table as stored: (*batch, num_embeddings).
+
+        `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
+        them in the table. The gradient is taken at the scaled rows, not through the scaling.
+        """
+        table = maths.table_for_logits(self.embedding, token_ids, self.max_norm, self.norm_type)
+        query_cast, table_cast = self.promote_dtype(query, table, dtype=self.dtype)
+        assert query_cast is not None and table_cast is not None
+        return jnp.dot(query_cast, table_cast.T, out_sharding=out_sharding)
 
 
 class StableEmbed(Embed):

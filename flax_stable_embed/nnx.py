@@ -16,6 +16,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
 
 from .ops import embedding as maths
@@ -49,7 +50,15 @@ class Embed(nnx.Embed):
       scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
       global
         batch under jit, in one example under a vmap over examples.
-      sparse: True raises NotImplementedError.
+      sparse: `fse.row_value_and_grad` gives the table a gradient of the looked-up rows alone, for `fse.row_sparse`; no
+        dense one exists. Under `jax.grad` it is the dense one. Not with scale_grad_by_freq, as in torch.
+      lookup: "take" gathers the rows; "one_hot" multiplies with a one-hot matrix, and so does the gradient (summed in
+        float32): num_embeddings times the arithmetic, without a gather or a scatter. For TPU, where that can be faster.
+      mode: for ids outside the table. "fill": rows of NaN. "clip": the nearest row (the first for negative ids, too).
+        "promise_in_bounds": there are none, all ids are 0 .. num_embeddings - 1; the cheapest, undefined for others.
+      write_back: a lookup stores the rows that max_norm scales, as in torch, in evaluation too: training is then
+        torch's trajectory. The module must be an argument of every transformation that calls it; elsewhere it
+        raises. By default modules change nothing; `fse.with_max_norm` gives the same trajectory.
       embedding_metadata: metadata of the Param, for example its sharding.
       rngs: the stream `params` draws the table.
 
@@ -78,6 +87,9 @@ class Embed(nnx.Embed):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
+        lookup: maths.Method = "take",
+        mode: maths.Mode = "fill",
+        write_back: bool = False,
         embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs,
     ):
@@ -86,11 +98,19 @@ class Embed(nnx.Embed):
             padding_idx=padding_idx,
             max_norm=max_norm,
             norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
             sparse=sparse,
+            lookup=lookup,
+            mode=mode,
         )
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        self.lookup: maths.Method = lookup
+        self.mode: maths.Mode = mode
+        _check_write_back(write_back, max_norm, sparse)
+        self.write_back = write_back
         super().__init__(
             num_embeddings,
             features,
@@ -145,16 +165,53 @@ class Embed(nnx.Embed):
         (rows,) = self.promote_dtype((self._rows(inputs, out_sharding),), dtype=self.dtype, inexact=False)
         return rows
 
+    def attend(self, query: jax.Array, out_sharding: Sharding = None, *, token_ids: Any = None) -> jax.Array:
+        """Tied logits, `query @ embedding.T` on the table as stored: (*batch, num_embeddings).
+
+        `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
+        them in the table. The gradient is taken at the scaled rows, not through the scaling.
+        """
+        table = maths.table_for_logits(self.embedding.get_value(), token_ids, self.max_norm, self.norm_type)
+        query, table = self.promote_dtype((query, table), dtype=self.dtype)
+        return jnp.dot(query, table.T, out_sharding=out_sharding)
+
     def _rows(self, inputs: jax.Array, out_sharding: Sharding, dtype: Any = None) -> jax.Array:
+        if self.write_back:
+            self._write_back(inputs)
         return maths.lookup(
-            self.embedding[...],
+            self.embedding.get_value(),  # maybe no array: see ops/rows.py
             inputs,
             padding_idx=self.padding_idx,
-            max_norm=self.max_norm,
+            max_norm=None if self.write_back else self.max_norm,  # then stored already
             norm_type=self.norm_type,
             scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            method=self.lookup,
+            mode=self.mode,
             dtype=dtype,
             out_sharding=out_sharding,
+        )
+
+    def _write_back(self, inputs: jax.Array) -> None:
+        assert self.max_norm is not None
+        table = maths.renormed_rows(self.embedding[...], inputs, self.max_norm, self.norm_type)
+        try:
+            self.embedding[...] = table
+        except TraceContextError as error:
+            raise ValueError(
+                "`write_back=True` stores rows in a module that was made outside of this transformation, which NNX "
+                "forbids: pass the module as an argument of nnx.jit, nnx.grad, nnx.remat, ..., or take write_back="
+                "False and train with fse.with_max_norm."
+            ) from error
+
+
+def _check_write_back(write_back: bool, max_norm: float | None, sparse: bool) -> None:
+    if write_back and max_norm is None:
+        raise ValueError("`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None.")
+    if write_back and sparse:
+        raise ValueError(
+            "`write_back=True` does not go with `sparse=True`: its copy of the table costs what sparse gradients save. "
+            "Use fse.row_sparse(fse.with_max_norm(tx, max_norm))."
         )
 
 
@@ -203,6 +260,9 @@ class StableEmbed(Embed):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
+        lookup: maths.Method = "take",
+        mode: maths.Mode = "fill",
+        write_back: bool = False,
         norm_epsilon: float = NORM_EPSILON,
         embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs,
@@ -220,6 +280,9 @@ class StableEmbed(Embed):
             norm_type=norm_type,
             scale_grad_by_freq=scale_grad_by_freq,
             sparse=sparse,
+            lookup=lookup,
+            mode=mode,
+            write_back=write_back,
             embedding_metadata=embedding_metadata,
             rngs=rngs,
         )
@@ -227,7 +290,7 @@ class StableEmbed(Embed):
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
-        rows = self._rows(inputs, out_sharding, maths.at_least_float32(self.embedding.dtype))
+        rows = self._rows(inputs, out_sharding, maths.at_least_float32(self.embedding.get_value().dtype))
         (rows,) = self.promote_dtype((self.norm(rows),), dtype=self.dtype, inexact=False)
         return rows
 

@@ -66,7 +66,7 @@ def test_it_is_an_nn_embed_whose_own_arguments_keep_their_places(module):
     }
     assert positional[module] == positional[nn.Embed]
     keyword_only = [p.name for p in inspect.signature(module).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    torch_options = ["padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
+    torch_options = ["padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "lookup", "mode"]
     assert keyword_only == torch_options + ["norm_epsilon"] * (module is linen.StableEmbed)
 
 
@@ -104,8 +104,8 @@ def test_wrong_ids_and_options_raise(module):
     for option in ({"padding_idx": 7}, {"max_norm": 0.0}, {"norm_type": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
             module(7, 4, **option)
-    with pytest.raises(NotImplementedError, match="Use sparse=False"):
-        module(7, 4, sparse=True)
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not go with a sparse gradient"):
+        module(7, 4, sparse=True, scale_grad_by_freq=True)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

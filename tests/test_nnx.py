@@ -46,7 +46,7 @@ def test_it_is_an_nnx_embed_that_takes_all_its_arguments(module):
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (flax.nnx.Embed, module))
     for name, parameter in theirs.items():
         assert ours[name].kind == parameter.kind
-    added = ["padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
+    added = ["padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "lookup", "mode", "write_back"]
     assert [name for name in ours if name not in theirs] == added + ["norm_epsilon"] * (module is nnx.StableEmbed)
     for name in ours:
         in_linen = inspect.signature(getattr(linen, module.__name__)).parameters.get(name)
@@ -71,8 +71,8 @@ def test_wrong_ids_and_options_raise(module):
     for option in ({"padding_idx": -8}, {"max_norm": -1.0}, {"norm_type": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
             module(7, 4, **option, rngs=rngs())
-    with pytest.raises(NotImplementedError, match="Use sparse=False"):
-        module(7, 4, sparse=True, rngs=rngs())
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not go with a sparse gradient"):
+        module(7, 4, sparse=True, scale_grad_by_freq=True, rngs=rngs())
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)

@@ -14,29 +14,40 @@ import inspect
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._gather import GatherOptions, Sharding, gather, row_numbers_of, row_sharding
+from ._gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from ._gather import at_least_float32 as at_least_float32
+from .rows import LookedUpTable, add_to_rows, distinct, record, take_rows
 
 RENORM_GUARD = 1e-7  # torch adds it to the norm before it divides
 NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
 
+NO_FREQUENCY = (
+    "`scale_grad_by_freq=True` does not go with a sparse gradient, as in torch: scale the loss, or use sparse=False."
+)
+
+NO_ONE_HOT = "`lookup='one_hot'` has a dense gradient: for a sparse one use lookup='take'."
+
 Initializer = Callable[..., Any]
+Method = Literal["take", "one_hot"]
 
 
 def lookup(
-    table: jax.Array,
+    table: jax.Array | LookedUpTable,
     ids: jax.Array,
     *,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    method: Method = "take",
+    mode: Mode = "fill",
     dtype: Any = None,
     out_sharding: Sharding = None,
 ) -> jax.Array:
@@ -55,13 +66,21 @@ def lookup(
     the backward pass.
 
     Args:
-      table: (num_embeddings, features), any dtype.
+      table: (num_embeddings, features), any dtype; or a `rows.LookedUpTable`, where a loss is differentiated with
+        respect to the rows alone.
       ids: (*batch), integers of any width. -1 .. -num_embeddings count from the end. Ids outside the
         table give rows of NaN (integer tables: the fill value of `jnp.take`) and no gradient.
       padding_idx: the row without a gradient, 0 .. num_embeddings - 1.
       max_norm: looked-up rows longer than this are scaled down to it.
       norm_type: the p of that p-norm.
       scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
+      sparse: note the lookup, if `rows.recording` is on.
+      method: "take" gathers; "one_hot" multiplies with a one-hot matrix, num_embeddings times the arithmetic and the
+        same rows bit for bit, and its gradient is a product too: what some prefer on TPU. There NaN and infinity
+        anywhere in a column of the table spread to every row.
+      mode: for ids outside the table. "fill" gives NaN; "clip" takes the first or last row, the first for negative
+        ids too; "promise_in_bounds" promises that all ids are 0 .. num_embeddings - 1, and has no mask over the rows:
+        for others the rows are anything.
       dtype: dtype of the result, by default the table's. The gradient's terms arrive in it, so to look up in
         bfloat16 and compute in float32, ask for float32 here and not afterwards.
       out_sharding: sharding of the result under a mesh with Explicit axes; ignored elsewhere, as in Flax. By
@@ -85,13 +104,24 @@ def lookup(
            [0., 0.]], dtype=float32)
     """
     _check_ids(ids)
-    table = jnp.asarray(table)
-    row_numbers = row_numbers_of(ids, table.shape[0])
+    looked_up = table if isinstance(table, LookedUpTable) else None
+    table = jnp.asarray(table if looked_up is None else looked_up.table)
+    row_numbers = row_numbers_of(ids, table.shape[0], mode)
     if table.shape[0] == 1 and padding_idx is None and max_norm is None and not scale_grad_by_freq:
         row_numbers = jnp.zeros_like(row_numbers)
     sharding = row_sharding(table, row_numbers, out_sharding)
     dtype = jnp.dtype(dtype or table.dtype)
-    rows = gather(GatherOptions(padding_idx, scale_grad_by_freq, sharding, dtype), table, row_numbers)
+    options = GatherOptions(padding_idx, scale_grad_by_freq, sharding, dtype, mode != "fill", method == "one_hot")
+    if looked_up is None:
+        if sparse:
+            record(table, row_numbers)
+        rows = gather(options, table, row_numbers)
+    elif scale_grad_by_freq:
+        raise ValueError(NO_FREQUENCY)
+    elif method == "one_hot":
+        raise ValueError(NO_ONE_HOT)
+    else:
+        rows = looked_up.gather(options, row_numbers)
     return rows if max_norm is None else _as_if_stored(rows, table.dtype, max_norm, norm_type)
 
 
@@ -238,19 +268,66 @@ def zero_padding_row(table: jax.Array, padding_idx: int) -> jax.Array:
 
 
 def check_options(
-    *, num_embeddings: int, padding_idx: int | None, max_norm: float | None, norm_type: float, sparse: bool
+    *,
+    num_embeddings: int,
+    padding_idx: int | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    lookup: str,
+    mode: str,
 ) -> int | None:
     """Check a module's options when it is built, and return `padding_idx` counted from the start.
 
     Raises:
       TypeError, ValueError: naming the option, its value and the values that it can have.
-      NotImplementedError: `sparse=True`.
     """
-    if sparse:
-        raise NotImplementedError(
-            "`sparse=True` is not built: a gradient in JAX has the shape of its table. Use sparse=False: the "
-            "gradient is then dense, zero in the rows not looked up, and every optax optimizer takes it."
+    if sparse and scale_grad_by_freq:
+        raise ValueError(NO_FREQUENCY)
+    if lookup not in get_args(Method):
+        raise ValueError(f"`lookup` must be 'take' or 'one_hot', got {lookup!r}.")
+    if sparse and lookup == "one_hot":
+        raise ValueError(NO_ONE_HOT)
+    if mode not in get_args(Mode):
+        raise ValueError(f"`mode` must be 'fill', 'clip' or 'promise_in_bounds', got {mode!r}.")
+    check_max_norm(max_norm, norm_type)
+    return None if padding_idx is None else _count_from_start(padding_idx, num_embeddings)
+
+
+def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_type: float) -> jax.Array:
+    """The whole table, with the rows of `token_ids` renormalised as if a lookup had stored them.
+
+    Raises:
+      TypeError: a loss is being differentiated with respect to looked-up rows alone.
+      ValueError: `token_ids` without max_norm, or ids that are no integers.
+    """
+    if isinstance(table, LookedUpTable):
+        raise TypeError(
+            "`attend` has a gradient for every row of the table, so it has no place in fse.row_value_and_grad. Compare "
+            "with the rows of sampled ids instead, jnp.einsum('...d,kd->...k', query, embed(candidates)), or use "
+            "jax.value_and_grad and sparse=False."
         )
+    table = jnp.asarray(table)
+    if token_ids is None:
+        return table
+    if max_norm is None:
+        raise ValueError(
+            "`token_ids` of `attend` are the rows that max_norm scales, but `max_norm` is None. Drop them."
+        )
+    return renormed_rows(table, token_ids, max_norm, norm_type)
+
+
+def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
+    """The table with the rows of `ids` renormalised: what torch's lookup leaves behind. Differentiates as `table`."""
+    _check_ids(ids)
+    indices = distinct(row_numbers_of(ids, table.shape[0]), table.shape[0])
+    rows = take_rows(jax.lax.stop_gradient(table), indices)
+    return add_to_rows(table, indices, renorm(rows, max_norm, norm_type) - rows)
+
+
+def check_max_norm(max_norm: float | None, norm_type: float) -> None:
+    """Raises where there is no such norm."""
     if max_norm is not None:
         _check_number("max_norm", max_norm)
         if not max_norm > 0:
@@ -258,7 +335,6 @@ def check_options(
     _check_number("norm_type", norm_type)
     if not norm_type >= 0:
         raise ValueError(f"`norm_type`, the p of a p-norm, must be 0 or more, got {norm_type}. Try 2.0.")
-    return None if padding_idx is None else _count_from_start(padding_idx, num_embeddings)
 
 
 def check_norm_options(norm_epsilon: float, param_dtype: Any, dtype: Any) -> None:

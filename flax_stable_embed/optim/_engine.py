@@ -26,7 +26,15 @@ from ._decide import decide
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
 from ._rules import Rule, Rules, StateFormat, path_name
-from ._state_checks import check_fields, check_moments, check_same_paths, check_storage, format_of, kind_of
+from ._state_checks import (
+    check_fields,
+    check_moments,
+    check_same_paths,
+    check_storage,
+    format_of,
+    kind_of,
+    refuse_sparse_rows,
+)
 from ._storage import initial, is_none, nbytes, wide_dtype
 
 
@@ -140,6 +148,7 @@ class Engine:
                 f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {kind_of(state)}. The "
                 "order is update(grads, state, params); `fse.convert_state` converts the state of another optimizer."
             )
+        refuse_sparse_rows(self.method.name, grads)
         check_fields(self.method, state, grads)
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
         trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}

@@ -7,9 +7,19 @@ import jax
 import numpy as np
 from jax import Array
 
+from ..ops.rows import is_sparse_rows
 from ._method import Method
 from ._rules import Rules, path_name
 from ._storage import bits_of, format_bytes, format_difference, is_codes, is_none
+
+
+def refuse_sparse_rows(name: str, grads: Any) -> None:
+    """Raises where a gradient is of some rows only, which `fse.row_sparse` turns into arrays."""
+    if any(map(is_sparse_rows, jax.tree.leaves(grads, is_leaf=is_sparse_rows))):
+        raise TypeError(
+            f"a gradient is a fse.SparseRows, but {name} takes arrays: wrap the optimizer, fse.row_sparse(tx), or take "
+            "dense gradients from jax.value_and_grad."
+        )
 
 
 def check_fields(method: Method, state: Any, grads: Any) -> None:

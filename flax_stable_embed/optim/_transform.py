@@ -147,7 +147,8 @@ def _decay(weight_decay, mask, state):
     return weight_decay(inner.count), following if mask is None else state._replace(inner_state=following)
 
 
-def _is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
+def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
+    """Whether a transform can write the parameters itself."""
     return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")
 
 
@@ -184,7 +185,7 @@ def fused_update(
     >>> round(float(params["kernel"][0, 0]), 4)
     0.5
     """
-    if not _is_fused(tx):
+    if not is_fused(tx):
         name = getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
             f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name!r} hides what is in it, and only the "
@@ -203,7 +204,7 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     >>> import flax_stable_embed as fse
     >>> tx = chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-3))
     """
-    if not transforms or not _is_fused(transforms[-1]):
+    if not transforms or not is_fused(transforms[-1]):
         raise TypeError(
             f"the last member of `chain` must be an 8-bit optimizer of this library, got {transforms[-1:]}. "
             "For other chains use optax.chain."

@@ -15,6 +15,8 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
+from .global_norm import values_of, with_values_of
+
 # As in bitsandbytes. A numpy integer, because `optax.inject_hyperparams` makes a traced array of every Python number,
 # and no traced number can be a shape.
 _HISTORY = np.int64(100)
@@ -88,7 +90,7 @@ def percentile_clipping(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        leaves, tree = jax.tree.flatten(updates)
+        leaves, tree = jax.tree.flatten(values_of(updates))
         squares, small = _squares(leaves, 1.0, per_parameter), _squares(leaves, _DOWN, per_parameter)
         if state.squared_norms.shape[1:] != squares.shape:
             raise ValueError(
@@ -102,7 +104,8 @@ def percentile_clipping(
         # A limit of 0, where gradients began as zeros, would stop all that follow (in bitsandbytes it does).
         scale = jnp.where(jnp.isfinite(small) & (norm > limit) & (limit > 0), limit / norm, 1.0)
         scales = scale if per_parameter else [scale] * len(leaves)
-        return tree.unflatten(map(_scaled, leaves, scales)), PercentileClippingState(count, ring)
+        scaled = tree.unflatten(map(_scaled, leaves, scales))
+        return with_values_of(updates, scaled), PercentileClippingState(count, ring)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

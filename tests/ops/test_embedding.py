@@ -315,6 +315,18 @@ def test_pretrained_tables_of_the_wrong_shape_raise():
         embedding.pretrained(np.ones((3, 2)))(jax.random.key(0), (2, 3), jnp.float32)
 
 
+DEFAULTS = {
+    "num_embeddings": 4,
+    "padding_idx": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "scale_grad_by_freq": False,
+    "sparse": False,
+    "lookup": "take",
+    "mode": "fill",
+}
+
+
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
@@ -329,19 +341,25 @@ def test_pretrained_tables_of_the_wrong_shape_raise():
         ({"max_norm": jnp.ones(())}, TypeError, r"`max_norm` must be a Python number, got Array"),
         ({"norm_type": -1}, ValueError, r"`norm_type`, the p of a p-norm, must be 0 or more, got -1\. Try 2\.0"),
         ({"norm_type": None}, TypeError, r"`norm_type` must be a Python number, got None"),
-        ({"sparse": True}, NotImplementedError, r"`sparse=True` is not built.*Use sparse=False"),
+        (
+            {"sparse": True, "scale_grad_by_freq": True},
+            ValueError,
+            r"`scale_grad_by_freq=True` does not go with.*sparse",
+        ),
+        ({"sparse": True, "lookup": "one_hot"}, ValueError, r"`lookup='one_hot'` has a dense gradient"),
+        ({"lookup": "gather"}, ValueError, r"`lookup` must be 'take' or 'one_hot', got 'gather'"),
+        ({"mode": "wrap"}, ValueError, r"`mode` must be 'fill', 'clip' or 'promise_in_bounds', got 'wrap'"),
     ],
     ids=str,
 )
 def test_options_outside_their_range_raise(option, error, message):
-    options = {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "sparse": False} | option
     with pytest.raises(error, match=message):
-        embedding.check_options(num_embeddings=4, **options)
+        embedding.check_options(**(DEFAULTS | option))
 
 
 def test_negative_padding_is_counted_from_the_end():
-    options = {"num_embeddings": 4, "max_norm": None, "norm_type": 2.0, "sparse": False}
-    assert [embedding.check_options(padding_idx=i, **options) for i in (-4, -1, 0, np.int64(3))] == [0, 3, 0, 3]
+    given = (-4, -1, 0, np.int64(3))
+    assert [embedding.check_options(**(DEFAULTS | {"padding_idx": i})) for i in given] == [0, 3, 0, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,358 @@
+"""A few rows of a large table: gradients and updates of the rows that a batch touched, and nothing of the rest.
+
+    SparseRows       distinct row numbers and one row of values for each; all other rows are zero
+    LookedUpTable    a table that is looked up in, with a place in which the gradient of those rows arrives
+    recording        which tables are looked up, and where
+
+`jax.grad` of a lookup has the shape of the table. Here the derivative is taken with respect to a small array instead,
+which adds zero to the rows: its gradient is that of the rows, and no dense one exists.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import get_opaque_trace_state
+from jax.sharding import AxisType
+from jax.tree_util import GetAttrKey
+
+from ._gather import GatherOptions, at_least_float32, plain_gather, row_sharding, take
+from ._gather import row_numbers_of as row_numbers_of
+
+
+def _no_randomness(*args: Any) -> Any:
+    raise TypeError("row numbers are no random keys; see flax_stable_embed.SparseRows.")
+
+
+# Row numbers have a dtype of their own, in which nothing can be scaled, added or cast: whoever takes them for numbers
+# of a gradient gets an error, and its text names it. JAX has such dtypes for random keys.
+_ROW_NUMBERS = jax.extend.random.define_prng_impl(
+    key_shape=(1,),
+    seed=_no_randomness,
+    split=_no_randomness,
+    random_bits=_no_randomness,
+    fold_in=_no_randomness,
+    name="fse_row_numbers",
+    tag="row numbers of fse.SparseRows, which fse.row_sparse and fse.clip_by_global_norm understand",
+)
+
+
+def _sealed(row_numbers: Array) -> Array:
+    return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None], impl=_ROW_NUMBERS)
+
+
+def _opened(sealed: Array) -> Array:
+    return jax.random.key_data(sealed)[..., 0].astype(jnp.int32)
+
+
+def distinct(row_numbers: Array, num_rows: int) -> Array:
+    """The distinct row numbers in ascending order, padded with distinct ones from `num_rows` on.
+
+    Its size is static: that of `row_numbers`, or the table's if that is less. Two sorts and no scatter.
+
+    >>> distinct(jnp.array([[3, 1], [3, 5]]), num_rows=5)
+    Array([1, 3, 7, 8], dtype=int32)
+    """
+    ordered = jnp.sort(row_numbers.ravel())
+    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])[: ordered.size]
+    found = jnp.sort(jnp.where(first, ordered, num_rows))[:num_rows]
+    return jnp.where(found < num_rows, found, num_rows + jnp.arange(found.size, dtype=jnp.int32))
+
+
+def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
+    """Where each row number is among `indices` (from `distinct`); their number where it is not."""
+    if indices.size == 0:
+        return jnp.zeros_like(row_numbers)
+    at = jnp.searchsorted(indices, row_numbers).astype(jnp.int32)
+    found = indices.at[at].get(mode="fill", fill_value=-1) == row_numbers
+    return jnp.where(found & (row_numbers < num_rows), at, indices.size)
+
+
+def take_rows(table: Array, indices: Array) -> Array:
+    """Rows of a table; zeros for padding."""
+    return take(table, indices, row_sharding(table, indices, None), fill_value=0)
+
+
+def set_rows(table: Array, indices: Array, values: Array) -> Array:
+    """The table with `values` in these distinct rows. On a donated table, in place."""
+    return table.at[indices].set(values.astype(table.dtype), **_scatter_options(table))
+
+
+def add_to_rows(table: Array, indices: Array, values: Array) -> Array:
+    """The table with `values` added to these distinct rows, rounded to its dtype once. On a donated table, in place."""
+    if jnp.promote_types(table.dtype, values.dtype) != table.dtype:
+        return set_rows(table, indices, take_rows(table, indices) + values)
+    return table.at[indices].add(values.astype(table.dtype), **_scatter_options(table))
+
+
+def _scatter_options(table: Array) -> dict[str, Any]:
+    sharding = jax.typeof(table).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    options = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
+    return {**options, "out_sharding": sharding} if explicit else options
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class SparseRows:
+    r"""Some rows of a (num_rows, features) array whose other rows are zero: a row gradient, or a row update.
+
+    $$x = \sum_k e_{i_k} v_k^T, \quad i_k \text{ distinct}$$
+
+    Always: `indices` (n,) int32 is distinct and ascending; those of `num_rows` and more are padding, with values zero.
+    `values` (n, features) holds a row for each. n is static: under jit, the number of ids that were looked up.
+
+    A tree with `values` and sealed row numbers for leaves. optax's transforms cannot compute with the latter and raise
+    an error, instead of scaling or adding row numbers; `fse.row_sparse`, `fse.global_norm`,
+    `fse.clip_by_global_norm` and `fse.sum_microbatches` understand them. `table + rows` adds the values to the rows of
+    a table, so that `optax.apply_updates` takes an update of this kind.
+
+    The names are those of torch's and TensorFlow's sparse gradients. `rows * number`, `rows / number`, `-rows`,
+    `rows + rows` (of n1 + n2 rows) and `rows - rows` are what they are for dense arrays.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> gradient = fse.SparseRows.of_lookups(jnp.array([3, 1, 3]), jnp.ones((3, 2)), num_rows=5)
+    >>> gradient.indices, gradient.values[:2].tolist()
+    (Array([1, 3, 7], dtype=int32), [[1.0, 1.0], [2.0, 2.0]])
+    >>> (jnp.zeros((5, 2)) - 0.5 * gradient)[:, 0]
+    Array([ 0. , -0.5,  0. , -1. ,  0. ], dtype=float32)
+    """
+
+    def __init__(self, indices: Array, values: Array, num_rows: int):
+        self._sealed, self.values, self.num_rows = _sealed(indices), values, num_rows
+
+    @classmethod
+    def of_lookups(cls, ids: Any, terms: Any, num_rows: int) -> "SparseRows":
+        """The sum of `terms` (*batch, features) over equal `ids` (*batch), in at least float32.
+
+        Negative ids count from the end; those outside the table are dropped.
+
+        Raises:
+            ValueError: terms that do not fit the ids, or ids that are no integers.
+        """
+        ids, terms = jnp.asarray(ids), jnp.asarray(terms)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"`ids` must be integers, got {ids.dtype}.")
+        if terms.shape[:-1] != ids.shape or terms.ndim == 0:
+            raise ValueError(f"`terms` must have the shape of `ids`, {ids.shape}, and features; got {terms.shape}.")
+        row_numbers = row_numbers_of(ids, num_rows).ravel()
+        indices = distinct(row_numbers, num_rows)
+        return cls(indices, _summed(indices, row_numbers, terms.reshape(-1, terms.shape[-1]), num_rows), num_rows)
+
+    @property
+    def indices(self) -> Array:
+        """(n,) int32, distinct and ascending; padding from `num_rows` on."""
+        return _opened(self._sealed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the dense array."""
+        return self.num_rows, self.values.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        """The values' dtype."""
+        return self.values.dtype
+
+    def with_values(self, values: Array) -> "SparseRows":
+        """The same rows with other values."""
+        new = object.__new__(type(self))
+        new._sealed, new.values, new.num_rows = self._sealed, values, self.num_rows
+        return new
+
+    def summed_over_first_axis(self) -> "SparseRows":
+        """The sum of what `jax.lax.scan` or `jax.vmap` has stacked: indices (k, n), values (k, n, features)."""
+        return _merged(self.indices, self.values, self.num_rows)
+
+    def to_dense(self) -> Array:
+        """The dense array, (num_rows, features)."""
+        return set_rows(jnp.zeros(self.shape, self.dtype), self.indices, self.values)
+
+    def tree_flatten(self):
+        return (self.values, self._sealed), self.num_rows
+
+    def tree_flatten_with_keys(self):
+        return ((GetAttrKey("values"), self.values), (GetAttrKey("indices"), self._sealed)), self.num_rows
+
+    @classmethod
+    def tree_unflatten(cls, num_rows, children):
+        new = object.__new__(cls)
+        (new.values, new._sealed), new.num_rows = children, num_rows
+        return new
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseRows(indices={getattr(self._sealed, 'shape', '?')}, values={self.values!r}, {self.num_rows} rows)"
+        )
+
+    def __radd__(self, table: Any) -> Array:
+        table = jnp.asarray(table)
+        if table.shape != self.shape:
+            raise ValueError(f"rows of a table of shape {self.shape} cannot be added to an array of {table.shape}.")
+        return add_to_rows(table, self.indices, self.values)
+
+    def __rsub__(self, table: Any) -> Array:
+        return (-self).__radd__(table)
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, SparseRows):
+            return self.__radd__(other)
+        if other.shape != self.shape:
+            raise ValueError(f"rows of tables of the shapes {self.shape} and {other.shape} cannot be added.")
+        indices = jnp.concatenate([self.indices, other.indices])
+        return _merged(indices, jnp.concatenate([self.values, other.values]), self.num_rows)
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other
+
+    def __neg__(self) -> "SparseRows":
+        return self.with_values(-self.values)
+
+    def __mul__(self, factor: Any) -> "SparseRows":
+        return self.with_values(self.values * _scalar(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "SparseRows":
+        return self.with_values(self.values / _scalar(divisor))
+
+
+def _scalar(x: Any) -> Any:
+    if jnp.ndim(x) != 0:
+        raise ValueError(f"SparseRows can be multiplied by numbers, got an array of shape {jnp.shape(x)}.")
+    return x
+
+
+def _merged(indices: Array, values: Array, num_rows: int) -> SparseRows:
+    """One SparseRows of the rows in all that were put one after the other, those of equal number summed."""
+    row_numbers = jnp.minimum(indices.ravel(), num_rows)
+    kept = distinct(row_numbers, num_rows)
+    return SparseRows(kept, _summed(kept, row_numbers, values.reshape(-1, values.shape[-1]), num_rows), num_rows)
+
+
+def _summed(indices: Array, row_numbers: Array, terms: Array, num_rows: int) -> Array:
+    wide = jnp.zeros((indices.size, terms.shape[-1]), at_least_float32(terms.dtype))
+    at = positions(indices, row_numbers, num_rows)
+    return wide.at[at].add(terms.astype(wide.dtype), mode="drop").astype(terms.dtype)
+
+
+def is_sparse_rows(x: Any) -> bool:
+    """Whether `x` is a SparseRows, for the `is_leaf` of tree functions."""
+    return isinstance(x, SparseRows)
+
+
+# --- the table of a lookup that is differentiated ---------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LookedUpTable:
+    """A table in the place of its parameter while a loss is differentiated with respect to the rows that it looks up.
+
+    The first leaf is the table itself, so that it has the parameter's shape for Flax; it is a constant. `tap`, zeros
+    of shape (n, features) for the n `indices`, adds nothing to the rows and receives their gradient.
+    """
+
+    table: Array
+    tap: Array
+    indices: Array = field()  # sealed, as in SparseRows
+
+    @classmethod
+    def at(cls, table: Array, indices: Array) -> "LookedUpTable":
+        tap = jnp.zeros((indices.size, table.shape[1]), at_least_float32(table.dtype))
+        return cls(jax.lax.stop_gradient(table), tap, _sealed(indices))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.table.dtype
+
+    def with_tap(self, tap: Array) -> "LookedUpTable":
+        return replace(self, tap=tap)
+
+    def gradient(self, d_tap: Array) -> SparseRows:
+        """What arrived at the tap, as the gradient of the table."""
+        return SparseRows(_opened(self.indices), d_tap.astype(self.dtype), self.shape[0])
+
+    def gather(self, options: GatherOptions, row_numbers: Array) -> Array:
+        """Rows by number. A number that is not among the indices gives NaN: its gradient would be lost."""
+        num_rows = self.shape[0]
+        at = positions(_opened(self.indices), row_numbers, num_rows)
+        known = jnp.where(at < self.tap.shape[0], row_numbers, num_rows)
+        if options.padding_idx is not None:
+            at = jnp.where(row_numbers == options.padding_idx, self.tap.shape[0], at)
+        options = options._replace(in_bounds=False)  # those that are not known are outside
+        return _gather_tapped(options, self.table, known, self.tap, at)
+
+
+def _gather_tapped_primal(options, table, row_numbers, tap, at):
+    del tap, at
+    return plain_gather(options, table, row_numbers)
+
+
+_gather_tapped = jax.custom_jvp(_gather_tapped_primal, nondiff_argnums=(0,))
+
+
+@_gather_tapped.defjvp
+def _gather_tapped_jvp(options, primals, tangents):
+    _, _, d_tap, _ = tangents
+    if d_tap.shape[0] == 0:
+        rows = _gather_tapped(options, *primals)
+        return rows, jnp.zeros_like(rows)
+    d_rows = take(d_tap, primals[-1], options.sharding, fill_value=0)
+    return _gather_tapped(options, *primals), d_rows.astype(options.dtype)
+
+
+# --- which tables are looked up, and where ----------------------------------------------------------------------------
+
+
+class Lookup(NamedTuple):
+    """One lookup of a table marked `sparse=True`."""
+
+    table: Any
+    row_numbers: Array
+
+
+class _Tape(NamedTuple):
+    lookups: list[Lookup]
+    trace: Any
+
+
+_TAPE: ContextVar[_Tape | None] = ContextVar("lookups", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Lookup]]:
+    """A list that fills with the lookups of `sparse=True` tables while the context is open."""
+    tape = _Tape([], get_opaque_trace_state(convention="flax_stable_embed"))
+    token = _TAPE.set(tape)
+    try:
+        yield tape.lookups
+    finally:
+        _TAPE.reset(token)
+
+
+def record(table: Any, row_numbers: Array) -> None:
+    """Notes a lookup, if anyone is recording.
+
+    Raises:
+        ValueError: it is inside a transformation that began after the recording, which keeps its ids to itself.
+    """
+    tape = _TAPE.get()
+    if tape is None:
+        return
+    if tape.trace != get_opaque_trace_state(convention="flax_stable_embed"):
+        raise ValueError(
+            f"a table of shape {table.shape} with `sparse=True` is looked up inside of jax.jit, jax.checkpoint, "
+            "jax.vmap, jax.lax.scan or the like, which keeps its ids to itself. Say which ids the loss will look up: "
+            "fse.row_value_and_grad(loss_fn, token_ids=lambda params, batch: batch['ids'])."
+        )
+    tape.lookups.append(Lookup(table, row_numbers))

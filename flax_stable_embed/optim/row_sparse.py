@@ -1,0 +1,382 @@
+r"""Any optimizer that treats rows one by one, on the rows that a batch touched and on nothing else of a table.
+
+    m_i, p_i <- step(g_i, m_i, p_i)    for the rows i of the gradient;    all other rows stay as they are
+
+The rows of parameters and moments are gathered, the optimizer makes its step on them as on any array, and they are put
+back, in place where the arrays are donated: the formula is the dense one's own.
+"""
+
+import warnings
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from ..ops.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
+from ._rowwise import Problem, Rows, RowStep, step_on_rows
+from ._rules import path_name
+from ._storage import is_none
+from ._tables import are_tables, ids_of_tables
+from ._transform import FusedTransformation, is_fused
+
+Semantics = Literal["lazy", "catch_up"]
+
+
+class RowSparseState(NamedTuple):
+    """State of `row_sparse(tx, semantics="catch_up")`; with "lazy" it is that of `tx` alone."""
+
+    inner_state: Any
+    count: Array  # shape=(), dtype=int32: steps done
+    log_decay: Any  # like the parameters, float32 (): the sum of log(1 - rate * decay) over the steps, of a table
+    last: Any  # like the parameters, int32 (num_rows,): the count after the last step that touched a row
+    last_log_decay: Any  # like the parameters, float32 (num_rows,): `log_decay` after that step
+
+
+def row_sparse(
+    tx: optax.GradientTransformation, semantics: Semantics = "lazy", *, mask: Any = None
+) -> FusedTransformation:
+    r"""`tx`, which updates only those rows of embedding tables, and of their moments, that a batch touched.
+
+    $$m_i, \theta_i \leftarrow \mathrm{tx}(g_i, m_i, \theta_i) \ \text{for the rows } i \text{ of the gradient}$$
+
+    The cost of a step grows with the rows of the batch and not with the table. Row gradients come from
+    `fse.row_value_and_grad`; of a dense gradient (`jax.grad`), the rows are those of `token_ids`, an argument of
+    `update`. The update of a table is a `fse.SparseRows` that `optax.apply_updates`, `TrainState` and `nnx.Optimizer`
+    add to it. Under `jit`, donate parameters and state: their rows are then written in place.
+
+    `tx` may be any optimizer that treats the rows of these tables one by one: of optax sgd (and momentum), adagrad,
+    adam, adamw, rmsprop, lion and most others, and those of this library, whose other parameters may be in 8 bits;
+    tables keep fp32 moments. It sees small arrays in the place of tables, so that every option works as always. The
+    first step checks on a few rows of random numbers that it really treats rows one by one. Norms over all gradients
+    belong before it: `optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(tx))`.
+
+    The semantics, for a row that was not touched for k steps:
+
+    - "lazy": these steps are skipped, as in torch.optim.SparseAdam and TensorFlow's LazyAdam. Moments do not decay in
+      them, and bias corrections go by the count of all steps, as there.
+    - "catch_up": before the row's next step, what a step with gradient zero does by itself is made up for:
+
+      $$m_i \leftarrow c^k m_i, \qquad \theta_i \leftarrow \theta_i \prod_s (1 - \alpha_s \lambda)$$
+
+      with c the decay rate of each moment (b1, b2, 1 for Adagrad's sum) and the product over the skipped steps, whose
+      learning rates may follow a schedule. Both are read off `tx` itself, from its step on rows of ones. Moments and
+      decoupled weight decay are then those of the dense optimizer, and for optimizers without momentum (SGD, RMSprop,
+      Adagrad) so is the trajectory. Not made up for is how momentum would have moved the row meanwhile: for k large
+      that is at most b1 / (1 - b1) times its last step.
+      The state has two more numbers for each row. Decay rates must not change, and a step not decay to zero or below.
+
+    Sums of gradients over steps are not row by row: `optax.MultiSteps` is refused; see `fse.sum_microbatches`.
+
+    Args:
+        tx: the optimizer.
+        semantics: "lazy" or "catch_up".
+        mask: a pytree of booleans like the parameters, or a function of them that gives one: the tables. By default
+            two-dimensional parameters with the name of an embedding, as in the default rules of `adamw8bit`. It
+            matters for "catch_up", which keeps numbers for each row, and where `token_ids` is one array.
+
+    Returns:
+        An optax transform; `update(grads, state, params, token_ids=None)`. `token_ids`: for dense gradients, the ids
+        that were looked up: an array, where there is one table, or `{"path/of/embedding": array or list of arrays}`.
+        A row whose id is missing is not updated. It also serves `fse.fused_update` if `tx` does.
+
+    Raises:
+        TypeError: `tx` is not an optax transform, accumulates steps or does not treat rows one by one; moments of a
+            table in 8 bits.
+        ValueError: other semantics; in `update`, no row gradients and no `token_ids`; with "catch_up", no `params`, a
+            table that `mask` does not name, or a `tx` whose moments or weights do not decay by a factor.
+
+    >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
+    >>> tx = fse.row_sparse(optax.sgd(1.0))
+    >>> params = {"embedding": jnp.zeros((1000, 2))}
+    >>> rows = fse.SparseRows.of_lookups(jnp.array([7, 7]), jnp.ones((2, 2)), num_rows=1000)
+    >>> updates, state = tx.update({"embedding": rows}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["embedding"][7]
+    Array([-2., -2.], dtype=float32)
+
+    Source: torch.optim.SparseAdam; the product of skipped decays: pytorch/pytorch#3137.
+    """
+    if isinstance(tx, optax.MultiSteps):
+        raise TypeError(_ACCUMULATES.format("optax.MultiSteps"))
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+    if semantics not in get_args(Semantics):
+        raise ValueError(f"`semantics` must be 'lazy' or 'catch_up', got {semantics!r}.")
+    catches_up, checked = semantics == "catch_up", set()
+
+    def init(params):
+        inner = tx.init(params)
+        return _initial(inner, params, mask) if catches_up else inner
+
+    def step(fused, grads, state, params, token_ids, extra_args):
+        inner_state = state.inner_state if catches_up else state
+        problem = _problem(grads, params, inner_state, token_ids, mask)
+        tables = {i: g for i, g in enumerate(problem.grads) if is_sparse_rows(g)}
+        one = RowStep(tx, fused, extra_args)
+        _check_once(checked, tx, problem, tables, extra_args, catches_up)
+        if not catches_up:
+            outcome = step_on_rows(one, problem, tables)
+            return problem.tree.unflatten(outcome.outputs), problem.state_tree.unflatten(outcome.state)
+        if params is None:
+            raise ValueError("semantics='catch_up' needs `params`: call update(grads, state, params); got None.")
+        records = _Records.of(problem, tables, state)
+        decays = _decays(tx, problem, tables, extra_args)
+        outcome = step_on_rows(one, problem, tables, lambda *cut: records.catch_up(decays, *cut))
+        state = records.after(state, problem.state_tree.unflatten(outcome.state), decays, tables)
+        return problem.tree.unflatten(outcome.outputs), state
+
+    def update(updates, state, params=None, *, token_ids=None, **extra_args):
+        return step(False, updates, state, params, token_ids, extra_args)
+
+    def fused_update(grads, state, params, *, token_ids=None, **extra_args):
+        return step(True, grads, state, params, token_ids, extra_args)
+
+    return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
+
+
+_ACCUMULATES = (
+    "{} sums gradients over steps, but the rows of one step are not those of another. Accumulate the gradients of "
+    "microbatches instead, with fse.sum_microbatches, and make one step."
+)
+_ACCUMULATORS = optax.MultiStepsState, optax.ApplyEvery
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or is_sparse_rows(x)
+
+
+def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> Problem:
+    """The step's arrays, with row gradients in the place of dense ones where `token_ids` says so."""
+    pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_leaf)
+    paths, leaves = [path_name(path) for path, _ in pairs], [g for _, g in pairs]
+    known = {path: g.shape[0] for path, g in zip(paths, leaves) if len(getattr(g, "shape", ())) == 2}
+    if token_ids is not None:
+        dense = [path in known and not is_sparse_rows(g) for path, g in zip(paths, leaves)]
+        chosen = are_tables(mask, tree.unflatten(leaves), paths, leaves)
+        tables = {path: known[path] for path, ours, d in zip(paths, chosen, dense) if ours and d}
+        found = ids_of_tables(token_ids, tables, {p: n for p, n in known.items()})
+        for i, path in enumerate(paths):
+            if path in found and dense[i]:
+                indices = distinct(found[path], known[path])
+                leaves[i] = SparseRows(indices, take_rows(leaves[i], indices), known[path])
+    if not any(map(is_sparse_rows, leaves)):
+        raise ValueError(
+            "`row_sparse` got no row gradients. Take them from fse.row_value_and_grad, or give the ids that were "
+            "looked up: tx.update(grads, state, params, token_ids=ids)."
+        )
+    problem = Problem.of(tree, paths, leaves, params, state)
+    if params is not None:
+        for path, g, p in zip(paths, leaves, problem.params or ()):
+            if is_sparse_rows(g) and getattr(p, "shape", None) != g.shape:
+                raise ValueError(
+                    f"The row gradient of {path!r} is of a table of shape {g.shape}, but it has {p.shape}."
+                )
+    return problem
+
+
+# --- catching up -----------------------------------------------------------------------------------------------------
+
+
+def _initial(inner_state: Any, params: Any, mask: Any) -> RowSparseState:
+    pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
+    ours = are_tables(mask, params, [path_name(path) for path, _ in pairs], [x for _, x in pairs])
+
+    def zeros(dtype: Any, of_rows: bool) -> Any:
+        shapes = [x.shape[:1] if table and of_rows else () for table, (_, x) in zip(ours, pairs)]
+        return tree.unflatten([jnp.zeros(shape, dtype) for shape in shapes])
+
+    count = jnp.zeros([], jnp.int32)
+    return RowSparseState(
+        inner_state, count, zeros(jnp.float32, False), zeros(jnp.int32, True), zeros(jnp.float32, True)
+    )
+
+
+class _Records(NamedTuple):
+    """What "catch_up" remembers, by the place of each table."""
+
+    count: Array
+    log_decay: dict[int, Array]
+    last: dict[int, Array]
+    last_log_decay: dict[int, Array]
+
+    @classmethod
+    def of(cls, problem: Problem, tables: dict[int, SparseRows], state: RowSparseState) -> "_Records":
+        trees = state.log_decay, state.last, state.last_log_decay
+        columns = [jax.tree.leaves(tree, is_leaf=is_none) for tree in trees]
+        named = [i for i, x in enumerate(columns[1]) if jnp.ndim(x)]
+        if missing := [i for i in named if i not in tables]:
+            raise ValueError(
+                f"{problem.paths[missing[0]]!r} is a table by `mask`, but has no row gradient: with 'catch_up' "
+                "every table must have one in every step. Leave it out of `mask`, or give its `token_ids`."
+            )
+        for place in tables:
+            if columns[1][place].shape != (tables[place].shape[0],):
+                raise ValueError(
+                    f"{problem.paths[place]!r} has a row gradient, but 'catch_up' keeps no record of its rows: "
+                    "name it in `mask` when the optimizer is made."
+                )
+        return cls(state.count, *({place: column[place] for place in tables} for column in columns))
+
+    def catch_up(self, decays: dict[int, "_Decay"], place: int, indices: Array, rows: Rows) -> Rows:
+        decay, p = decays[place], rows.params
+        assert p is not None  # checked by `step`
+        skipped = (self.count - take_rows(self.last[place], indices)).astype(jnp.float32)
+        log_factor = self.log_decay[place] - take_rows(self.last_log_decay[place], indices)
+        drift = p * jnp.expm1(log_factor)[:, None].astype(p.dtype)
+        state = {
+            i: (x * (decay.moments[i] ** skipped).reshape(-1, *[1] * (x.ndim - 1))).astype(x.dtype)
+            for i, x in rows.state.items()
+        }
+        return rows._replace(params=p + drift, state=state, drift=drift)
+
+    def after(
+        self, state: RowSparseState, inner: Any, decays: dict[int, "_Decay"], tables: dict[int, SparseRows]
+    ) -> Any:
+        count = jnp.asarray(optax.safe_increment(self.count))
+        trees = [jax.tree.flatten(tree, is_leaf=is_none) for tree in state[2:]]
+        (log_decay, last, last_log_decay), structures = zip(*trees)
+        for place, x in tables.items():
+            log_decay[place] = log_decay[place] + decays[place].log_params
+            for column, value in ((last, count), (last_log_decay, log_decay[place])):
+                column[place] = set_rows(column[place], x.indices, jnp.full(x.indices.shape, value))
+        columns = zip(structures, (log_decay, last, last_log_decay))
+        return RowSparseState(inner, count, *(tree.unflatten(column) for tree, column in columns))
+
+
+class _Decay(NamedTuple):
+    """What a step with gradient zero does to a row, as factors."""
+
+    moments: dict[int, Array]  # by the place of the array in the flat state
+    log_params: Array
+
+
+def _decays(tx: optax.GradientTransformation, problem: Problem, tables: dict[int, SparseRows], extra_args: Any) -> Any:
+    """Read off `tx`: from the step of a row whose moments are ones, and of one whose parameters are."""
+    step = RowStep(tx, False, extra_args)
+    blank = _rows_without_gradient(problem, tables, moments=[1.0, 0.0], params=[0.0, 1.0])
+    outcome = step(problem, blank, others=False)
+    return {
+        place: _Decay(
+            {i: outcome.state[i][0].ravel()[0].astype(jnp.float32) for i in rows.state},
+            jnp.log1p(outcome.outputs[place][1].ravel()[0].astype(jnp.float32)),
+        )
+        for place, rows in blank.items()
+    }
+
+
+def _rows_without_gradient(problem: Problem, tables: Any, *, moments: list[float], params: list[float]) -> Any:
+    """Rows whose moments and parameters all are these numbers, one for each row."""
+
+    def like(x: Array, numbers: list[float]) -> Array:
+        column = np.asarray(numbers).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.asarray(np.broadcast_to(column, (len(numbers), *x.shape[1:])), x.dtype)
+
+    blank = {}
+    for place in tables:
+        g, state = problem.grads[place], {i: problem.state[i] for i in problem.rows_of_state(place)}
+        p = None if problem.params is None else like(problem.params[place], params)
+        zeros = jnp.zeros((len(params), g.shape[1]), g.dtype)
+        blank[place] = Rows(zeros, p, {i: like(x, moments) for i, x in state.items()})
+    return blank
+
+
+# --- what cannot be done row by row ----------------------------------------------------------------------------------
+
+
+def _check_once(checked: set, tx: Any, problem: Problem, tables: Any, extra_args: Any, catches_up: bool) -> None:
+    """Raises where `tx` does not do with a few rows what it does with all of them; tried on random numbers."""
+    key = problem.tree, problem.state_tree, tuple(tables), problem.params is None
+    if key in checked:
+        return
+    for state in jax.tree.leaves(problem.state_tree.unflatten(problem.state), is_leaf=_accumulates):
+        if _accumulates(state):
+            raise TypeError(_ACCUMULATES.format(type(state).__name__))
+    try:
+        with jax.ensure_compile_time_eval(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                small = _small(tx, problem, tables)
+            except ValueError:
+                return  # rules that go by shapes
+            rowwise = _is_rowwise(RowStep(tx, False, extra_args), small, tables)
+            decays = not catches_up or _decays_by_factors(RowStep(tx, False, extra_args), small, tables)
+    except jax.errors.JAXTypeError:
+        return  # hyper-parameters are traced
+    if not rowwise:
+        raise TypeError(
+            "`tx` does not treat the rows of a table one by one: on some rows alone it does something else than on the "
+            "same rows among others. Norms over all gradients belong before it, optax.chain(fse.clip_by_global_norm("
+            "1.0), fse.row_sparse(tx)); trust ratios, factored moments and orthogonalised updates need whole gradients."
+        )
+    if not decays:
+        raise ValueError(
+            "semantics='catch_up' needs an optimizer that without a gradient multiplies moments and weights by "
+            "factors, such as Adam's with decoupled weight decay, but `tx` does not. Use 'lazy', or decay like adamw."
+        )
+    checked.add(key)
+
+
+def _accumulates(x: Any) -> bool:
+    return isinstance(x, _ACCUMULATORS)
+
+
+def _small(tx: Any, problem: Problem, tables: Any) -> Problem:
+    """The same parameters with four rows of three in each table, two numbers an axis elsewhere."""
+    rng = np.random.default_rng(0)
+
+    def numbers(place: int, like: Any) -> Any:
+        if like is None:
+            return None
+        shape = (4, 3) if place in tables else (2,) * jnp.ndim(like)
+        return jnp.asarray(rng.standard_normal(shape), like.dtype)
+
+    grads = [numbers(i, g) for i, g in enumerate(problem.grads)]
+    params = [numbers(i, p) for i, p in enumerate(problem.params or problem.grads)]
+    state = tx.init(problem.tree.unflatten(params))
+    given = None if problem.params is None else problem.tree.unflatten(params)
+    return Problem.of(problem.tree, problem.paths, grads, given, state)
+
+
+def _is_rowwise(step: RowStep, problem: Problem, tables: Any) -> bool:
+    some = np.array([0, 2])
+    for _ in range(2):
+        kept = {place: problem.rows_of_state(place) for place in tables}
+        rows = {
+            place: Rows(
+                problem.grads[place][some],
+                None if problem.params is None else problem.params[place][some],
+                {i: problem.state[i][some] for i in kept[place]},
+            )
+            for place in tables
+        }
+        whole = step(problem, {})
+        try:
+            part = step(problem, rows)
+        except (TypeError, ValueError):  # moments whose shapes do not go with fewer rows
+            return False
+        pairs = [(whole.outputs[place][some], part.outputs[place]) for place in tables]
+        pairs += [(whole.state[i][some], part.state[i]) for place in tables for i in kept[place]]
+        if not all(_close(a, b) for a, b in pairs):
+            return False
+        problem = problem._replace(state=whole.state)
+    return True
+
+
+def _decays_by_factors(step: RowStep, problem: Problem, tables: Any) -> bool:
+    blank = _rows_without_gradient(problem, tables, moments=[1.0, 2.0, 0.0, 0.0], params=[0.0, 0.0, 1.0, 2.0])
+    outcome = step(problem, blank)
+    good = True
+    for place, rows in blank.items():
+        u = outcome.outputs[place]
+        good &= _close(2 * u[2], u[3])
+        for i in rows.state:
+            new = outcome.state[i]
+            good &= _close(2 * new[0], new[1]) and _close(new[2:], jnp.zeros_like(new[2:]))
+    return good
+
+
+def _close(a: Array, b: Array) -> bool:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return bool(np.all(np.abs(x - y) <= 1e-5 * np.max(np.abs(x), initial=0.0)))
