@@ -22,7 +22,7 @@ import numpy as np
 
 from ._gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from ._gather import at_least_float32 as at_least_float32
-from .rows import LookedUpTable, add_to_rows, distinct, record, take_rows
+from .rows import LookedUpTable, distinct, record, set_rows, take_rows
 
 RENORM_GUARD = 1e-7  # torch adds it to the norm before it divides
 NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
@@ -322,8 +322,9 @@ def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: 
     """The table with the rows of `ids` renormalised: what torch's lookup leaves behind. Differentiates as `table`."""
     _check_ids(ids)
     indices = distinct(row_numbers_of(ids, table.shape[0]), table.shape[0])
-    rows = take_rows(jax.lax.stop_gradient(table), indices)
-    return add_to_rows(table, indices, renorm(rows, max_norm, norm_type) - rows)
+    rows = take_rows(table, indices)
+    constant = jax.lax.stop_gradient(rows)
+    return set_rows(table, indices, renorm(constant, max_norm, norm_type) + (rows - constant))
 
 
 def check_max_norm(max_norm: float | None, norm_type: float) -> None:

@@ -79,6 +79,12 @@ def take_rows(table: Array, indices: Array) -> Array:
     return take(table, indices, row_sharding(table, indices, None), fill_value=0)
 
 
+def beside_rows(table: Array, indices: Array, values: Array) -> Array:
+    """Values for rows of a table, where a mesh has Explicit axes placed as these rows are."""
+    sharding = row_sharding(table, indices, None)
+    return values if sharding is None else jax.sharding.reshard(values, sharding)
+
+
 def set_rows(table: Array, indices: Array, values: Array) -> Array:
     """The table with `values` in these distinct rows. On a donated table, in place."""
     return table.at[indices].set(values.astype(table.dtype), **_scatter_options(table))
@@ -122,6 +128,8 @@ class SparseRows:
     >>> (jnp.zeros((5, 2)) - 0.5 * gradient)[:, 0]
     Array([ 0. , -0.5,  0. , -1. ,  0. ], dtype=float32)
     """
+
+    __array_ufunc__ = None  # numpy's arrays and numbers leave arithmetic to the methods below
 
     def __init__(self, indices: Array, values: Array, num_rows: int):
         self._sealed, self.values, self.num_rows = _sealed(indices), values, num_rows

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import AxisType
 
-from ..ops.rows import SparseRows, set_rows, take_rows
+from ..ops.rows import SparseRows, beside_rows, set_rows, take_rows
 from ._rules import path_name
 from ._storage import is_codes, is_none
 from ._transform import fused_update
@@ -134,6 +135,8 @@ def step_on_rows(
         x = tables[place]
         indices, values = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x.indices, x.values))
         p = None if table is None else take_rows(table, indices)
+        whole = [a for a in (table, *arrays.values()) if a is not None and a.ndim == 2]
+        values = beside_rows(whole[0], indices, values) if whole else values
         rows = Rows(values, p, {i: take_rows(a, indices) for i, a in arrays.items()})
         return indices, rows if catch_up is None else catch_up(place, indices, rows)
 
@@ -150,7 +153,7 @@ def step_on_rows(
         if step.fused:
             target = set_rows(table, indices, out)
         else:
-            target = jnp.zeros(x.values.shape, out.dtype).at[: heads[place]].set(out)
+            target = jax.lax.dynamic_update_slice_in_dim(_zeros_beside(out, x.values.shape[0]), out, 0, 0)
 
         def one(k: Any, carry: Any, place=place, table=table, size=size) -> Any:
             arrays, target = carry
@@ -169,6 +172,13 @@ def step_on_rows(
             state[i] = a
         outputs[place] = target if step.fused else x.with_values(target)
     return Outcome(outputs, state)
+
+
+def _zeros_beside(x: Array, length: int) -> Array:
+    """Zeros like `x` but for the length, and placed as it is where a mesh has Explicit axes."""
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jnp.zeros((length, *x.shape[1:]), x.dtype, out_sharding=sharding if explicit else None)
 
 
 def _chunk(x: SparseRows) -> int:

@@ -70,8 +70,12 @@ def with_max_norm(
         raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
     if max_norm is None:
         raise TypeError("`max_norm` must be a number, got None.")
-    if not isinstance(max_norm, Array):  # traced by optax.inject_hyperparams
-        check_max_norm(max_norm, norm_type)
+    if isinstance(norm_type, Array):
+        raise TypeError(
+            f"`norm_type` must be a Python number, got {norm_type}. Under optax.inject_hyperparams pass "
+            'static_args=("norm_type",).'
+        )
+    check_max_norm(None if isinstance(max_norm, Array) else max_norm, norm_type)  # it may be traced
     inner = optax.with_extra_args_support(tx)
 
     def renormed(grads: Any, params: Any, token_ids: Any) -> tuple[Any, dict[int, SparseRows], list[Any], Any]:

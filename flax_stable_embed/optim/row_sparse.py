@@ -340,20 +340,24 @@ def _small(tx: Any, problem: Problem, tables: Any) -> Problem:
 
 
 def _is_rowwise(step: RowStep, problem: Problem, tables: Any) -> bool:
-    some = np.array([0, 2])
+    every, some = np.arange(4), np.array([0, 2])
     for _ in range(2):
         kept = {place: problem.rows_of_state(place) for place in tables}
-        rows = {
-            place: Rows(
-                problem.grads[place][some],
-                None if problem.params is None else problem.params[place][some],
-                {i: problem.state[i][some] for i in kept[place]},
-            )
-            for place in tables
-        }
-        whole = step(problem, {})
+
+        def cut(at: np.ndarray, problem: Problem = problem, kept: dict[int, list[int]] = kept) -> dict[int, Rows]:
+            params: Any = problem.params
+            return {
+                place: Rows(
+                    problem.grads[place][at],
+                    None if params is None else params[place][at],
+                    {i: problem.state[i][at] for i in kept[place]},
+                )
+                for place in tables
+            }
+
+        whole = step(problem, cut(every))
         try:
-            part = step(problem, rows)
+            part = step(problem, cut(some))
         except (TypeError, ValueError):  # moments whose shapes do not go with fewer rows
             return False
         pairs = [(whole.outputs[place][some], part.outputs[place]) for place in tables]

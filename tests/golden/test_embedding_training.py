@@ -102,6 +102,7 @@ def linen_tables(case, tx, given, value_and_grad, extra_args, *, fused=False):
     return tables
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
 def test_with_max_norm_trains_as_torch_does(case, frozen):
     tx = fse.with_max_norm(optimizer(case), **case.options)
@@ -109,6 +110,7 @@ def test_with_max_norm_trains_as_torch_does(case, frozen):
     assert_same(tables, frozen, case)
 
 
+@pytest.mark.one_in(5, start=1)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
 def test_writing_rows_back_in_the_call_trains_as_torch_does(case, frozen):
     given = inputs(case)
@@ -129,6 +131,7 @@ def test_writing_rows_back_in_the_call_trains_as_torch_does(case, frozen):
     assert_same(tables, frozen, case)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", [c for c in MAX_NORM if c.optimizer == "AdamW"], ids=lambda case: case.name)
 def test_with_max_norm_writes_parameters_in_place(case, frozen):
     inner = fse.adamw8bit(case.hyper["lr"], weight_decay=case.hyper["weight_decay"])

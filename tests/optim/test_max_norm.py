@@ -1,0 +1,177 @@
+"""`with_max_norm` and its errors; that its trajectories are torch's is in tests/golden/test_embedding_training.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import flax_stable_embed as fse
+
+TABLE = jnp.array([[3.0, 4.0], [6.0, 8.0], [0.3, 0.4], [30.0, 40.0]])
+PARAMS = {"embedding": TABLE, "kernel": jnp.full((2, 2), 9.0)}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+def stepped(tx, params=PARAMS, grads=ZEROS, **extra_args):
+    updates, _ = tx.update(grads, tx.init(params), params, **extra_args)
+    return optax.apply_updates(params, updates)
+
+
+def test_rows_that_were_looked_up_are_stored_scaled_down():
+    new = stepped(fse.with_max_norm(optax.sgd(0.1), 1.0), token_ids=jnp.array([[1, 2], [1, -1]]))
+    np.testing.assert_allclose(new["embedding"], [[3, 4], [0.6, 0.8], [0.3, 0.4], [0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(new["kernel"], PARAMS["kernel"])
+
+
+def test_weight_decay_starts_from_the_scaled_rows():
+    tx = fse.with_max_norm(optax.adamw(0.1, weight_decay=0.5), 1.0)
+    new = stepped(tx, token_ids={"embedding": jnp.array([1])})
+    np.testing.assert_allclose(new["embedding"][1], 0.95 * np.array([0.6, 0.8]), rtol=1e-6)
+    np.testing.assert_allclose(new["embedding"][0], 0.95 * TABLE[0], rtol=1e-6)
+
+
+def test_ids_outside_the_table_and_none_touch_nothing():
+    tx = fse.with_max_norm(optax.sgd(0.1), 1.0)
+    for ids in (jnp.array([4, -5]), jnp.zeros(0, jnp.int32), jnp.zeros((2, 0), jnp.uint8)):
+        np.testing.assert_array_equal(stepped(tx, token_ids=ids)["embedding"], TABLE)
+
+
+ROWS = fse.SparseRows.of_lookups(jnp.array([1, 3, 1]), jnp.ones((3, 2)), 4)
+
+
+@pytest.mark.parametrize("order", ["inside", "outside"])
+@pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
+def test_row_gradients_know_their_rows_in_either_order(order, fused):
+    grads = PARAMS | {"embedding": ROWS}
+    inner = fse.adamw8bit(0.1, weight_decay=0.5)
+    if order == "inside":
+        tx = fse.row_sparse(fse.with_max_norm(inner, 1.0))
+    else:
+        tx = fse.with_max_norm(fse.row_sparse(inner), 1.0)
+    if fused:
+        new, _ = fse.fused_update(tx, grads, tx.init(PARAMS), PARAMS)
+    else:
+        new = stepped(tx, grads=grads)
+    short = PARAMS | {"embedding": jnp.array([[3.0, 4.0], [0.6, 0.8], [0.3, 0.4], [0.6, 0.8]])}
+    dense = PARAMS | {"embedding": ROWS.to_dense()}
+    updates, _ = inner.update(dense, inner.init(short), short)
+    want = optax.apply_updates(short, updates)
+    for row in (1, 3):
+        np.testing.assert_allclose(new["embedding"][row], want["embedding"][row], rtol=1e-5)
+    np.testing.assert_array_equal(new["embedding"][jnp.array([0, 2])], TABLE[jnp.array([0, 2])])
+    np.testing.assert_allclose(new["kernel"], want["kernel"], rtol=1e-6)
+
+
+def test_mask_names_the_tables():
+    params = {"wte": TABLE, "kernel": PARAMS["kernel"]}
+    tx = fse.with_max_norm(optax.sgd(0.1), 1.0, mask={"wte": True, "kernel": False})
+    new = stepped(tx, params, jax.tree.map(jnp.zeros_like, params), token_ids=jnp.array([0]))
+    np.testing.assert_allclose(new["wte"][0], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(new["kernel"], params["kernel"])
+
+
+def test_max_norm_can_be_a_schedule_by_inject_hyperparams():
+    make = optax.inject_hyperparams(fse.with_max_norm, static_args=("norm_type",))
+    tx = make(optax.sgd(0.1), optax.linear_schedule(2.0, 1.0, 10))
+    np.testing.assert_allclose(stepped(tx, token_ids=jnp.array([1]))["embedding"][1], [1.2, 1.6], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda: fse.with_max_norm(0.1, 1.0), TypeError, "`tx` must be an optax transform, got 0.1"),
+        (lambda: fse.with_max_norm(optax.sgd(0.1), None), TypeError, "`max_norm` must be a number, got None"),
+        (lambda: fse.with_max_norm(optax.sgd(0.1), -1.0), ValueError, "`max_norm` must be positive, got -1.0"),
+        (lambda: fse.with_max_norm(optax.sgd(0.1), 1.0, -2.0), ValueError, "`norm_type`.*must be 0 or more, got -2.0"),
+        (
+            lambda: stepped(fse.with_max_norm(optax.sgd(0.1), 1.0)),
+            ValueError,
+            r"which rows of 'embedding'.*token_ids=\{",
+        ),
+        (
+            lambda: fse.with_max_norm(optax.sgd(0.1), 1.0).update(ZEROS, optax.sgd(0.1).init(PARAMS)),
+            ValueError,
+            r"max_norm needs `params`: call `update\(grads, state, params\)`",
+        ),
+        (
+            lambda: stepped(fse.with_max_norm(optax.sgd(0.1), 1.0), token_ids={"kernel": jnp.array([1])}),
+            ValueError,
+            "names 'kernel', which is no table. There are: embedding",
+        ),
+        (
+            lambda: stepped(
+                fse.with_max_norm(optax.sgd(0.1), 1.0), {"k": TABLE}, {"k": TABLE}, token_ids=jnp.array([1])
+            ),
+            ValueError,
+            "finds no table among the parameters k: name it with `mask`",
+        ),
+        (
+            lambda: optax.inject_hyperparams(fse.with_max_norm)(optax.sgd(0.1), 1.0).init(PARAMS),
+            TypeError,
+            r"`norm_type` must be a Python number.*static_args=\(\"norm_type\",\)",
+        ),
+    ],
+)
+def test_what_cannot_be_raises(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+# --- the module that writes rows back ---------------------------------------------------------------------------------
+
+
+def writer(module=fse.nnx.Embed, **options):
+    return module.from_pretrained(TABLE, max_norm=1.0, write_back=True, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("module", [fse.nnx.Embed, fse.nnx.StableEmbed])
+def test_a_lookup_stores_the_rows_that_it_scales(module):
+    embed = writer(module)
+    plain = module.from_pretrained(TABLE, max_norm=1.0, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(embed(jnp.array([1, 2])), plain(jnp.array([1, 2])))
+    np.testing.assert_allclose(embed.embedding[...], [[3, 4], [0.6, 0.8], [0.3, 0.4], [30, 40]], rtol=1e-6)
+    nnx.jit(lambda m: m(jnp.array([3])))(embed)
+    np.testing.assert_allclose(embed.embedding[...][3], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(plain.embedding[...], TABLE)
+
+
+@pytest.mark.parametrize(
+    "closes_over",
+    [
+        lambda embed: jax.jit(lambda ids: embed(ids))(jnp.array([1])),
+        lambda embed: jax.grad(lambda x: (embed(jnp.array([1])) * x).sum())(1.0),
+        lambda embed: jax.vmap(lambda ids: embed(ids))(jnp.array([1, 2])),
+        lambda embed: jax.eval_shape(embed, jnp.array([1])),
+        lambda embed: jax.lax.scan(lambda c, i: (c, embed(i)), 0, jnp.array([1, 2])),
+    ],
+    ids=["jit", "grad", "vmap", "eval_shape", "scan"],
+)
+def test_where_nnx_forbids_it_the_error_says_what_to_do(closes_over):
+    with pytest.raises(ValueError, match=r"which NNX forbids: pass the module as an argument.*fse\.with_max_norm"):
+        closes_over(writer())
+
+
+def test_it_needs_max_norm_and_no_sparse():
+    with pytest.raises(
+        ValueError, match="`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None"
+    ):
+        fse.nnx.Embed(4, 2, write_back=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"does not go with `sparse=True`.*fse\.row_sparse\(fse\.with_max_norm"):
+        fse.nnx.Embed(4, 2, write_back=True, max_norm=1.0, sparse=True, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_logits_of_a_table_that_a_lookup_has_scaled(api):
+    query, ids = jnp.array([[1.0, 1.0]]), jnp.array([1, 2])
+    if api == "linen":
+        attend = fse.linen.Embed(4, 2, max_norm=1.0).bind({"params": {"embedding": TABLE}}).attend
+        unbound = fse.linen.Embed(4, 2).bind({"params": {"embedding": TABLE}}).attend
+    else:
+        attend = fse.nnx.Embed.from_pretrained(TABLE, max_norm=1.0, rngs=nnx.Rngs(0)).attend
+        unbound = fse.nnx.Embed.from_pretrained(TABLE, rngs=nnx.Rngs(0)).attend
+    np.testing.assert_allclose(attend(query, token_ids=ids), [[7, 1.4, 0.7, 70]], rtol=1e-6)
+    np.testing.assert_allclose(attend(query), [[7, 14, 0.7, 70]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"`max_norm` is None\. Drop them"):
+        unbound(query, token_ids=ids)
