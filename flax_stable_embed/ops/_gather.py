@@ -53,7 +53,7 @@ def at_least_float32(dtype: Any) -> np.dtype:
 def gather(options: GatherOptions, table: jax.Array, row_numbers: jax.Array) -> jax.Array:
     """Rows of `table` (NaN for the number one past its end), with the gradient that `options` name."""
     no_option = options.padding_idx is None and not options.by_frequency and not options.one_hot
-    by_chain_rule = no_option and table.dtype == at_least_float32(table.dtype)
+    by_chain_rule = no_option and not _sorts(options, table) and table.dtype == at_least_float32(table.dtype)
     if by_chain_rule or not jnp.issubdtype(table.dtype, jnp.inexact):
         return plain_gather(options, table, row_numbers)
     return _gather(options, table, row_numbers)
@@ -83,6 +83,8 @@ def _gather_jvp(options: GatherOptions, primals: tuple, tangents: tuple) -> tupl
         live = jnp.where(row_numbers == options.padding_idx, table.shape[0], row_numbers)
     if options.one_hot:
         d_rows = _product(options, d_table, live, options.dtype, fill_value=0)
+    elif _sorts(options, table):
+        d_rows = _take_sorted(d_table, live)
     else:
         in_bounds = options.in_bounds and options.padding_idx is None
         d_rows = take(d_table, live, options.sharding, fill_value=0, in_bounds=in_bounds)
@@ -105,6 +107,26 @@ def take(
     if in_bounds:
         return at.get(mode="promise_in_bounds", wrap_negative_indices=False, out_sharding=sharding)
     return at.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=sharding)
+
+
+def _sorts(options: GatherOptions, table: jax.Array) -> bool:
+    """Whether the terms of the gradient are sorted before they are added to the table.
+
+    On TPU, XLA does that itself up to 2^15 rows; beyond, sorted terms have half the estimated time (compiled for v5e,
+    2^16 rows) to 0.7 of it (2^18). Not on several chips, where sorting terms of a cut batch would gather them.
+    """
+    alone = jax.default_backend() == "tpu" and jax.device_count() == 1 and options.sharding is None
+    return alone and not options.one_hot and table.shape[0] > 2**15
+
+
+def _take_sorted(table: jax.Array, row_numbers: jax.Array) -> jax.Array:
+    """`take` with zeros outside, whose transpose gathers the terms into the order of the rows and adds them in it."""
+    flat = row_numbers.ravel()
+    order = jnp.argsort(flat)
+    at = table.at[flat[order]]
+    rows = at.get(mode="fill", fill_value=0, wrap_negative_indices=False, indices_are_sorted=True)
+    rows = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True, mode="promise_in_bounds")
+    return rows.reshape(*row_numbers.shape, table.shape[1])
 
 
 def _product(

@@ -76,8 +76,8 @@ def lookup(
       scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
       sparse: note the lookup, if `rows.recording` is on.
       method: "take" gathers; "one_hot" multiplies with a one-hot matrix, num_embeddings times the arithmetic and the
-        same rows bit for bit, and its gradient is a product too: what some prefer on TPU. There NaN and infinity
-        anywhere in a column of the table spread to every row.
+        same rows bit for bit, and its gradient is a product too: what some prefer on TPU. There a NaN or infinity in
+        the table spreads to its whole column in the result, and one in the gradient likewise.
       mode: for ids outside the table. "fill" gives NaN; "clip" takes the first or last row, the first for negative
         ids too; "promise_in_bounds" promises that all ids are 0 .. num_embeddings - 1, and has no mask over the rows:
         for others the rows are anything.

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_stable_embed.ops import embedding
+from flax_stable_embed.ops import _gather, embedding
 from flax_stable_embed.ops.embedding import lookup, normalise, renorm
 
 TABLE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -375,3 +375,90 @@ def test_negative_padding_is_counted_from_the_end():
 def test_options_of_the_norm_outside_their_range_raise(norm_epsilon, param_dtype, dtype, error, message):
     with pytest.raises(error, match=message):
         embedding.check_norm_options(norm_epsilon, param_dtype, dtype)
+
+
+# --- how rows are looked up -------------------------------------------------------------------------------------------
+
+
+def value_and_gradient(table, ids, **options):
+    """The rows, and the gradient of their product with fixed numbers."""
+    rows, pullback = jax.vjp(lambda table: embedding.lookup(table, ids, **options), table)
+    cotangent = np.random.default_rng(1).standard_normal(rows.shape)
+    return rows, pullback(jnp.asarray(cotangent, rows.dtype))[0]
+
+
+ALL_IDS = jnp.array([[1, 4, 4, 3], [49, -1, 1, 60]])
+OPTIONS = [{}, {"padding_idx": 4}, {"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"dtype": jnp.bfloat16}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_a_one_hot_product_gives_the_rows_of_a_gather_and_their_gradient(options, dtype, mode):
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), dtype)
+    found, want = (value_and_gradient(table, ALL_IDS, method=m, mode=mode, **options) for m in ("one_hot", "take"))
+    np.testing.assert_array_equal(*(x[0].astype(jnp.float32) for x in (found, want)))
+    assert found[1].dtype == want[1].dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(*(x[1].astype(jnp.float32) for x in (found, want)), rtol=tolerance, atol=tolerance)
+
+
+def test_a_one_hot_product_sums_the_gradient_in_float32():
+    table, ids = jnp.zeros((3, 1), jnp.bfloat16), jnp.ones(4096, jnp.int32)
+    gradient = jax.grad(lambda t: embedding.lookup(t, ids, method="one_hot").astype(jnp.float32).sum())(table)
+    assert gradient[1, 0] == 4096
+
+
+def test_a_one_hot_product_has_neither_gather_nor_scatter():
+    text = jax.jit(lambda t: value_and_gradient(t, ALL_IDS, method="one_hot")).lower(jnp.ones((50, 8))).as_text()
+    assert "gather" not in text and "scatter" not in text and "dot_general" in text
+
+
+def test_clip_takes_the_nearest_row():
+    table = jnp.arange(5.0)[:, None]
+    for ids in (jnp.array([-7, -1, 0, 4, 5, 99]), np.array([-(2**40), -1, 0, 4, 5, 2**40])):
+        rows, gradient = value_and_gradient(table, ids, mode="clip")
+        assert rows[:, 0].tolist() == [0, 0, 0, 4, 4, 4]
+        terms = np.random.default_rng(1).standard_normal((6, 1)).astype(np.float32)
+        np.testing.assert_allclose(gradient[0], terms[:3].sum(0), rtol=1e-6)
+        np.testing.assert_allclose(gradient[4], terms[3:].sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
+    ids = jnp.array([[1, 4, 4, 3], [49, 0, 1, 7]], jnp.uint8)
+    for mode in ("promise_in_bounds", "clip"):
+        found, want = (value_and_gradient(table, ids, mode=m, **options) for m in (mode, "fill"))
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def test_a_promise_saves_the_mask_over_the_rows():
+    def select_ops(mode):
+        lowered = jax.jit(lambda t, ids: embedding.lookup(t, ids, mode=mode)).lower(jnp.ones((50, 8)), jnp.arange(16))
+        return sum("select" in line and "16x8" in line for line in lowered.as_text().splitlines())
+
+    assert (select_ops("fill"), select_ops("clip"), select_ops("promise_in_bounds")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_terms_that_are_sorted_first_give_the_same_gradient(options, monkeypatch):
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
+    want = value_and_gradient(table, ALL_IDS, **options)
+    monkeypatch.setattr(_gather, "_sorts", lambda options, table: True)
+    found = value_and_gradient(table, ALL_IDS, **options)
+    np.testing.assert_array_equal(*(x[0].astype(jnp.float32) for x in (found, want)))
+    np.testing.assert_allclose(found[1], want[1], rtol=1e-6, atol=1e-6)
+    _, tangent = jax.jvp(lambda t: embedding.lookup(t, ALL_IDS, **options), (table,), (jnp.ones_like(table),))
+    assert jnp.isfinite(tangent).all()
+
+
+def test_terms_are_sorted_on_one_tpu_and_for_large_tables_alone(monkeypatch):
+    options = _gather.GatherOptions(None, False, None, np.dtype(np.float32))
+    large, small = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (2**15 + 1, 2**15))
+    assert not _gather._sorts(options, large)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not _gather._sorts(options, large)  # eight devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert _gather._sorts(options, large) and not _gather._sorts(options, small)
+    assert not _gather._sorts(options._replace(one_hot=True), large)
