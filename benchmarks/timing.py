@@ -25,19 +25,7 @@ def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> 
     """One row for each contender; about `budget_s` seconds of steps, compilation not counted."""
     problem, field = Problem(shape), contenders()
     runs = {i: c.start(problem) for i, c in enumerate(field) if c.skip is None}
-    repeats, round_s = {}, 0.0
-    for i, run in runs.items():
-        seconds = _time(run.step, 1)
-        if seconds < TURN_S:  # the first call has costs of its own
-            seconds = _time(run.step, 3)
-        repeats[i] = max(1, round(TURN_S / seconds))
-        round_s += seconds * (repeats[i] + (repeats[i] > 1))
-    rounds = min(most_rounds, max(LEAST_ROUNDS, int(budget_s / round_s)))
-    turns: dict[int, list[float]] = {i: [] for i in runs}
-    for r in range(rounds):
-        order = list(runs)[r % len(runs) :] + list(runs)[: r % len(runs)]
-        for i in order if r % 2 == 0 else reversed(order):
-            turns[i].append(_turn(runs[i], repeats[i]))
+    turns = alternate({i: run.step for i, run in runs.items()}, budget_s, most_rounds)
     base = turns[next(i for i, c in enumerate(field) if c.name == BASELINE)]
     rows = []
     for i, contender in enumerate(field):
@@ -48,10 +36,30 @@ def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> 
     return rows
 
 
-def _turn(run: Run, repeats: int) -> float:
+def alternate(
+    steps: dict[Any, Callable[[], None]], budget_s: float, most_rounds: int = MOST_ROUNDS
+) -> dict[Any, list[float]]:
+    """Seconds a step of every contender in every round, about `budget_s` seconds in all."""
+    repeats, round_s = {}, 0.0
+    for i, step in steps.items():
+        seconds = _time(step, 1)
+        if seconds < TURN_S:  # the first call has costs of its own
+            seconds = _time(step, 3)
+        repeats[i] = max(1, round(TURN_S / seconds))
+        round_s += seconds * (repeats[i] + (repeats[i] > 1))
+    rounds = min(most_rounds, max(LEAST_ROUNDS, int(budget_s / round_s)))
+    turns: dict[Any, list[float]] = {i: [] for i in steps}
+    for r in range(rounds):
+        order = list(steps)[r % len(steps) :] + list(steps)[: r % len(steps)]
+        for i in order if r % 2 == 0 else reversed(order):
+            turns[i].append(_turn(steps[i], repeats[i]))
+    return turns
+
+
+def _turn(step: Callable[[], None], repeats: int) -> float:
     if repeats > 1:
-        run.step()
-    return _time(run.step, repeats)
+        step()
+    return _time(step, repeats)
 
 
 def _time(step: Callable[[], None], repeats: int) -> float:
@@ -63,7 +71,7 @@ def _time(step: Callable[[], None], repeats: int) -> float:
 
 def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[str, Any]:
     state = run.state_bytes / shape.size
-    ms = _quartiles([1e3 * t for t in turns])
+    ms = quartiles([1e3 * t for t in turns])
     # What no implementation can avoid: read gradient, parameter and state, write parameter and state.
     moved = shape.size * (12 + 2 * state)
     return {
@@ -71,14 +79,14 @@ def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[
         "state_bytes_per_parameter": state,
         "temp_bytes_per_parameter": None if run.temp_bytes is None else run.temp_bytes / shape.size,
         "ms": ms,
-        "ratio": _quartiles([t / b for t, b in zip(turns, base)]),
+        "ratio": quartiles([t / b for t, b in zip(turns, base)]),
         "gb_per_s": moved / ms[1] / 1e6,
         "rounds": len(turns),
         "compile_s": run.compile_s,
     }
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return quantiles(values, n=4, method="inclusive")
 
@@ -92,4 +100,4 @@ def copy_gb_per_s(size: int = 1 << 26) -> float:
         start = perf_counter()
         x = jax.block_until_ready(add(x))
         seconds.append(perf_counter() - start)
-    return 8 * size / _quartiles(seconds[1:])[1] / 1e9
+    return 8 * size / quartiles(seconds[1:])[1] / 1e9

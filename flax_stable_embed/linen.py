@@ -31,8 +31,8 @@ class Embed(nn.Embed):
         y = promote_dtype(renorm(embedding[inputs]))
 
     Ids -1 .. -num_embeddings count from the end and ids outside the table give rows of NaN, as in Flax. With
-    max_norm, only the rows that are returned are scaled: the stored table keeps its length, so that training
-    is not torch's trajectory, where the scaled rows are written back.
+    max_norm, only the rows that are returned are scaled: the stored table keeps its length. For torch's
+    trajectory, where scaled rows are stored, wrap the optimizer: `fse.with_max_norm`.
 
     Parameters: `embedding`, (num_embeddings, features), param_dtype.
 
@@ -136,7 +136,7 @@ class Embed(nn.Embed):
         `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
         them in the table. The gradient is taken at the scaled rows, not through the scaling.
         """
-        table = maths.table_for_logits(self.embedding, token_ids, self.max_norm, self.norm_type)
+        table = maths.table_for_logits(self.embedding, token_ids, self.max_norm, self.norm_type, self.mode)
         query_cast, table_cast = self.promote_dtype(query, table, dtype=self.dtype)
         assert query_cast is not None and table_cast is not None
         return jnp.dot(query_cast, table_cast.T, out_sharding=out_sharding)

@@ -29,8 +29,8 @@ class Embed(nnx.Embed):
         y = promote_dtype(renorm(embedding[inputs]))
 
     Ids -1 .. -num_embeddings count from the end and ids outside the table give rows of NaN, as in Flax. With
-    max_norm, only the rows that are returned are scaled: the stored table keeps its length, so that training
-    is not torch's trajectory, where the scaled rows are written back.
+    max_norm, only the rows that are returned are scaled: the stored table keeps its length. For torch's
+    trajectory, where scaled rows are stored, wrap the optimizer: `fse.with_max_norm`.
 
     State: `embedding`, a Param of shape (num_embeddings, features) and dtype param_dtype.
 
@@ -171,7 +171,7 @@ class Embed(nnx.Embed):
         `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
         them in the table. The gradient is taken at the scaled rows, not through the scaling.
         """
-        table = maths.table_for_logits(self.embedding.get_value(), token_ids, self.max_norm, self.norm_type)
+        table = maths.table_for_logits(self.embedding.get_value(), token_ids, self.max_norm, self.norm_type, self.mode)
         query, table = self.promote_dtype((query, table), dtype=self.dtype)
         return jnp.dot(query, table.T, out_sharding=out_sharding)
 
@@ -182,8 +182,9 @@ class Embed(nnx.Embed):
             self.embedding.get_value(),  # maybe no array: see ops/rows.py
             inputs,
             padding_idx=self.padding_idx,
-            max_norm=None if self.write_back else self.max_norm,  # then stored already
+            max_norm=self.max_norm,
             norm_type=self.norm_type,
+            stored=self.write_back,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
             method=self.lookup,
@@ -194,7 +195,7 @@ class Embed(nnx.Embed):
 
     def _write_back(self, inputs: jax.Array) -> None:
         assert self.max_norm is not None
-        table = maths.renormed_rows(self.embedding[...], inputs, self.max_norm, self.norm_type)
+        table = maths.renormed_rows(self.embedding[...], inputs, self.max_norm, self.norm_type, self.mode)
         try:
             self.embedding[...] = table
         except TraceContextError as error:

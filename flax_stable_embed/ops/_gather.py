@@ -71,26 +71,31 @@ _gather = jax.custom_jvp(plain_gather, nondiff_argnums=(0,))
 
 @_gather.defjvp
 def _gather_jvp(options: GatherOptions, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    table, row_numbers = primals
+    return _gather(options, table, row_numbers), rows_of_tangent(options, tangents[0], row_numbers)
+
+
+def rows_of_tangent(options: GatherOptions, d_table: jax.Array, row_numbers: jax.Array) -> jax.Array:
     """Linear in d table, so that its transpose is the scatter-add of the gradient: float32, rounded once.
 
     Casting all of d table costs nothing compiled: XLA fuses the cast into the gather (the same bytes
     accessed).
     """
-    table, row_numbers = primals
-    d_table = tangents[0].astype(at_least_float32(table.dtype))
+    num_rows = d_table.shape[0]
+    d_table = d_table.astype(at_least_float32(d_table.dtype))
     live = row_numbers
     if options.padding_idx is not None:  # a row outside the table has no gradient, were its cotangent infinite
-        live = jnp.where(row_numbers == options.padding_idx, table.shape[0], row_numbers)
+        live = jnp.where(row_numbers == options.padding_idx, num_rows, row_numbers)
     if options.one_hot:
         d_rows = _product(options, d_table, live, options.dtype, fill_value=0)
-    elif _sorts(options, table):
+    elif _sorts(options, d_table):
         d_rows = _take_sorted(d_table, live)
     else:
         in_bounds = options.in_bounds and options.padding_idx is None
         d_rows = take(d_table, live, options.sharding, fill_value=0, in_bounds=in_bounds)
     if options.by_frequency:
-        d_rows = d_rows / _counts(options, row_numbers, table.shape[0])[..., None].astype(d_rows.dtype)
-    return _gather(options, table, row_numbers), d_rows.astype(options.dtype)
+        d_rows = d_rows / _counts(options, row_numbers, num_rows)[..., None].astype(d_rows.dtype)
+    return d_rows.astype(options.dtype)
 
 
 def take(

@@ -44,6 +44,7 @@ def lookup(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    stored: bool = False,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
     method: Method = "take",
@@ -73,6 +74,7 @@ def lookup(
       padding_idx: the row without a gradient, 0 .. num_embeddings - 1.
       max_norm: looked-up rows longer than this are scaled down to it.
       norm_type: the p of that p-norm.
+      stored: the looked-up rows are scaled in the table already, so that max_norm has nothing to do.
       scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
       sparse: note the lookup, if `rows.recording` is on.
       method: "take" gathers; "one_hot" multiplies with a one-hot matrix, num_embeddings times the arithmetic and the
@@ -105,7 +107,7 @@ def lookup(
     """
     _check_ids(ids)
     looked_up = table if isinstance(table, LookedUpTable) else None
-    table = jnp.asarray(table if looked_up is None else looked_up.table)
+    table = jnp.asarray(table if looked_up is None else looked_up.constant)
     row_numbers = row_numbers_of(ids, table.shape[0], mode)
     if table.shape[0] == 1 and padding_idx is None and max_norm is None and not scale_grad_by_freq:
         row_numbers = jnp.zeros_like(row_numbers)
@@ -122,7 +124,7 @@ def lookup(
         raise ValueError(NO_ONE_HOT)
     else:
         rows = looked_up.gather(options, row_numbers)
-    return rows if max_norm is None else _as_if_stored(rows, table.dtype, max_norm, norm_type)
+    return rows if max_norm is None or stored else _as_if_stored(rows, table.dtype, max_norm, norm_type)
 
 
 def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Array:
@@ -295,7 +297,7 @@ def check_options(
     return None if padding_idx is None else _count_from_start(padding_idx, num_embeddings)
 
 
-def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_type: float) -> jax.Array:
+def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_type: float, mode: Mode) -> jax.Array:
     """The whole table, with the rows of `token_ids` renormalised as if a lookup had stored them.
 
     Raises:
@@ -315,13 +317,13 @@ def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_ty
         raise ValueError(
             "`token_ids` of `attend` are the rows that max_norm scales, but `max_norm` is None. Drop them."
         )
-    return renormed_rows(table, token_ids, max_norm, norm_type)
+    return renormed_rows(table, token_ids, max_norm, norm_type, mode)
 
 
-def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
+def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: float, mode: Mode) -> jax.Array:
     """The table with the rows of `ids` renormalised: what torch's lookup leaves behind. Differentiates as `table`."""
     _check_ids(ids)
-    indices = distinct(row_numbers_of(ids, table.shape[0]), table.shape[0])
+    indices = distinct(row_numbers_of(ids, table.shape[0], mode), table.shape[0])
     rows = take_rows(table, indices)
     constant = jax.lax.stop_gradient(rows)
     return set_rows(table, indices, renorm(constant, max_norm, norm_type) + (rows - constant))

@@ -11,18 +11,19 @@ which adds zero to the rows: its gradient is that of the rows, and no dense one 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.random
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import get_opaque_trace_state
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from ._gather import GatherOptions, at_least_float32, plain_gather, row_sharding, take
+from ._gather import GatherOptions, at_least_float32, plain_gather, row_sharding, rows_of_tangent, take
 from ._gather import row_numbers_of as row_numbers_of
 
 
@@ -59,19 +60,29 @@ def distinct(row_numbers: Array, num_rows: int) -> Array:
     >>> distinct(jnp.array([[3, 1], [3, 5]]), num_rows=5)
     Array([1, 3, 7, 8], dtype=int32)
     """
-    ordered = jnp.sort(row_numbers.ravel())
+    ordered = jnp.sort(_everywhere(row_numbers).ravel())
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])[: ordered.size]
     found = jnp.sort(jnp.where(first, ordered, num_rows))[:num_rows]
     return jnp.where(found < num_rows, found, num_rows + jnp.arange(found.size, dtype=jnp.int32))
+
+
+def _everywhere(x: Array) -> Array:
+    """The array, replicated where its mesh has Explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
     """Where each row number is among `indices` (from `distinct`); their number where it is not."""
     if indices.size == 0:
         return jnp.zeros_like(row_numbers)
-    at = jnp.searchsorted(indices, row_numbers).astype(jnp.int32)
-    found = indices.at[at].get(mode="fill", fill_value=-1) == row_numbers
-    return jnp.where(found & (row_numbers < num_rows), at, indices.size)
+    numbers = _everywhere(row_numbers)
+    at = jnp.searchsorted(indices, numbers).astype(jnp.int32)
+    found = indices.at[at].get(mode="fill", fill_value=-1) == numbers
+    at = jnp.where(found & (numbers < num_rows), at, indices.size)
+    return at if numbers is row_numbers else jax.sharding.reshard(at, jax.typeof(row_numbers).sharding)
 
 
 def take_rows(table: Array, indices: Array) -> Array:
@@ -198,7 +209,9 @@ class SparseRows:
             f"SparseRows(indices={getattr(self._sealed, 'shape', '?')}, values={self.values!r}, {self.num_rows} rows)"
         )
 
-    def __radd__(self, table: Any) -> Array:
+    def __radd__(self, table: Any) -> Any:
+        if isinstance(table, int) and table == 0:  # where `sum` begins
+            return self
         table = jnp.asarray(table)
         if table.shape != self.shape:
             raise ValueError(f"rows of a table of shape {self.shape} cannot be added to an array of {table.shape}.")
@@ -257,48 +270,79 @@ def is_sparse_rows(x: Any) -> bool:
 # --- the table of a lookup that is differentiated ---------------------------------------------------------------------
 
 
+@jax.custom_vjp
+def _not_differentiated(table: Array, dummy: Array) -> Array:
+    """The table. Whatever has a gradient with respect to it, other than zero by construction, is an error."""
+    del dummy
+    return table
+
+
+def _no_gradient(residuals: None, cotangent: Array) -> Any:
+    raise TypeError(
+        "the loss uses a table with `sparse=True` in another way than by a lookup, which has a dense gradient. Leave the "
+        "table out there (of a sum over all parameters, say), or use jax.value_and_grad and sparse=False."
+    )
+
+
+_not_differentiated.defvjp(lambda table, dummy: (table, None), _no_gradient)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LookedUpTable:
     """A table in the place of its parameter while a loss is differentiated with respect to the rows that it looks up.
 
-    The first leaf is the table itself, so that it has the parameter's shape for Flax; it is a constant. `tap`, zeros
-    of shape (n, features) for the n `indices`, adds nothing to the rows and receives their gradient.
+    The first leaf has the parameter's shape, for Flax, and raises an error if anything is differentiated with respect
+    to it. Lookups read `constant`. `tap`, zeros of shape (n, features) for the n `indices`, adds nothing to the rows
+    and receives their gradient.
     """
 
     table: Array
+    constant: Array
     tap: Array
-    indices: Array = field()  # sealed, as in SparseRows
+    sealed_indices: Array
 
     @classmethod
     def at(cls, table: Array, indices: Array) -> "LookedUpTable":
         tap = jnp.zeros((indices.size, table.shape[1]), at_least_float32(table.dtype))
-        return cls(jax.lax.stop_gradient(table), tap, _sealed(indices))
+        return cls(table, table, tap, _sealed(indices))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.table.shape
+        return self.constant.shape
 
     @property
     def dtype(self) -> Any:
-        return self.table.dtype
+        return self.constant.dtype
 
-    def with_tap(self, tap: Array) -> "LookedUpTable":
-        return replace(self, tap=tap)
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the table of a module with `sparse=True` has no {name!r} inside of fse.row_value_and_grad, where it can be "
+            "looked up and nothing else. Use jax.value_and_grad for what needs all of the table."
+        )
+
+    def differentiated(self, tap: Array, dummy: Array) -> "LookedUpTable":
+        """The same with a tap, and a number of no consequence, that a derivative is taken with respect to."""
+        return replace(self, table=_not_differentiated(self.table, dummy), tap=tap)
 
     def gradient(self, d_tap: Array) -> SparseRows:
         """What arrived at the tap, as the gradient of the table."""
-        return SparseRows(_opened(self.indices), d_tap.astype(self.dtype), self.shape[0])
+        return SparseRows(_opened(self.sealed_indices), d_tap.astype(self.dtype), self.shape[0])
 
     def gather(self, options: GatherOptions, row_numbers: Array) -> Array:
         """Rows by number. A number that is not among the indices gives NaN: its gradient would be lost."""
-        num_rows = self.shape[0]
-        at = positions(_opened(self.indices), row_numbers, num_rows)
-        known = jnp.where(at < self.tap.shape[0], row_numbers, num_rows)
+        num_rows, n = self.shape[0], self.tap.shape[0]
+        at = positions(_opened(self.sealed_indices), row_numbers, num_rows)
+        known = jnp.where(at < n, row_numbers, num_rows)
         if options.padding_idx is not None:
-            at = jnp.where(row_numbers == options.padding_idx, self.tap.shape[0], at)
+            at = jnp.where(row_numbers == options.padding_idx, n, at)
         options = options._replace(in_bounds=False)  # those that are not known are outside
-        return _gather_tapped(options, self.table, known, self.tap, at)
+        return _gather_tapped(options, self.constant, known, self.tap, at)
+
+
+def is_looked_up_table(x: Any) -> bool:
+    """Whether `x` is a LookedUpTable, for the `is_leaf` of tree functions."""
+    return isinstance(x, LookedUpTable)
 
 
 def _gather_tapped_primal(options, table, row_numbers, tap, at):
@@ -309,14 +353,20 @@ def _gather_tapped_primal(options, table, row_numbers, tap, at):
 _gather_tapped = jax.custom_jvp(_gather_tapped_primal, nondiff_argnums=(0,))
 
 
-@_gather_tapped.defjvp
 def _gather_tapped_jvp(options, primals, tangents):
-    _, _, d_tap, _ = tangents
-    if d_tap.shape[0] == 0:
-        rows = _gather_tapped(options, *primals)
-        return rows, jnp.zeros_like(rows)
-    d_rows = take(d_tap, primals[-1], options.sharding, fill_value=0)
-    return _gather_tapped(options, *primals), d_rows.astype(options.dtype)
+    """The tangent of the tap; that of the table too, for who differentiates what `row_value_and_grad` returns."""
+    table, row_numbers, tap, at = primals
+    rows = _gather_tapped(options, table, row_numbers, tap, at)
+    d_rows = jnp.zeros_like(rows)
+    if not isinstance(tangents[0], SymbolicZero):
+        d_rows = d_rows + rows_of_tangent(options, tangents[0], row_numbers)
+    if not isinstance(tangents[2], SymbolicZero) and tap.shape[0]:
+        d_tap = tangents[2].astype(at_least_float32(tap.dtype))
+        d_rows = d_rows + take(d_tap, at, options.sharding, fill_value=0).astype(options.dtype)
+    return rows, d_rows
+
+
+_gather_tapped.defjvp(_gather_tapped_jvp, symbolic_zeros=True)
 
 
 # --- which tables are looked up, and where ----------------------------------------------------------------------------

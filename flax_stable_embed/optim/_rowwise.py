@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from ..ops.rows import SparseRows, beside_rows, set_rows, take_rows
-from ._rules import path_name
+from ._rules import path_name, shapes_of_tables
 from ._storage import is_codes, is_none
 from ._transform import fused_update
 
@@ -37,9 +37,11 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "Problem":
         pairs, state_tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)
-        p_leaves = None if params is None else jax.tree.leaves(params, is_leaf=is_none)
-        owners = [_owner(path_name(path), paths) for path, _ in pairs]
-        return cls(tree, paths, grads, p_leaves, [x for _, x in pairs], state_tree, owners)
+        p_leaves = None if params is None else [_as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
+        keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree.unflatten(range(len(paths))))[0]]
+        owners = [_owner(path, keys, paths) for path, _ in pairs]
+        grads, state_leaves = list(map(_as_jax, grads)), [_as_jax(x) for _, x in pairs]
+        return cls(tree, paths, grads, p_leaves, state_leaves, state_tree, owners)
 
     def rows_of_state(self, place: int) -> list[int]:
         """Which arrays of the state have a row for each row of a table."""
@@ -63,10 +65,20 @@ class Problem(NamedTuple):
         return found
 
 
-def _owner(path: str, paths: Sequence[str]) -> int | None:
-    """The parameter whose path a path in the state ends with."""
-    fits = [i for i, p in enumerate(paths) if not p or path == p or path.endswith("/" + p)]
-    return max(fits, key=lambda i: len(paths[i]), default=None)
+def _as_jax(x: Any) -> Any:
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | None:
+    """The parameter whose path a path in the state ends with: its keys or, in another kind of tree, their names.
+
+    A field `nu` of the state and a parameter's own "nu" are different keys of one name.
+    """
+    fits = [i for i, key in enumerate(keys) if path[len(path) - len(key) :] == key]
+    if not fits:
+        name = path_name(path)
+        fits = [i for i, p in enumerate(names) if not p or name == p or name.endswith("/" + p)]
+    return max(fits, key=lambda i: len(keys[i]), default=None)
 
 
 class Rows(NamedTuple):
@@ -113,7 +125,8 @@ class RowStep:
         inner_state = problem.state_tree.unflatten(state)
         touched = {problem.paths[i]: np.arange(r.grads.shape[0]) for i, r in rows.items()}
         given = trees[0], inner_state, *(trees[1:] or [None])
-        outputs, new_state = self.apply(*given, token_ids=touched, **self.extra_args)
+        with shapes_of_tables({problem.paths[i]: problem.grads[i].shape for i in rows}):
+            outputs, new_state = self.apply(*given, token_ids=touched, **self.extra_args)
         same = jax.tree.structure(new_state, is_leaf=is_none) == problem.state_tree
         assert same, "the state of the optimizer changed its structure in update"
         return Outcome(problem.tree.flatten_up_to(outputs), jax.tree.leaves(new_state, is_leaf=is_none))

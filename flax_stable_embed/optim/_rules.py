@@ -6,7 +6,9 @@ identity or its position among the parameters.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -205,6 +207,19 @@ class Decision(NamedTuple):
         return f"{self.blocks.size} on axis {self.blocks.axis}, {self.format.codec}" if self.blocks else ""
 
 
+_SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("shapes", default={})  # noqa: B039  (never changed)
+
+
+@contextmanager
+def shapes_of_tables(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """While open, rules see these shapes in place of those of the rows that represent tables, by path."""
+    token = _SHAPES.set(shapes)
+    try:
+        yield
+    finally:
+        _SHAPES.reset(token)
+
+
 class Rules:
     """User rules, checked, with what follows from them for one parameter at a time."""
 
@@ -221,6 +236,7 @@ class Rules:
 
     def first_match(self, path: str, shape: tuple[int, ...]) -> tuple[Any, Rule]:
         """The first user rule that matches: its pattern (None where none does) and what it sets."""
+        shape = _SHAPES.get().get(path, shape)
         return next(((pattern, rule) for pattern, rule in self.user if _matches(pattern, path, shape)), (None, Rule()))
 
     def blocks(self, path: str, shape: tuple[int, ...]) -> tuple[StateFormat, Blocks]:

@@ -17,8 +17,8 @@ def refuse_sparse_rows(name: str, grads: Any) -> None:
     """Raises where a gradient is of some rows only, which `fse.row_sparse` turns into arrays."""
     if any(map(is_sparse_rows, jax.tree.leaves(grads, is_leaf=is_sparse_rows))):
         raise TypeError(
-            f"a gradient is a fse.SparseRows, but {name} takes arrays: wrap the optimizer, fse.row_sparse(tx), or take "
-            "dense gradients from jax.value_and_grad."
+            f"a gradient is a fse.SparseRows, but {name} takes arrays. Put fse.row_sparse around the optimizer, and it "
+            "into fse.row_sparse if it treats rows one by one; or take dense gradients from jax.value_and_grad."
         )
 
 

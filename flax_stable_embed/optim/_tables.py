@@ -14,13 +14,13 @@ from ._rules import EMBEDDING
 
 
 def is_table(path: str, leaf: Any) -> bool:
-    """Whether a parameter is a table by default: it has rows, and the name of an embedding."""
-    return len(getattr(unbox(leaf), "shape", ())) == 2 and bool(EMBEDDING.search(path))
+    """Whether a parameter is a table by default: it has rows, and the name of an embedding or, alone, none."""
+    return len(getattr(unbox(leaf), "shape", ())) == 2 and bool(not path or EMBEDDING.search(path))
 
 
 def are_tables(mask: Any, tree: Any, paths: list[str], leaves: list[Any]) -> list[bool]:
     """Which parameters, or their gradients, are tables: what `mask` says, or by default."""
-    if mask is None:
+    if mask is None or not any(hasattr(unbox(x), "shape") for x in leaves):  # optax's placeholder has none
         return [is_table(path, x) for path, x in zip(paths, leaves)]
     return broadcast_mask("mask", mask(tree) if callable(mask) else mask, tree)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ..ops.embedding import check_max_norm, renorm
+from ..ops.embedding import at_least_float32, check_max_norm, renorm
 from ..ops.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
 from ._rules import path_name
 from ._storage import is_none
@@ -93,7 +93,8 @@ def with_max_norm(
             rows = take_rows(leaves[i], indices)
             short = renorm(rows, max_norm, norm_type)
             leaves[i] = set_rows(leaves[i], indices, short)
-            added[i] = SparseRows(indices, short - rows, leaves[i].shape[0])
+            wide = at_least_float32(rows.dtype)  # of the sum of large numbers a small one is left
+            added[i] = SparseRows(indices, short.astype(wide) - rows.astype(wide), leaves[i].shape[0])
         return tree.unflatten(leaves), added, g_leaves, tree
 
     def update(updates, state, params=None, *, token_ids=None, **extra_args):
@@ -101,7 +102,8 @@ def with_max_norm(
         updates, state = inner.update(updates, state, short, token_ids=token_ids, **extra_args)
         leaves = tree.flatten_up_to(updates)
         for i, rows in added.items():
-            leaves[i] = rows if leaves[i] is None else leaves[i] + rows
+            u = leaves[i]
+            leaves[i] = rows if u is None else (u if is_sparse_rows(u) else u.astype(rows.dtype)) + rows
         return tree.unflatten(leaves), state
 
     def fused_update(grads, state, params, *, token_ids=None, **extra_args):

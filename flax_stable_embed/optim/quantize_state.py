@@ -26,7 +26,7 @@ from ._decide import decide
 from ._method import MomentName
 from ._report import RECORDS, Leaf, Record, Row, Stayed
 from ._rules import Decision, Rules, StateFormat
-from ._state_checks import check_format, format_of
+from ._state_checks import check_format, format_of, refuse_sparse_rows
 from ._state_fields import (
     COUNTS,
     MOMENTS,
@@ -236,6 +236,7 @@ class _Quantizer:
                 f"`state` must be a QuantizedState, as `init` makes it, got {type(state).__name__}. The order is "
                 "update(grads, state, params)."
             )
+        refuse_sparse_rows("quantize_state", updates)
         like = updates if params is None else params
         shapes = shapes_of(like, is_hole)
         # What `tx` itself keeps for float32 copies of the parameters: the dtypes that it is given.

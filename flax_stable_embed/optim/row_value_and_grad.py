@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from ..ops.rows import LookedUpTable, Lookup, distinct, is_sparse_rows, recording
+from ..ops.rows import LookedUpTable, Lookup, distinct, is_looked_up_table, is_sparse_rows, recording
 from ._boxes import is_box, rebox, unbox
 from ._rules import path_name
 from ._tables import ids_of_tables, is_table
@@ -38,9 +39,10 @@ def row_value_and_grad(
     up candidates and compare with those (sampled softmax), or use `jax.value_and_grad`. So does any other use of the
     table than a lookup.
 
-    By default ids are found by running `loss_fn` twice: side effects happen twice (an NNX model's own do not), and
-    outside of jit so does the work. Lookups inside of jit, checkpoint, vmap or scan keep their ids to themselves: then,
-    and to trace once, say which ids there are. An id that was not said gives NaN.
+    By default ids are found by running `loss_fn` twice: side effects happen twice (but to NNX objects among the
+    arguments), and outside of jit so does the work. Lookups inside of jit, checkpoint, vmap or scan keep their ids to
+    themselves: then, and to trace once, say which ids there are. An id that was not said gives NaN. (A Linen table whose
+    lookups are all inside of a function that was compiled before is not seen, and gets a dense gradient.)
 
     Accumulation over microbatches: `jax.lax.scan` over them, and `fse.sum_microbatches` of the stacked gradients.
 
@@ -91,27 +93,28 @@ class _Leaf(NamedTuple):
 
     path: str
     box: Any
-    sparse: bool  # known to be a table with `sparse=True`, by the name of an embedding or by its module
+    sparse: bool  # a table with `sparse=True`, by its module (NNX), or by the name of an embedding (Linen)
 
 
 def _of_params(loss_fn, params, args, kwargs, has_aux, given):
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    leaves = [_Leaf(path_name(path), box, is_table(path_name(path), box)) for path, box in pairs]
+    leaves = [_Leaf(path_name(path), _as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
     if given is None:
         with recording() as lookups:
-            loss_fn(params, *args, **kwargs)
-        given = _found(lookups, leaves)
+            loss_fn(tree.unflatten([leaf.box for leaf in leaves]), *args, **kwargs)
+        given = _found(lookups, leaves, others=())
     tables = _tables(given, leaves)
 
-    def of_taps(differentiated):
+    def of_taps(differentiated, dummy):
         boxes = [
-            rebox(leaf.box, tables[leaf.path].with_tap(x)) if leaf.path in tables else x
+            rebox(leaf.box, tables[leaf.path].differentiated(x, dummy)) if leaf.path in tables else x
             for leaf, x in zip(leaves, differentiated)
         ]
-        return loss_fn(tree.unflatten(boxes), *args, **kwargs)
+        out = loss_fn(tree.unflatten(boxes), *args, **kwargs)
+        return (out[0], _without_tables(out[1])) if has_aux else out
 
     differentiated = [tables[leaf.path].tap if leaf.path in tables else leaf.box for leaf in leaves]
-    value, grads = jax.value_and_grad(of_taps, has_aux=has_aux)(differentiated)
+    value, (grads, _) = jax.value_and_grad(of_taps, argnums=(0, 1), has_aux=has_aux)(differentiated, 0.0)
     return value, tree.unflatten(
         [rebox(x.box, tables[x.path].gradient(g)) if x.path in tables else g for x, g in zip(leaves, grads)]
     )
@@ -122,52 +125,80 @@ def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
     variables = dict(nnx.to_flat_state(nnx.state(model, wrt)))
     leaves = [_Leaf("/".join(map(str, path)), x, id(x) in marked) for path, x in variables.items()]
     if given is None:
-        copy = nnx.clone(model)
-        copied = dict(nnx.to_flat_state(nnx.state(copy, wrt)))
-        originals = [leaf._replace(box=x.get_raw_value()) for leaf, x in zip(leaves, copied.values())]
+        copy, copied_args, copied_kwargs = _copied((model, args, kwargs))
+        values = {path: x.get_raw_value() for path, x in nnx.to_flat_state(nnx.state(copy))}
         with recording() as lookups:
-            loss_fn(copy, *args, **kwargs)
-        given = _found(lookups, originals)
+            loss_fn(copy, *copied_args, **copied_kwargs)
+        originals = [leaf._replace(box=values[path]) for leaf, path in zip(leaves, variables)]
+        given = _found(lookups, originals, others=values.values())
     tables = _tables(given, leaves)
+    for leaf in leaves:  # looked up in no way that was seen: ids that are looked up all the same give NaN
+        if leaf.sparse and leaf.path not in tables:
+            tables[leaf.path] = LookedUpTable.at(leaf.box.get_raw_value(), jnp.zeros(0, jnp.int32))
     paths = {leaf.path: path for leaf, path in zip(leaves, variables)}
     of_tables = {paths[name] for name in tables}
     rest = nnx.All(wrt, lambda path, _: path not in of_tables)
 
-    def of_taps(model, taps, *args, **kwargs):
+    def of_taps(model, taps, dummy, *args):
         inside = dict(nnx.to_flat_state(nnx.state(model, wrt)))
         for name, tap in taps.items():
-            inside[paths[name]].set_raw_value(tables[name].with_tap(tap))
+            inside[paths[name]].set_raw_value(tables[name].differentiated(tap, dummy))
         out = loss_fn(model, *args, **kwargs)
         for name in taps:
-            inside[paths[name]].set_raw_value(tables[name].table)
-        return out
+            inside[paths[name]].set_raw_value(tables[name].constant)
+        return (out[0], _without_tables(out[1])) if has_aux else out
 
     taps = {name: table.tap for name, table in tables.items()}
-    value, (grads, of_rows) = nnx.value_and_grad(of_taps, argnums=(nnx.DiffState(0, rest), 1), has_aux=has_aux)(
-        model, taps, *args, **kwargs
-    )
+    differentiate = nnx.value_and_grad(of_taps, argnums=(nnx.DiffState(0, rest), 1, 2), has_aux=has_aux)
+    value, (grads, of_rows, _) = differentiate(model, taps, 0.0, *args)
     flat = dict(nnx.to_flat_state(grads))
     for name, table in tables.items():
         flat[paths[name]] = variables[paths[name]].replace(table.gradient(of_rows[name]))
     return value, nnx.from_flat_state({path: flat[path] for path in variables})
 
 
+def _as_jax(box: Any) -> Any:
+    """A parameter as an array of JAX, as which a lookup will see it."""
+    x = unbox(box)
+    return rebox(box, jnp.asarray(x)) if isinstance(x, np.ndarray) else box
+
+
 def _is_sparse(module: nnx.Embed) -> bool:
     return bool(getattr(module, "sparse", False))
 
 
-def _found(lookups: list[Lookup], leaves: list[_Leaf]) -> dict[str, list[jax.Array]]:
-    """The ids of each table, by its path: a recorded table is known by being the very array."""
+def _copied(tree: Any) -> Any:
+    """The same with copies of NNX's objects, whose state a first run may then change."""
+    return jax.tree.map(lambda x: nnx.clone(x) if _is_object(x) else x, tree, is_leaf=_is_object)
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, nnx.Object)
+
+
+def _without_tables(aux: Any) -> Any:
+    """What a loss returns beside its value, with arrays for tables."""
+    return jax.tree.map(lambda x: x.constant if is_looked_up_table(x) else x, aux, is_leaf=is_looked_up_table)
+
+
+def _found(lookups: list[Lookup], leaves: list[_Leaf], others: Any) -> dict[str, list[jax.Array]]:
+    """The ids of each table, by its path: a recorded table is known by being the very array.
+
+    One that is no parameter is a constant, if it is one of `others` or has a shape that no parameter has.
+    """
     found = {}
     for lookup in lookups:
         paths = [leaf.path for leaf in leaves if unbox(leaf.box) is lookup.table]
-        if not paths:
+        if paths:
+            found.setdefault(paths[0], []).append(lookup.row_numbers)
+        elif any(lookup.table is x for x in others):
+            continue
+        elif any(getattr(unbox(leaf.box), "shape", None) == lookup.table.shape for leaf in leaves):
             raise ValueError(
                 f"a table of shape {lookup.table.shape} with `sparse=True` is looked up, but no parameter is this "
                 "array: it was cast, reshaped or cut on the way, or is none of the parameters. Look up in the "
                 "parameter itself, or name it: row_value_and_grad(loss_fn, token_ids=lambda ...: {'path': ids})."
             )
-        found.setdefault(paths[0], []).append(lookup.row_numbers)
     if not found:
         raise ValueError(
             "no table with `sparse=True` is looked up in `loss_fn` (or its lookups are inside of a function that was "
@@ -185,8 +216,7 @@ def _tables(given: Any, leaves: list[_Leaf]) -> dict[str, LookedUpTable]:
     for path, row_numbers in ids_of_tables(given, sparse, known).items():
         if not jnp.issubdtype(arrays[path].dtype, jnp.inexact):
             raise TypeError(f"the table {path!r} is {arrays[path].dtype}: only floating parameters have gradients.")
-        table = jnp.asarray(arrays[path])
-        tables[path] = LookedUpTable.at(table, distinct(row_numbers, known[path]))
+        tables[path] = LookedUpTable.at(jnp.asarray(arrays[path]), distinct(row_numbers, known[path]))
     return tables
 
 

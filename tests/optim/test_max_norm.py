@@ -175,3 +175,32 @@ def test_logits_of_a_table_that_a_lookup_has_scaled(api):
     np.testing.assert_allclose(attend(query), [[7, 14, 0.7, 70]], rtol=1e-6)
     with pytest.raises(ValueError, match=r"`max_norm` is None\. Drop them"):
         unbound(query, token_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rows_come_out_as_renorm_has_them(dtype):
+    table = (100 * jax.random.normal(jax.random.key(0), (8, 16))).astype(dtype)
+    want = fse.linen.Embed(8, 16, max_norm=1.0, param_dtype=dtype).apply(
+        {"params": {"embedding": table}}, jnp.arange(8)
+    )
+    embed = fse.nnx.Embed.from_pretrained(table, max_norm=1.0, write_back=True, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(embed(jnp.arange(8)), want)
+    np.testing.assert_array_equal(embed.embedding[...], want)
+    params = {"embedding": table}
+    new = stepped(fse.with_max_norm(optax.sgd(0.1), 1.0), params, {"embedding": table * 0}, token_ids=jnp.arange(8))
+    assert new["embedding"].dtype == dtype
+    np.testing.assert_array_equal(new["embedding"], want)
+
+
+def test_clipped_ids_are_clipped_where_rows_are_stored_too():
+    options = {"max_norm": 1.0, "mode": "clip", "rngs": nnx.Rngs(0)}
+    stores, plain = (fse.nnx.Embed.from_pretrained(TABLE, write_back=w, **options) for w in (True, False))
+    ids = jnp.array([99, -1])
+    np.testing.assert_allclose(plain.attend(jnp.ones((1, 2)), token_ids=ids), [[1.4, 14, 0.7, 1.4]], rtol=1e-6)
+    np.testing.assert_array_equal(stores(ids), plain(ids))
+    np.testing.assert_allclose(stores.embedding[...], [[0.6, 0.8], [6, 8], [0.3, 0.4], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_a_table_of_one_row_gives_nan_elsewhere_when_it_stores():
+    embed = fse.nnx.Embed.from_pretrained(TABLE[:1], max_norm=1.0, write_back=True, rngs=nnx.Rngs(0))
+    assert jnp.isnan(embed(jnp.array([3]))).all() and embed(jnp.array([0]))[0, 0] == pytest.approx(0.6)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
@@ -100,7 +101,6 @@ ROW_BY_ROW = {
     "chain": optax.chain(optax.zero_nans(), optax.clip(0.5), optax.scale_by_adam(), optax.scale(-0.1)),
     "masked": optax.masked(optax.adam(0.01), {"embedding": True, "kernel": False}),
     "partition": optax.partition({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"embedding": "a", "kernel": "b"}),
-    "apply_if_finite": optax.apply_if_finite(optax.adam(0.01), 3),
     "fse.adamw8bit": fse.adamw8bit(0.01, weight_decay=0.1),
     "fse.sgd8bit": fse.sgd8bit(0.1, momentum=0.9),
     "fse.rmsprop8bit": fse.rmsprop8bit(0.01, momentum=0.9),
@@ -159,7 +159,13 @@ COUPLED = {
     "sm3": optax.sm3(0.01),
     "muon": optax.contrib.muon(0.01),
     "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
-    "clip_by_block_rms": optax.chain(optax.clip_by_block_rms(0.1), optax.adam(0.01)),
+    "clip_by_block_rms": optax.chain(optax.clip_by_block_rms(3.0), optax.adam(0.01)),
+    "a limit that random numbers do not reach": optax.chain(optax.clip_by_global_norm(1e3), optax.sgd(1.0)),
+    "apply_if_finite": optax.apply_if_finite(optax.sgd(1.0), 3),
+    "percentile_clipping": optax.chain(fse.percentile_clipping(50), optax.sgd(1.0)),
+    "prodigy": optax.contrib.prodigy(),
+    "dadapt_adamw": optax.contrib.dadapt_adamw(),
+    "mechanize": optax.contrib.mechanize(optax.adam(0.01)),
     "fse.lamb8bit": fse.lamb8bit(0.01),
     "fse.lars8bit": fse.lars8bit(0.01),
 }
@@ -172,6 +178,14 @@ def test_an_optimizer_that_couples_rows_is_refused(name):
     state = tx.init(params_of())
     with pytest.raises(TypeError, match="does not treat the rows of a table one by one"):
         jax.jit(tx.update)(gradients(0), state, params_of())
+
+
+def test_moments_that_are_factored_in_large_tables_alone_are_refused():
+    params = {"embedding": jnp.ones((128, 128))}
+    rows = fse.SparseRows.of_lookups(jnp.arange(5), jnp.ones((5, 128)), 128)
+    tx = fse.row_sparse(optax.scale_by_factored_rms())
+    with pytest.raises(TypeError, match=r"not made of rows|does not treat the rows"):
+        tx.update({"embedding": rows}, tx.init(params), params)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +295,56 @@ def test_a_bare_array_is_a_table_too():
     np.testing.assert_allclose(table + updates, table + want, rtol=1e-6)
 
 
+def test_a_parameter_with_the_name_of_a_field_of_the_state_is_another_one():
+    params = {"embedding": jnp.ones((V, D)), "nu": {"embedding": jnp.ones((V, D))}}
+    grads = {"embedding": gradients(0)["embedding"], "nu": {"embedding": gradients(1)["embedding"]}}
+    tx = fse.row_sparse(optax.adam(0.1))
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    want, want_state = optax.adam(0.1).update(dense(grads), optax.adam(0.1).init(params), params)
+    assert_close((dense(updates), state), (want, want_state))
+
+
+def test_rules_that_go_by_shapes_see_the_table():
+    rules = ((fse.where(lambda path, shape: shape == (V, D)), fse.Rule(32, lr_scale=0.1)),)
+    tx, plain = fse.row_sparse(fse.adamw8bit(0.1, rules=rules, weight_decay=0.0)), optax.adam(0.01)
+    updates, _ = tx.update(gradients(0), tx.init(params_of()), params_of())
+    want, _ = plain.update(dense(gradients(0)), plain.init(params_of()), params_of())
+    np.testing.assert_allclose(updates["embedding"].to_dense(), want["embedding"], rtol=1e-6, atol=1e-9)
+
+
+def test_numpy_parameters_and_states_as_a_restore_gives_them():
+    tx = fse.row_sparse(optax.adam(0.1), "catch_up")
+    params, state = (jax.tree.map(np.asarray, x) for x in (params_of(), tx.init(params_of())))
+    updates, _ = tx.update(gradients(0), state, params)
+    want, _ = tx.update(gradients(0), tx.init(params_of()), params_of())
+    assert_close(optax.apply_updates(params, updates), optax.apply_updates(params_of(), want))
+
+
+def test_row_gradients_need_no_ids_but_may_have_them():
+    tx, grads = fse.row_sparse(optax.sgd(0.1)), gradients(0)
+    updates, _ = tx.update(grads, tx.init(params_of()), params_of(), token_ids=jnp.array([1, 2]))
+    np.testing.assert_array_equal(updates["embedding"].indices, grads["embedding"].indices)
+
+
+def test_rounding_of_other_parameters_goes_around_it():
+    params = params_of() | {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
+    grads = gradients(0) | {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
+    tx = fse.stochastic_round_updates(fse.row_sparse(fse.adamw8bit(1e-4)))
+    new = optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+    assert len(jnp.unique(new["kernel"])) == 2 and (new["embedding"] != params["embedding"]).any()
+    params["embedding"] = params["embedding"].astype(jnp.bfloat16)
+    with pytest.raises(TypeError, match="of a table in half precision, whose rows are not rounded stochastically"):
+        tx.update(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "tx", [fse.quantize_state(optax.adam(0.1)), fse.adam8bit(0.1)], ids=["quantize_state", "adam8bit"]
+)
+def test_what_takes_arrays_says_so(tx):
+    with pytest.raises(TypeError, match=r"a gradient is a fse\.SparseRows, but .* takes arrays"):
+        tx.update(gradients(0), tx.init(params_of()), params_of())
+
+
 def test_no_rows_at_all_change_nothing():
     params = params_of()
     for semantics in ("lazy", "catch_up"):
@@ -344,6 +408,74 @@ def test_catching_up_is_the_dense_trajectory_where_there_is_no_momentum(name):
     lazy, _ = trained(fse.row_sparse(inner), SKIPPING_STEPS, params, of_step=rare_then_all)
     if name not in ("adagrad",):  # of which nothing decays: both are the dense trajectory
         assert np.abs(lazy["embedding"] - want["embedding"]).max() > 1e-3
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("name", ["amsgrad", "nadamw", "lion", "adamax"])
+def test_catching_up_decays_the_moments_of_the_dense_optimizer(name):
+    """The trajectories differ by momentum alone, so the moments, which here follow from the gradients, are the same."""
+    inner, params = ROW_BY_ROW[name], params_of()
+    _, state = trained(fse.row_sparse(inner, "catch_up"), SKIPPING_STEPS, params, of_step=rare_then_all)
+    want = inner.init(params)
+    update = jax.jit(inner.update)
+    for step in range(SKIPPING_STEPS):
+        _, want = update(dense(rare_then_all(step)), want, params)
+    assert_close(state.inner_state, want, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale(-0.1)), optax.contrib.schedule_free_sgd(0.1)],
+    ids=["a trace of a trace", "schedule_free"],
+)
+def test_moments_that_feed_each_other_are_refused(tx):
+    tx = fse.row_sparse(tx, "catch_up")
+    with pytest.raises((ValueError, TypeError), match="by factors|one by one"):
+        tx.update(gradients(0), tx.init(params_of()), params_of())
+
+
+def test_small_decays_add_up_over_a_long_training():
+    """One part in 10^7 a step, where the sum of logarithms is already large: in float32 it would stand still."""
+    tx, params = fse.row_sparse(optax.adamw(1e-3, b1=0.0, weight_decay=1e-4), "catch_up"), params_of()
+    state = tx.init(params)
+    far = int(-20 / 2.0**-26)
+    state = state._replace(
+        log_decay=state.log_decay | {"embedding": jnp.int32(far)},
+        last_log_decay=state.last_log_decay | {"embedding": jnp.full(V, far, jnp.int32)},
+    )
+    untouched = gradients(0, tokens=0)
+
+    @jax.jit
+    def skip(state):
+        step = lambda _, state: tx.update(untouched, state, params)[1]  # noqa: E731
+        return jax.lax.fori_loop(0, 20_000, step, state)
+
+    rows = fse.SparseRows.of_lookups(jnp.array([5]), jnp.zeros((1, D)), V)
+    updates, _ = tx.update(untouched | {"embedding": rows}, skip(state), params)
+    new = optax.apply_updates(params, updates)["embedding"][5]
+    np.testing.assert_allclose(new / params["embedding"][5], (1 - 1e-7) ** 20_001, rtol=3e-7)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_catching_up_with_an_nnx_table_that_says_how_it_is_sharded(kind):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        metadata = {"out_sharding": ("x", None)}
+        model = fse.nnx.Embed(16, 4, sparse=True, embedding_metadata=metadata, rngs=nnx.Rngs(0))
+        before = np.asarray(model.embedding[...])
+        optimizer = nnx.Optimizer(model, fse.row_sparse(optax.adamw(0.1), "catch_up"), wrt=nnx.Param)
+        ids = jnp.array([1, 3, 3, 7])
+        for _ in range(2):
+            _, grads = fse.row_value_and_grad(lambda m: jnp.sum(m(ids) ** 2))(model)
+            optimizer.update(model, grads)
+        moved = (np.asarray(model.embedding[...]) != before).any(axis=1)
+        assert np.flatnonzero(moved).tolist() == [1, 3, 7]
+
+
+def test_specs_can_be_mapped_over_the_state_of_catching_up():
+    tx = fse.row_sparse(optax.adam(0.1), "catch_up", mask={"embedding": True, "kernel": False})
+    specs = optax.tree.map_params(tx, lambda _: "param", tx.init(params_of()), transform_non_params=lambda _: "other")
+    assert specs.inner_state[0].mu == {"embedding": "param", "kernel": "param"} and specs.count == "other"
 
 
 def test_catching_up_decays_both_moments_of_adam():

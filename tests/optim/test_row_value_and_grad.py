@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
 from flax_stable_embed.optim._rules import path_name
@@ -298,6 +299,90 @@ def test_a_sum_over_the_parameters_does_not_forget_the_table():
         fse.row_value_and_grad(decayed)(params, IDS)
 
 
+def test_derivatives_of_the_gradient_and_of_the_value_are_those_of_jax():
+    params, loss = params_and_loss(fse.linen.Embed(V, D, padding_idx=3, sparse=True))
+    embed = fse.linen.Embed(V, D, padding_idx=3, sparse=True)
+
+    def curved(params, ids):
+        return jnp.sum(jnp.sin(embed.apply({"params": params}, ids)) ** 2)
+
+    of_rows = fse.row_value_and_grad(curved, token_ids=lambda params, ids: ids)
+    norm = lambda params: fse.global_norm(of_rows(params, IDS)[1])  # noqa: E731
+    for found, want in [
+        (jax.grad(lambda p: of_rows(p, IDS)[0])(params), jax.grad(curved)(params, IDS)),
+        (jax.grad(norm)(params), jax.grad(lambda p: optax.tree.norm(jax.grad(curved)(p, IDS)))(params)),
+        (
+            jax.jvp(lambda p: dense(of_rows(p, IDS)[1]), (params,), (params,))[1],
+            jax.jvp(lambda p: jax.grad(curved)(p, IDS), (params,), (params,))[1],
+        ),
+    ]:
+        np.testing.assert_allclose(found["embedding"], want["embedding"], rtol=1e-5, atol=1e-6)
+        assert np.abs(want["embedding"]).max() > 0.1
+
+
+@pytest.mark.parametrize("jit", [EAGER, JIT], ids=["eager", "jit"])
+def test_a_sum_over_the_floating_parameters_does_not_forget_the_table_either(jit):
+    params, loss = params_and_loss()
+    for chosen in (lambda x: x.ndim > 1, lambda x: jnp.issubdtype(x.dtype, jnp.floating)):
+
+        def decayed(p, ids, chosen=chosen):
+            return loss(p, ids) + sum(jnp.sum(x**2) for x in jax.tree.leaves(p) if chosen(x))
+
+        with pytest.raises(TypeError, match="in another way than by a lookup, which has a dense gradient"):
+            jit(fse.row_value_and_grad(decayed))(params, IDS)
+
+
+def test_a_table_that_is_cast_in_the_loss_has_its_gradient_summed_in_float32():
+    embed = fse.linen.Embed(V, 2, sparse=True)
+    ids = jnp.ones(2400, jnp.int32)
+    params = embed.init(jax.random.key(0), ids)["params"]
+
+    def loss(params, ids):
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+        return embed.apply({"params": half}, ids).astype(jnp.float32).sum()
+
+    _, grads = fse.row_value_and_grad(loss, token_ids=lambda params, ids: ids)(params, ids)
+    assert grads["embedding"].values[0, 0] == jax.grad(loss)(params, ids)["embedding"][1, 0] == 2400
+
+
+def test_numpy_parameters_and_a_constant_table_beside_them():
+    params, loss = params_and_loss()
+    other = fse.linen.Embed(V + 1, D, sparse=True)
+    constant = other.init(jax.random.key(1), IDS)["params"]
+    both = lambda p, ids: loss(p, ids) + jnp.sum(other.apply({"params": constant}, ids))  # noqa: E731
+    _, grads = jax.jit(fse.row_value_and_grad(both))(jax.tree.map(np.asarray, params), IDS)
+    assert_same(grads, jax.jit(jax.grad(loss))(params, IDS), TABLES)
+
+
+def test_what_a_loss_returns_beside_its_value_has_arrays_for_tables():
+    params, loss = params_and_loss()
+    (_, aux), _ = fse.row_value_and_grad(lambda p, ids: (loss(p, ids), p), has_aux=True)(params, IDS)
+    jax.tree.map(np.testing.assert_array_equal, aux, params)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("x", None), PartitionSpec(None, "x")], ids=str)
+def test_ids_that_are_cut_on_an_explicit_mesh(spec):
+    embed = fse.linen.Embed(16, 4, sparse=True)
+    ids = jnp.array([1, 3, 3, 7])
+    params = embed.init(jax.random.key(0), ids)["params"]
+    loss = lambda params, ids: jnp.sum(jnp.tanh(embed.apply({"params": params}, ids)) ** 2)  # noqa: E731
+    want = jax.grad(loss)(params, ids)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, spec))
+        cut = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("x" if "x" not in spec else "y")))
+        tx = fse.row_sparse(optax.sgd(1.0))
+
+        @jax.jit
+        def step(params, ids):
+            _, grads = fse.row_value_and_grad(loss)(params, ids)
+            updates, _ = tx.update(grads, tx.init(params), params)
+            return optax.apply_updates(params, updates)
+
+        new = step(placed, cut)["embedding"]
+    np.testing.assert_allclose(params["embedding"] - np.asarray(new), want["embedding"], rtol=1e-5, atol=1e-7)
+
+
 # --- NNX --------------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +447,36 @@ def test_remat_inside_of_an_nnx_loss_works_with_ids_that_are_said():
     _, grads = fse.row_value_and_grad(around, token_ids=lambda m, ids: ids)(model, IDS)
     _, want = nnx.value_and_grad(nnx_loss)(model, IDS)
     assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"tokens/embedding"})
+
+
+def test_keyword_arguments_and_random_streams_pass_through():
+    model, stream = Module(nnx.Rngs(0)), nnx.Rngs(7)
+
+    def loss(model, ids, rngs, scale):
+        negatives = jax.random.randint(rngs.negatives(), (4,), 0, V)
+        return scale * jnp.sum(model(ids) ** 2) + jnp.sum(model.tokens(negatives) ** 2)
+
+    value, grads = fse.row_value_and_grad(loss)(model, IDS, stream, scale=2.0)
+    want_value, want = nnx.value_and_grad(loss)(Module(nnx.Rngs(0)), IDS, nnx.Rngs(7), scale=2.0)
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"tokens/embedding"})
+    assert stream.negatives.count[...] == 1
+
+
+def test_a_table_outside_of_wrt_is_a_constant_and_one_that_is_not_looked_up_has_no_rows():
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b, self.c = (fse.nnx.Embed(V, D, sparse=True, rngs=rngs) for _ in range(3))
+
+    model = Two(nnx.Rngs(0))
+    loss = lambda m, ids: jnp.sum(m.a(ids) * m.b(ids))  # noqa: E731
+    wrt = nnx.All(nnx.Param, lambda path, _: "b" not in path)
+    _, grads = fse.row_value_and_grad(loss, wrt=wrt)(model, IDS)
+    want = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model, IDS)
+    assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"a/embedding", "c/embedding"})
+    assert nnx.to_pure_dict(grads)["c"]["embedding"].values.shape == (0, D)
+    said = {"a/embedding": IDS}  # and not b: a gradient without it would be lost
+    assert jnp.isnan(fse.row_value_and_grad(loss, token_ids=lambda *_: said)(model, IDS)[0])
 
 
 def test_attend_of_an_nnx_module_raises():

@@ -1,0 +1,318 @@
+"""What a training step of an embedding costs: of its table, dense and by rows, and of StableEmbed beside others.
+
+    python -m benchmarks.embedding               writes results/embedding.json, prints the tables
+    python -m benchmarks.embedding --quick       small tables and few rounds; writes no file
+
+A step of a table looks up random ids, has a loss, differentiates it and updates table and moments of Adam, all donated.
+Sparse steps do that for the rows that were looked up. Everything runs in one process, contenders alternate (timing.py).
+torch and bitsandbytes take part where they are installed.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flax_stable_embed as fse
+
+from . import report
+from .optimizers import cores
+from .timing import MOST_ROUNDS, alternate, quartiles
+
+RATE = 1e-3
+DENSE, ROWS, FUSED, IDS, TORCH = "dense", "rows", "rows, in place", "dense gradient, rows updated", "torch"
+STEPS = {
+    DENSE: "`optax.adam`",
+    ROWS: "`fse.row_sparse(optax.adam)`",
+    FUSED: "`fse.row_sparse(fse.adam8bit)`, `fused_update`",
+    IDS: "`fse.row_sparse(optax.adam)`, dense gradient and `token_ids`",
+    TORCH: "torch `Embedding(sparse=True)`, `SparseAdam`",
+}
+MODULES = {
+    "stable": "`fse.linen.StableEmbed`",
+    "flax": "`nn.Embed`, `nn.LayerNorm`",
+    "flax exact": "`nn.Embed`, `nn.LayerNorm(use_fast_variance=False)`",
+    "bitsandbytes": "`bitsandbytes.nn.StableEmbedding`",
+}
+
+
+class Shape(NamedTuple):
+    """A table and how many ids a step looks up."""
+
+    num_embeddings: int
+    features: int
+    tokens: int
+
+    @property
+    def allowed_temporaries(self) -> float:
+        """Bytes: four arrays of looked-up rows, and a megabyte."""
+        return 4 * self.tokens * self.features * 4 + 1e6
+
+
+SHAPES = Shape(50_304, 512, 256), Shape(503_040, 512, 256), Shape(262_144, 1024, 4096)
+QUICK = Shape(5_030, 64, 32), Shape(50_300, 64, 32)
+FORWARD_BACKWARD, QUICK_FORWARD_BACKWARD = Shape(50_304, 512, 4096), Shape(503, 64, 256)
+
+
+class Running(NamedTuple):
+    """A contender that is compiled and ready."""
+
+    step: Callable[[], None]
+    temp_bytes: int | None
+
+
+# --- the step of a table ---------------------------------------------------------------------------------------------
+
+
+def start_jax(shape: Shape, kind: str) -> Running:
+    """One contender of JAX with a table and moments of its own."""
+    embed = fse.linen.Embed(shape.num_embeddings, shape.features, sparse=kind != DENSE)
+
+    def loss_fn(params: Any, ids: Any, targets: Any) -> Any:
+        return jnp.sum((embed.apply({"params": params}, ids) - targets) ** 2)
+
+    tx: Any = fse.adam8bit(RATE) if kind == FUSED else optax.adam(RATE)
+    tx = tx if kind == DENSE else fse.row_sparse(tx)
+    of_loss = jax.value_and_grad(loss_fn) if kind in (DENSE, IDS) else fse.row_value_and_grad(loss_fn)
+
+    def step(params: Any, state: Any, ids: Any, targets: Any) -> Any:
+        loss, grads = of_loss(params, ids, targets)
+        if kind == FUSED:
+            return *fse.fused_update(tx, grads, state, params), loss
+        updates, state = tx.update(grads, state, params, **({"token_ids": ids} if kind == IDS else {}))
+        return optax.apply_updates(params, updates), state, loss
+
+    ids, targets = batches(shape)
+    params = embed.init(jax.random.key(0), ids[0])["params"]
+    state = tx.init(params)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    temp = jitted.lower(params, state, ids[0], targets).compile().memory_analysis().temp_size_in_bytes
+    turn = 0
+
+    def one_step() -> None:
+        nonlocal params, state, turn
+        params, state, loss = jitted(params, state, ids[turn % len(ids)], targets)
+        jax.block_until_ready((params, state, loss))
+        turn += 1
+
+    return Running(one_step, temp)
+
+
+def start_torch(shape: Shape) -> Running:
+    """torch's sparse embedding and the optimizer that is made for it."""
+    import torch
+
+    torch.set_num_threads(cores())
+    embed = torch.nn.Embedding(shape.num_embeddings, shape.features, sparse=True)
+    optimizer = torch.optim.SparseAdam(embed.parameters(), lr=RATE)
+    ids, targets = batches(shape)
+    their_ids, their_targets = [torch.tensor(np.asarray(i)) for i in ids], torch.tensor(np.asarray(targets))
+    turn = 0
+
+    def one_step() -> None:
+        nonlocal turn
+        optimizer.zero_grad()
+        ((embed(their_ids[turn % len(their_ids)]) - their_targets) ** 2).sum().backward()
+        optimizer.step()
+        turn += 1
+
+    return Running(one_step, None)
+
+
+def batches(shape: Shape) -> tuple[list[Any], Any]:
+    """Ids of sixteen batches, and targets."""
+    rng = np.random.default_rng(0)
+    ids = [jnp.asarray(rng.integers(0, shape.num_embeddings, shape.tokens), jnp.int32) for _ in range(16)]
+    return ids, jnp.asarray(rng.standard_normal((shape.tokens, shape.features)), jnp.float32)
+
+
+def table_steps(shape: Shape, budget_s: float, most_rounds: int) -> dict[str, Any]:
+    """Milliseconds, temporaries and ratios of one shape."""
+    runs = {kind: start_jax(shape, kind) for kind in (DENSE, ROWS, FUSED, IDS)}
+    if find_spec("torch"):
+        runs[TORCH] = start_torch(shape)
+    turns = alternate({kind: run.step for kind, run in runs.items()}, budget_s, most_rounds)
+    rows = {}
+    for kind, run in runs.items():
+        rows[kind] = {
+            "ms": quartiles([1e3 * t for t in turns[kind]]),
+            "times_faster_than_dense": quartiles([d / t for d, t in zip(turns[DENSE], turns[kind])]),
+            "times_faster_than_torch": TORCH in turns and quartiles([d / t for d, t in zip(turns[TORCH], turns[kind])]),
+            "temp_bytes": run.temp_bytes,
+        }
+    entry = {"shape": shape, "allowed_temporaries": shape.allowed_temporaries, "rows": rows}
+    del runs
+    gc.collect()
+    return entry
+
+
+def growth(small: Shape, large: Shape, budget_s: float, most_rounds: int) -> dict[str, list[float]]:
+    """How much longer a step takes on the large table, of the two that are alternated."""
+    runs = {(kind, shape): start_jax(shape, kind) for kind in (ROWS, FUSED) for shape in (small, large)}
+    turns = alternate({key: run.step for key, run in runs.items()}, budget_s, most_rounds)
+    return {kind: quartiles([b / a for a, b in zip(turns[kind, small], turns[kind, large])]) for kind in (ROWS, FUSED)}
+
+
+# --- forward and backward of StableEmbed -----------------------------------------------------------------------------
+
+
+class EmbedThenNorm(nn.Module):
+    """What stands in Flax for a StableEmbed."""
+
+    shape: Shape
+    use_fast_variance: bool
+
+    @nn.compact
+    def __call__(self, ids):
+        rows = nn.Embed(self.shape.num_embeddings, self.shape.features)(ids)
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=self.use_fast_variance)(rows)
+
+
+def start_module(shape: Shape, name: str) -> Running:
+    """Output and all gradients of a module."""
+    ids, cotangent = batches(shape)
+    if name == "bitsandbytes":
+        return _start_bitsandbytes(shape, ids, cotangent)
+    ours = fse.linen.StableEmbed(shape.num_embeddings, shape.features)
+    module: nn.Module = ours if name == "stable" else EmbedThenNorm(shape, name == "flax")
+    params = module.init(jax.random.key(0), ids[0])["params"]
+
+    def step(params: Any, ids: Any, cotangent: Any) -> Any:
+        y, pullback = jax.vjp(lambda params: module.apply({"params": params}, ids), params)
+        return y, pullback(cotangent)[0]
+
+    jitted, turn = jax.jit(step), 0
+    temp = jitted.lower(params, ids[0], cotangent).compile().memory_analysis().temp_size_in_bytes
+
+    def one_step() -> None:
+        nonlocal turn
+        jax.block_until_ready(jitted(params, ids[turn % len(ids)], cotangent))
+        turn += 1
+
+    return Running(one_step, temp)
+
+
+def _start_bitsandbytes(shape: Shape, ids: list[Any], cotangent: Any) -> Running:
+    import bitsandbytes
+    import torch
+
+    torch.set_num_threads(cores())
+    module = bitsandbytes.nn.StableEmbedding(shape.num_embeddings, shape.features)
+    their_ids, theirs = [torch.tensor(np.asarray(i)) for i in ids], torch.tensor(np.asarray(cotangent))
+    turn = 0
+
+    def one_step() -> None:
+        nonlocal turn
+        module.zero_grad(set_to_none=True)
+        module(their_ids[turn % len(their_ids)]).backward(theirs)
+        turn += 1
+
+    return Running(one_step, None)
+
+
+def forward_backward(shape: Shape, budget_s: float, most_rounds: int) -> dict[str, Any]:
+    """Milliseconds of each module, and how many times faster ours is."""
+    names = [name for name in MODULES if name != "bitsandbytes" or find_spec("bitsandbytes")]
+    runs = {name: start_module(shape, name) for name in names}
+    turns = alternate({name: run.step for name, run in runs.items()}, budget_s, most_rounds)
+    rows = {
+        name: {
+            "ms": quartiles([1e3 * t for t in turns[name]]),
+            "ours_times_faster": quartiles([t / o for o, t in zip(turns["stable"], turns[name])]),
+            "temp_bytes": run.temp_bytes,
+        }
+        for name, run in runs.items()
+    }
+    return {"shape": shape, "rows": rows}
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything; quick: small tables and few rounds."""
+    shapes, budget_s, most = (QUICK, 0.5, 5) if quick else (SHAPES, 25.0, MOST_ROUNDS)
+    results = {"environment": report.environment("python -m benchmarks.embedding")}
+    results["steps"] = [table_steps(shape, budget_s, most) for shape in shapes]
+    results["growth"] = {"shapes": shapes[:2]} | growth(*shapes[:2], budget_s, most)
+    results["modules"] = forward_backward(QUICK_FORWARD_BACKWARD if quick else FORWARD_BACKWARD, budget_s, most)
+    return json.loads(json.dumps(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Both tables."""
+    env = results["environment"]
+    lines = [
+        f"`{env['command']}` at {env['commit']}, {env['device']}, {env['cores']} cores: median (quartiles) of a step, "
+        "and median ratios to others in the same round.",
+        "",
+        "| step of a table | rows x features, ids | ms | dense takes | torch takes | temporaries |",
+        "| --- | --- | --: | --: | --: | --: |",
+    ]
+    for entry in results["steps"]:
+        for kind, row in entry["rows"].items():
+            lines.append(
+                f"| {STEPS[kind]} | {_shape(entry['shape'])} | {_ms(row['ms'])} "
+                f"| {_times(row['times_faster_than_dense'])} | {_times(row['times_faster_than_torch'])} "
+                f"| {_mb(row['temp_bytes'])} |"
+            )
+    small, large = results["growth"]["shapes"]
+    lines += [
+        "",
+        f"From {small[0]:,} to {large[0]:,} rows the step takes {results['growth'][ROWS][1]:.2f} times as long "
+        f"(in place: {results['growth'][FUSED][1]:.2f}).",
+        "",
+        "| output and gradients of a module | rows x features, ids | ms | takes, beside ours | temporaries |",
+        "| --- | --- | --: | --: | --: |",
+    ]
+    for name, row in results["modules"]["rows"].items():
+        lines.append(
+            f"| {MODULES[name]} | {_shape(results['modules']['shape'])} | {_ms(row['ms'])} "
+            f"| {_times(row['ours_times_faster'])} | {_mb(row['temp_bytes'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _shape(shape: list[int]) -> str:
+    return f"{shape[0]:,} x {shape[1]:,}, {shape[2]:,}"
+
+
+def _ms(quarters: list[float]) -> str:
+    low, median, high = quarters
+    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _times(quarters: Any) -> str:
+    return f"{quarters[1]:.3g}x" if quarters else ""
+
+
+def _mb(n: int | None) -> str:
+    return "" if n is None else f"{n / 1e6:.1f} MB"
+
+
+FILE = report.HOME / "results" / "embedding.json"
+
+
+def main(arguments: list[str], save: Callable = report.save) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.embedding", description=__doc__, formatter_class=form)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    results = measure(args.quick)
+    print(markdown(results))
+    if not args.quick:
+        save(results, FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

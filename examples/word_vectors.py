@@ -1,0 +1,174 @@
+"""Word vectors: half a million words and phrases of Python's standard library, in a minute on CPU, by sparse updates.
+
+    python examples/word_vectors.py [--steps 6000] [--text FILE...]
+
+Skip-gram with negative sampling: the vector of a word, or of a phrase of two words, predicts the words around it. A step
+looks up some thousand rows of two large tables. `sparse=True` and two names make it touch only those:
+
+    fse.row_value_and_grad  in place of nnx.value_and_grad: the gradient has the looked-up rows alone
+    fse.row_sparse          around the optimizer: it updates those rows, and the rows of its moments
+
+With dense gradients every step would read and write both tables and all of their moments; the last line says how long
+the training would have taken.
+"""
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import corpus
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import trange
+
+import flax_stable_embed as fse
+
+WIDTH, BATCH, NEGATIVES, WINDOW, RATE = 128, 4096, 128, 5, 5e-3
+WORD = re.compile(r"[^\W\d]\w*")
+OFTEN = 1e-4  # words with a larger share of the text are left out more, the larger it is
+SHOWN = "encode", "socket", "float", "lock", "directory", "TestCase", "os path", "re compile", "raise TypeError"
+
+
+class Text(NamedTuple):
+    """Words as numbers. `phrases[i]` is the number of the phrase that begins at word i, -1 if it is rare."""
+
+    names: list[str]  # of words, then of phrases
+    counts: np.ndarray  # of the words
+    words: np.ndarray
+    phrases: np.ndarray
+
+
+def read(files: list[Path] | None) -> Text:
+    """The documents one after the other, their words and the phrases that they have at least twice."""
+    documents = [WORD.findall(path.read_text(errors="replace")) for _, path in corpus.find_files(files)]
+    text = [word for words in documents for word in words]
+    counted = Counter(text).most_common()
+    number = {word: i for i, (word, _) in enumerate(counted)}
+    pairs = Counter(zip(text, text[1:]))
+    frequent = [pair for pair, count in pairs.most_common() if count > 1]
+    number |= {pair: len(counted) + i for i, pair in enumerate(frequent)}
+    phrases = [number.get(pair, -1) for pair in zip(text, text[1:])]
+    names = [word for word, _ in counted] + [" ".join(pair) for pair in frequent]
+    counts = np.array([count for _, count in counted])
+    return Text(names, counts, np.array([number[word] for word in text]), np.array([*phrases, -1]))
+
+
+class Sampler:
+    """Batches of (centre, context, negatives), a function of the step alone."""
+
+    def __init__(self, text: Text):
+        self.text = text
+        share = text.counts / text.counts.sum()
+        keep = np.minimum(1, np.sqrt(OFTEN / share))[text.words]
+        self.places = np.cumsum(keep / keep.sum())
+        self.negatives = np.cumsum(text.counts**0.75 / (text.counts**0.75).sum())
+
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng, words = np.random.default_rng(step), self.text.words
+        at = np.minimum(np.searchsorted(self.places, rng.random(BATCH)), len(words) - 1)
+        phrases = self.text.phrases[at]
+        phrased = (phrases >= 0) & (rng.random(BATCH) < 0.5)
+        distance = rng.integers(1, WINDOW + 1, BATCH)
+        context = np.where(rng.random(BATCH) < 0.5, at - distance, at + distance + phrased)
+        drawn = np.searchsorted(self.negatives, rng.random(NEGATIVES))
+        batch = (
+            np.where(phrased, phrases, words[at]),
+            words[context % len(words)],
+            drawn.clip(0, len(self.text.counts) - 1),
+        )
+        return tuple(ids.astype(np.int32) for ids in batch)
+
+
+class SkipGram(nnx.Module):
+    """One table for what predicts, words and phrases, and one for what is predicted."""
+
+    def __init__(self, num_names: int, num_words: int, *, sparse: bool, rngs: nnx.Rngs):
+        self.centres = fse.nnx.Embed(num_names, WIDTH, sparse=sparse, rngs=rngs)
+        self.contexts = fse.nnx.Embed(num_words, WIDTH, sparse=sparse, rngs=rngs)
+
+    def __call__(self, centre, context, negatives):
+        """The loss: the context should be likely after the centre, words that were drawn at random should not."""
+        h = self.centres(centre)
+        likely = jnp.einsum("bd,bd->b", h, self.contexts(context))
+        unlikely = jnp.einsum("bd,nd->bn", h, self.contexts(negatives))
+        return jnp.mean(jax.nn.softplus(-likely)) + 5 * jnp.mean(jax.nn.softplus(unlikely))
+
+
+def trainer(text: Text, *, sparse: bool):
+    """The model, and a function that makes one step and returns the loss before it."""
+    model = SkipGram(len(text.names), len(text.counts), sparse=sparse, rngs=nnx.Rngs(0))
+    adam = optax.adam(RATE)
+    optimizer = nnx.Optimizer(model, fse.row_sparse(adam) if sparse else adam, wrt=nnx.Param)
+    value_and_grad = fse.row_value_and_grad if sparse else nnx.value_and_grad
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model, optimizer, batch):
+        loss, grads = value_and_grad(lambda model: model(*batch))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    return model, lambda batch: step(model, optimizer, batch)
+
+
+def neighbours(model: SkipGram, text: Text, name: str, k: int = 6) -> list[str]:
+    """The most similar of what is not rare, by the cosine of their vectors."""
+    table = model.centres.embedding[...]
+    frequent = table[: min(len(table), 3 * len(text.counts))]
+    unit = frequent / jnp.linalg.norm(frequent, axis=-1, keepdims=True)
+    i = text.names.index(name)
+    found = jnp.argsort(-unit @ (table[i] / jnp.linalg.norm(table[i])))[: k + 1]
+    return [text.names[j] for j in found.tolist() if j != i][:k]
+
+
+def timed(step, batches) -> float:
+    """Seconds a step, the first of them not counted."""
+    step(batches[0])
+    start = perf_counter()
+    for batch in batches[1:]:
+        float(step(batch))
+    return (perf_counter() - start) / (len(batches) - 1)
+
+
+def main() -> None:
+    """Trains, prints neighbours, compares with a dense step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--text", type=Path, nargs="+", help="files to learn from in place of the standard library")
+    args = parser.parse_args()
+
+    text = read(args.text)
+    sample = Sampler(text)
+    print(f"{len(text.words):,} words of text; {len(text.counts):,} words and {len(text.names):,} names to learn")
+    model, step = trainer(text, sparse=True)
+    losses, start = [], perf_counter()
+    bar = trange(args.steps, unit="step", mininterval=1.0)
+    for i in bar:
+        losses.append(step(sample(i)))
+        if i % 200 == 199:
+            bar.set_postfix(loss=f"{np.mean(losses[-200:]):.3f}")
+    tenth = max(1, args.steps // 10)
+    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    seconds = perf_counter() - start
+
+    print()
+    for name in SHOWN:
+        if name in text.names:
+            print(f"{name:>16}: {', '.join(neighbours(model, text, name))}")
+    batches = [sample(i) for i in range(4)]
+    sparse_ms = 1e3 * timed(step, batches)
+    del model, step
+    dense_ms = 1e3 * timed(trainer(text, sparse=False)[1], batches)
+    print(
+        f"\nloss {first:.2f} -> {last:.2f} in {seconds:.0f} s; a step takes {sparse_ms:.1f} ms, with dense gradients "
+        f"{dense_ms:.0f} ms: {args.steps * dense_ms / 6e4:.0f} minutes"
+    )
+
+
+if __name__ == "__main__":
+    main()
