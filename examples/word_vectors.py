@@ -1,9 +1,9 @@
-"""Word vectors: half a million words and phrases of Python's standard library, in a minute on CPU, by sparse updates.
+"""Word vectors: some hundred thousand words and phrases of Python's standard library, in a minute on CPU.
 
-    python examples/word_vectors.py [--steps 6000] [--text FILE...]
+    python examples/word_vectors.py [--steps 8000] [--text FILE...]
 
-Skip-gram with negative sampling: the vector of a word, or of a phrase of two words, predicts the words around it. A step
-looks up some thousand rows of two large tables. `sparse=True` and two names make it touch only those:
+Skip-gram with negative sampling: the vector of a word, or of a phrase of two words, predicts the words around it. A
+step looks up some thousand rows of two large tables. `sparse=True` and two names make it touch only those:
 
     fse.row_value_and_grad  in place of nnx.value_and_grad: the gradient has the looked-up rows alone
     fse.row_sparse          around the optimizer: it updates those rows, and the rows of its moments
@@ -15,6 +15,7 @@ the training would have taken.
 import argparse
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from tqdm import trange
 
 import flax_stable_embed as fse
 
-WIDTH, BATCH, NEGATIVES, WINDOW, RATE = 128, 4096, 128, 5, 5e-3
+WIDTH, BATCH, NEGATIVES, WINDOW, RATE = 128, 1024, 64, 5, 3e-3
 WORD = re.compile(r"[^\W\d]\w*")
 OFTEN = 1e-4  # words with a larger share of the text are left out more, the larger it is
 SHOWN = "encode", "socket", "float", "lock", "directory", "TestCase", "os path", "re compile", "raise TypeError"
@@ -50,10 +51,10 @@ def read(files: list[Path] | None) -> Text:
     text = [word for words in documents for word in words]
     counted = Counter(text).most_common()
     number = {word: i for i, (word, _) in enumerate(counted)}
-    pairs = Counter(zip(text, text[1:]))
+    pairs = Counter(pairwise(text))
     frequent = [pair for pair, count in pairs.most_common() if count > 1]
     number |= {pair: len(counted) + i for i, pair in enumerate(frequent)}
-    phrases = [number.get(pair, -1) for pair in zip(text, text[1:])]
+    phrases = [number.get(pair, -1) for pair in pairwise(text)]
     names = [word for word, _ in counted] + [" ".join(pair) for pair in frequent]
     counts = np.array([count for _, count in counted])
     return Text(names, counts, np.array([number[word] for word in text]), np.array([*phrases, -1]))
@@ -138,7 +139,7 @@ def timed(step, batches) -> float:
 def main() -> None:
     """Trains, prints neighbours, compares with a dense step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--text", type=Path, nargs="+", help="files to learn from in place of the standard library")
     args = parser.parse_args()
 

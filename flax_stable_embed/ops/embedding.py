@@ -198,11 +198,35 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"LayerNorm needs real floating rows, got {x.dtype}. Set param_dtype=float32.")
-    x = x.astype(at_least_float32(x.dtype))
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     along_last = (1,) * (x.ndim - 1) + (-1,)
-    return centred * jax.lax.rsqrt(variance + epsilon) * scale.reshape(along_last) + bias.reshape(along_last)
+    return _normalise(epsilon, x.astype(at_least_float32(x.dtype)), scale.reshape(along_last), bias.reshape(along_last))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalise(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    unit, _ = _standardised(x, epsilon)
+    return unit * scale + bias
+
+
+@_normalise.defjvp
+def _normalise_jvp(epsilon, primals, tangents):
+    """What the chain rule gives, simplified: u = (x - mean) r, d u = r (dx - mean(dx) - u mean(u dx)).
+
+    Its transpose is of the same kind. The chain rule's own keeps one array of the size of x more, and on CPU takes 1.4
+    times as long (output and gradients, 4096 x 512).
+    """
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    unit, reciprocal = _standardised(x, epsilon)
+    mean, along = (d.mean(axis=-1, keepdims=True) for d in (dx, unit * dx))
+    d_unit = reciprocal * (dx - mean - unit * along)
+    return unit * scale + bias, d_unit * scale + unit * dscale + dbias
+
+
+def _standardised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Rows of mean 0 and variance 1, and what they were multiplied by."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    reciprocal = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
+    return centred * reciprocal, reciprocal
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -279,8 +279,8 @@ def _not_differentiated(table: Array, dummy: Array) -> Array:
 
 def _no_gradient(residuals: None, cotangent: Array) -> Any:
     raise TypeError(
-        "the loss uses a table with `sparse=True` in another way than by a lookup, which has a dense gradient. Leave the "
-        "table out there (of a sum over all parameters, say), or use jax.value_and_grad and sparse=False."
+        "the loss uses a table with `sparse=True` in another way than by a lookup, which has a dense gradient. Leave "
+        "the table out there (of a sum over all parameters, say), or use jax.value_and_grad and sparse=False."
     )
 
 
@@ -317,8 +317,8 @@ class LookedUpTable:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"the table of a module with `sparse=True` has no {name!r} inside of fse.row_value_and_grad, where it can be "
-            "looked up and nothing else. Use jax.value_and_grad for what needs all of the table."
+            f"the table of a module with `sparse=True` has no {name!r} inside of fse.row_value_and_grad, where it can "
+            "be looked up and nothing else. Use jax.value_and_grad for what needs all of the table."
         )
 
     def differentiated(self, tap: Array, dummy: Array) -> "LookedUpTable":

@@ -55,9 +55,9 @@ def row_sparse(
     `tx` may be any optimizer that treats the rows of these tables one by one: of optax sgd (and momentum), adagrad,
     adam, adamw, rmsprop, lion and most others, and those of this library, whose other parameters may be in 8 bits;
     tables keep fp32 moments. It sees small arrays in the place of tables, so that every option works as always. The
-    first step checks on a few rows of random numbers that it really treats rows one by one. (A function of the
-    parameters' shapes, as a mask can be one, is called with those of the rows; `fse.where` sees the table's.) Norms over all gradients
-    belong before it: `optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(tx))`.
+    first step checks on a few rows of random numbers that it really treats rows one by one. Norms over all gradients
+    belong before it: `optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(tx))`. (A function of parameters, as a
+    mask can be, sees the shapes of the rows; `fse.where` sees those of the tables.)
 
     The semantics, for a row that was not touched for k steps:
 
@@ -273,7 +273,7 @@ def _decays(step: RowStep, problem: Problem, tables: dict[int, SparseRows]) -> d
 
 
 def _rows_without_gradient(problem: Problem, tables: Any, numbers: np.ndarray) -> dict[int, Rows]:
-    """A row for each row of `numbers`, filled with those: its k-th moment with the k-th, its parameter with the last."""
+    """A row for each row of `numbers`, filled with them: the k-th moment with the k-th, the parameter with the last."""
 
     def filled(x: Array, column: np.ndarray) -> Array:
         column = column.reshape(-1, *[1] * (x.ndim - 1))
@@ -394,7 +394,7 @@ def _cut(problem: Problem, kept: dict[int, list[int]], rows: dict[int, np.ndarra
 
 
 def _decays_by_factors(step: RowStep, problem: Problem, tables: Any) -> bool:
-    """Whether three steps without a gradient are what the factors say: of parameters that have not moved, and of moments.
+    """Whether three steps without a gradient are what factors say: of parameters that have not moved, and of moments.
 
     (Parameters that have moved may go on to, by momentum.)
     """
@@ -422,19 +422,21 @@ def _decays_by_factors(step: RowStep, problem: Problem, tables: Any) -> bool:
             after = step(now, _cut(now, kept, whole))
             params = {place: p + after.outputs[place] for place, p in params.items()}
             now = now._replace(state=after.state, params=[params.get(i, p) for i, p in enumerate(given)])
-        if of_params and not all(_close(params[place], want[place]) for place in tables):
+        if of_params and not all(_close(params[place], want[place], 1e-6) for place in tables):
             return False
-        if not all(_close(now.state[i], x) for i, x in moments.items()):
+        if not all(_close(now.state[i], x, 1e-6) for i, x in moments.items()):
             return False
     return True
 
 
-def _close(a: Any, b: Any) -> bool:
-    """Within rounding, of numbers and what else there may be in a state."""
+def _close(a: Any, b: Any, least: float = 0.0) -> bool:
+    """Within rounding or `least`, of numbers and what else there may be in a state."""
     if a is None or b is None:
         return a is b
     tolerance = 1e-5 if a.dtype.itemsize > 2 else 2e-2
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return bool(
-        np.all(np.isclose(x, y, rtol=tolerance, atol=tolerance * np.max(np.abs(x), initial=0.0), equal_nan=True))
+        np.all(
+            np.isclose(x, y, rtol=tolerance, atol=least + tolerance * np.max(np.abs(x), initial=0.0), equal_nan=True)
+        )
     )

@@ -41,8 +41,8 @@ def row_value_and_grad(
 
     By default ids are found by running `loss_fn` twice: side effects happen twice (but to NNX objects among the
     arguments), and outside of jit so does the work. Lookups inside of jit, checkpoint, vmap or scan keep their ids to
-    themselves: then, and to trace once, say which ids there are. An id that was not said gives NaN. (A Linen table whose
-    lookups are all inside of a function that was compiled before is not seen, and gets a dense gradient.)
+    themselves: then, and to trace once, say which ids there are. An id that was not said gives NaN. (A Linen table
+    whose lookups are all inside of a function that was compiled before is not seen, and gets a dense gradient.)
 
     Accumulation over microbatches: `jax.lax.scan` over them, and `fse.sum_microbatches` of the stacked gradients.
 

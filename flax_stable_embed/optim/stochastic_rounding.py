@@ -76,8 +76,8 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         wide = jax.tree.map(_wide, params)
         if any(jax.tree.leaves(jax.tree.map(_is_half_by_rows, updates, params, is_leaf=_is_leaf))):
             raise TypeError(
-                "a gradient is a fse.SparseRows of a table in half precision, whose rows are not rounded stochastically. "
-                "Keep the table in float32, or take dense gradients from jax.value_and_grad."
+                "a gradient is a fse.SparseRows of a table in half precision, whose rows are not rounded "
+                "stochastically. Keep the table in float32, or take dense gradients from jax.value_and_grad."
             )
         grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=_is_leaf)
         updates, inner_state = inner.update(grads, state.inner_state, wide, **extra_args)

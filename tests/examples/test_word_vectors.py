@@ -22,7 +22,7 @@ def run(*arguments):
 
 
 def test_a_short_run_on_a_few_files_learns_and_ends_with_the_line_of_the_readme():
-    text = sorted(Path(json.__file__).parent.glob("*.py")) + [Path(sysconfig.get_path("stdlib")) / "argparse.py"]
+    text = [*sorted(Path(json.__file__).parent.glob("*.py")), Path(sysconfig.get_path("stdlib")) / "argparse.py"]
     out = run("--steps", "60", "--text", *map(str, text))
     line = out.splitlines()[-1]
     first, last, *_ = (float(number.rstrip(".,")) for number in NUMBER.findall(line))

@@ -462,3 +462,19 @@ def test_terms_are_sorted_on_one_tpu_and_for_large_tables_alone(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert _gather._sorts(options, large) and not _gather._sorts(options, small)
     assert not _gather._sorts(options._replace(one_hot=True), large)
+
+
+def test_stable_embed_forward_writes_the_rows_and_the_result_and_nothing_more_of_that_size():
+    """Mean, variance, scale and bias take no array of their own (on CPU, where arrays are large enough to be fused)."""
+
+    def forward(table, scale, bias, ids):
+        return normalise(lookup(table, ids), scale, bias)
+
+    shapes = [(5000, 512), (512,), (512,)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct((4096,), jnp.int32)]
+    text = jax.jit(forward).lower(*args).compile().as_text()
+    entry = text[text.index("ENTRY") :].splitlines()
+    written = [
+        line for line in entry if "fusion(" in line and ("= f32[4096,512]" in line or "= f32[4096,1,512]" in line)
+    ]
+    assert len(written) == 2

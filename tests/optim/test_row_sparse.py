@@ -430,7 +430,7 @@ def test_catching_up_decays_the_moments_of_the_dense_optimizer(name):
 )
 def test_moments_that_feed_each_other_are_refused(tx):
     tx = fse.row_sparse(tx, "catch_up")
-    with pytest.raises((ValueError, TypeError), match="by factors|one by one"):
+    with pytest.raises((ValueError, TypeError), match=r"by factors|one by one"):
         tx.update(gradients(0), tx.init(params_of()), params_of())
 
 

@@ -300,7 +300,7 @@ def test_a_sum_over_the_parameters_does_not_forget_the_table():
 
 
 def test_derivatives_of_the_gradient_and_of_the_value_are_those_of_jax():
-    params, loss = params_and_loss(fse.linen.Embed(V, D, padding_idx=3, sparse=True))
+    params, _ = params_and_loss(fse.linen.Embed(V, D, padding_idx=3, sparse=True))
     embed = fse.linen.Embed(V, D, padding_idx=3, sparse=True)
 
     def curved(params, ids):
