@@ -15,7 +15,7 @@ def measured():
     patch = pytest.MonkeyPatch()
     with patch.context() as changed:
         changed.setattr(embedding, "QUICK", TINY)
-        changed.setattr(embedding, "QUICK_FORWARD_BACKWARD", Shape(40, 8, 16))
+        changed.setattr(embedding, "QUICK_FORWARD_BACKWARD", (Shape(40, 8, 16),))
         changed.setattr(embedding, "find_spec", lambda name: None)
         changed.setattr(embedding, "alternate", lambda steps, *_: {key: turns(step) for key, step in steps.items()})
         return embedding.measure(quick=True)
@@ -28,7 +28,7 @@ def turns(step):
 
 def test_every_contender_has_its_row(measured):
     assert [list(entry["rows"]) for entry in measured["steps"]] == [[DENSE, ROWS, FUSED, IDS]] * 2
-    assert list(measured["modules"]["rows"]) == ["stable", "flax", "flax exact"]
+    assert list(measured["modules"][0]["rows"]) == ["stable", "stable, rows", "flax", "flax exact"]
     for entry in measured["steps"]:
         for row in entry["rows"].values():
             assert row["ms"] == [1500, 2000, 2500] and row["times_faster_than_dense"] == [1, 1, 1]
