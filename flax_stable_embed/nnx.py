@@ -179,7 +179,7 @@ class Embed(nnx.Embed):
         if self.write_back:
             self._write_back(inputs)
         return maths.lookup(
-            self.embedding.get_value(),  # maybe no array: see ops/rows.py
+            self.embedding.get_value(),  # maybe no array: see ops/looked_up.py
             inputs,
             padding_idx=self.padding_idx,
             max_norm=self.max_norm,

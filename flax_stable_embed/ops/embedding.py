@@ -22,7 +22,8 @@ import numpy as np
 
 from ._gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from ._gather import at_least_float32 as at_least_float32
-from .rows import LookedUpTable, distinct, record, set_rows, take_rows
+from .looked_up import LookedUpTable, record
+from .rows import distinct, set_rows, take_rows
 
 RENORM_GUARD = 1e-7  # torch adds it to the norm before it divides
 NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
@@ -67,7 +68,7 @@ def lookup(
     the backward pass.
 
     Args:
-      table: (num_embeddings, features), any dtype; or a `rows.LookedUpTable`, where a loss is differentiated with
+      table: (num_embeddings, features), any dtype; or a `looked_up.LookedUpTable`, where a loss is differentiated with
         respect to the rows alone.
       ids: (*batch), integers of any width. -1 .. -num_embeddings count from the end. Ids outside the
         table give rows of NaN (integer tables: the fill value of `jnp.take`) and no gradient.
@@ -76,7 +77,7 @@ def lookup(
       norm_type: the p of that p-norm.
       stored: the looked-up rows are scaled in the table already, so that max_norm has nothing to do.
       scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
-      sparse: note the lookup, if `rows.recording` is on.
+      sparse: note the lookup, if `looked_up.recording` is on.
       method: "take" gathers; "one_hot" multiplies with a one-hot matrix, num_embeddings times the arithmetic and the
         same rows bit for bit, and its gradient is a product too: what some prefer on TPU. There a NaN or infinity in
         the table spreads to its whole column in the result, and one in the gradient likewise.

@@ -6,38 +6,22 @@ The rows of parameters and moments are gathered, the optimizer makes its step on
 back, in place where the arrays are donated: the formula is the dense one's own.
 """
 
-import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import Array
 
-from ..ops.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
-from ._boxes import is_box, unbox
-from ._rowwise import Problem, Rows, RowStep, step_on_rows
+from ..ops.rows import SparseRows, distinct, is_sparse_rows, take_rows
+from ._catch_up import Records, decays_of, initial_records
+from ._catch_up import RowSparseState as RowSparseState
+from ._rowwise import Problem, RowStep, step_on_rows
+from ._rowwise_check import ACCUMULATES, check_once
 from ._rules import path_name
-from ._storage import is_none
 from ._tables import are_tables, ids_of_tables
 from ._transform import FusedTransformation, is_fused
 
 Semantics = Literal["lazy", "catch_up"]
-# Sums of logarithms are whole multiples of this, so that differences are exact however long a training is (they wrap
-# around at 32, where a decay is complete).
-UNIT = 2.0**-26
-
-
-class RowSparseState(NamedTuple):
-    """State of `row_sparse(tx, semantics="catch_up")`; with "lazy" it is that of `tx` alone."""
-
-    inner_state: Any
-    count: Array  # shape=(), dtype=int32: steps done
-    log_decay: Any  # like the parameters, int32 (): sum over the steps of log(1 - rate * decay), in units of UNIT
-    remainder: Any  # like the parameters, float32 (): what `log_decay` lacks, less than a unit
-    last: Any  # like the parameters, int32 (num_rows,): the count after the last step that touched a row
-    last_log_decay: Any  # like the parameters, int32 (num_rows,): `log_decay` after that step
 
 
 def row_sparse(
@@ -105,7 +89,7 @@ def row_sparse(
     Source: torch.optim.SparseAdam; the product of skipped decays: pytorch/pytorch#3137.
     """
     if isinstance(tx, optax.MultiSteps):
-        raise TypeError(_ACCUMULATES.format("optax.MultiSteps"))
+        raise TypeError(ACCUMULATES.format("optax.MultiSteps"))
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
     if semantics not in get_args(Semantics):
@@ -114,21 +98,21 @@ def row_sparse(
 
     def init(params):
         inner = tx.init(params)
-        return _initial(inner, params, mask) if catches_up else inner
+        return initial_records(inner, params, mask) if catches_up else inner
 
     def step(fused, grads, state, params, token_ids, extra_args):
         inner_state = state.inner_state if catches_up else state
         problem = _problem(grads, params, inner_state, token_ids, mask)
         tables = {i: g for i, g in enumerate(problem.grads) if is_sparse_rows(g)}
+        if catches_up and params is None:
+            raise ValueError("semantics='catch_up' needs `params`: call update(grads, state, params); got None.")
         one = RowStep(tx, fused, extra_args)
-        _check_once(checked, tx, problem, tables, extra_args, catches_up)
+        check_once(checked, tx, problem, tables, extra_args, catches_up)
         if not catches_up:
             outcome = step_on_rows(one, problem, tables)
             return problem.tree.unflatten(outcome.outputs), problem.state_tree.unflatten(outcome.state)
-        if params is None:
-            raise ValueError("semantics='catch_up' needs `params`: call update(grads, state, params); got None.")
-        records = _Records(problem, tables, state)
-        decays = _decays(RowStep(tx, False, extra_args), problem, tables)
+        records = Records(problem, tables, state)
+        decays = decays_of(RowStep(tx, False, extra_args), problem, tables)
         outcome = step_on_rows(one, problem, tables, lambda *cut: records.catch_up(decays, *cut))
         inner_state = problem.state_tree.unflatten(outcome.state)
         return problem.tree.unflatten(outcome.outputs), records.after(inner_state, decays)
@@ -140,13 +124,6 @@ def row_sparse(
         return step(True, grads, state, params, token_ids, extra_args)
 
     return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
-
-
-_ACCUMULATES = (
-    "{} sums gradients over steps, but the rows of one step are not those of another. Accumulate the gradients of "
-    "microbatches instead, with fse.sum_microbatches, and make one step."
-)
-_ACCUMULATORS = optax.MultiStepsState, optax.ApplyEvery
 
 
 def _is_leaf(x: Any) -> bool:
@@ -181,262 +158,3 @@ def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> 
                     f"The row gradient of {path!r} is of a table of shape {g.shape}, but it has {p.shape}."
                 )
     return problem
-
-
-# --- catching up -----------------------------------------------------------------------------------------------------
-
-
-def _initial(inner_state: Any, params: Any, mask: Any) -> RowSparseState:
-    pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box_or_none)
-    leaves = [unbox(x) for _, x in pairs]
-    ours = are_tables(mask, tree.unflatten(leaves), [path_name(path) for path, _ in pairs], leaves)
-
-    def zeros(dtype: Any, of_rows: bool) -> Any:
-        shapes = [x.shape[:1] if table and of_rows else () for table, x in zip(ours, leaves)]
-        return tree.unflatten([jnp.zeros(shape, dtype) for shape in shapes])
-
-    count = jnp.zeros([], jnp.int32)
-    sums = zeros(jnp.int32, False), zeros(jnp.float32, False)
-    return RowSparseState(inner_state, count, *sums, zeros(jnp.int32, True), zeros(jnp.int32, True))
-
-
-def _is_box_or_none(x: Any) -> bool:
-    return x is None or is_box(x)
-
-
-class _Decay(NamedTuple):
-    """What a step with gradient zero does to a row, as factors."""
-
-    moments: dict[int, Array]  # by the place of the array in the flat state
-    log_params: Array
-
-
-class _Records:
-    """What "catch_up" remembers, by the place of each parameter."""
-
-    def __init__(self, problem: Problem, tables: dict[int, SparseRows], state: RowSparseState):
-        self.state, self.tables = state, tables
-        trees = [jax.tree.flatten(tree, is_leaf=is_none) for tree in state[2:]]
-        columns, self.trees = zip(*trees)
-        lists: Any = [[None if x is None else jnp.asarray(x) for x in column] for column in columns]
-        self.log_decay, self.remainder, self.last, self.last_log_decay = lists
-        named = [i for i, x in enumerate(self.last) if jnp.ndim(x)]
-        if missing := [i for i in named if i not in tables]:
-            raise ValueError(
-                f"{problem.paths[missing[0]]!r} is a table by `mask`, but has no row gradient: with 'catch_up' "
-                "every table must have one in every step. Leave it out of `mask`, or give its `token_ids`."
-            )
-        for place in tables:
-            if self.last[place].shape != (tables[place].shape[0],):
-                raise ValueError(
-                    f"{problem.paths[place]!r} has a row gradient, but 'catch_up' keeps no record of its rows: "
-                    "name it in `mask` when the optimizer is made."
-                )
-
-    def catch_up(self, decays: dict[int, _Decay], place: int, indices: Array, rows: Rows) -> Rows:
-        decay, p = decays[place], rows.params
-        assert p is not None  # checked by `step`
-        skipped = (self.state.count - take_rows(self.last[place], indices)).astype(jnp.float32)
-        log_factor = UNIT * (self.log_decay[place] - take_rows(self.last_log_decay[place], indices)).astype(jnp.float32)
-        drift = p * jnp.expm1(log_factor)[:, None].astype(p.dtype)
-        state = {
-            i: (x * (decay.moments[i] ** skipped).reshape(-1, *[1] * (x.ndim - 1))).astype(x.dtype)
-            for i, x in rows.state.items()
-        }
-        return rows._replace(params=p + drift, state=state, drift=drift)
-
-    def after(self, inner_state: Any, decays: dict[int, _Decay]) -> RowSparseState:
-        count = jnp.asarray(optax.safe_increment(self.state.count))
-        for place, x in self.tables.items():
-            units = (decays[place].log_params / UNIT) + self.remainder[place]
-            whole = jnp.clip(jnp.round(units), -(2.0**30), 2.0**30)  # a decay to zero is one by e^-16
-            self.remainder[place] = units - whole
-            self.log_decay[place] = self.log_decay[place] + whole.astype(jnp.int32)
-            for column, value in ((self.last, count), (self.last_log_decay, self.log_decay[place])):
-                column[place] = set_rows(column[place], x.indices, jnp.full(x.indices.shape, value))
-        columns = zip(self.trees, (self.log_decay, self.remainder, self.last, self.last_log_decay))
-        return RowSparseState(inner_state, count, *(tree.unflatten(column) for tree, column in columns))
-
-
-def _decays(step: RowStep, problem: Problem, tables: dict[int, SparseRows]) -> dict[int, _Decay]:
-    """Read off the optimizer: its step without a gradient on a row of which one moment, or the parameter, is ones."""
-    n = max(len(problem.rows_of_state(place)) for place in tables) + 1
-    blank = _rows_without_gradient(problem, tables, np.eye(n))
-    outcome = step(problem, blank, others=False)
-    return {
-        place: _Decay(
-            {i: outcome.state[i][k].ravel()[0].astype(jnp.float32) for k, i in enumerate(rows.state)},
-            jnp.log1p(outcome.outputs[place][-1].ravel()[0].astype(jnp.float32)),
-        )
-        for place, rows in blank.items()
-    }
-
-
-def _rows_without_gradient(problem: Problem, tables: Any, numbers: np.ndarray) -> dict[int, Rows]:
-    """A row for each row of `numbers`, filled with them: the k-th moment with the k-th, the parameter with the last."""
-
-    def filled(x: Array, column: np.ndarray) -> Array:
-        column = column.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.asarray(np.broadcast_to(column, (len(numbers), *x.shape[1:])), x.dtype)
-
-    blank = {}
-    for place in tables:
-        g, kept = problem.grads[place], problem.rows_of_state(place)
-        p = None if problem.params is None else filled(problem.params[place], numbers[:, -1])
-        state = {i: filled(problem.state[i], numbers[:, k]) for k, i in enumerate(kept)}
-        blank[place] = Rows(jnp.zeros((len(numbers), g.shape[1]), g.dtype), p, state)
-    return blank
-
-
-# --- what cannot be done row by row ----------------------------------------------------------------------------------
-
-
-def _check_once(checked: set, tx: Any, problem: Problem, tables: Any, extra_args: Any, catches_up: bool) -> None:
-    """Raises where `tx` does not do with a few rows what it does with all of them; tried on random numbers."""
-    key = problem.tree, problem.state_tree, tuple(tables), problem.params is None
-    if key in checked:
-        return
-    for state in jax.tree.leaves(problem.state_tree.unflatten(problem.state), is_leaf=_accumulates):
-        if _accumulates(state):
-            raise TypeError(_ACCUMULATES.format(type(state).__name__))
-    step = RowStep(tx, False, extra_args)
-    try:
-        with jax.ensure_compile_time_eval(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                small = _small(tx, problem, tables)
-            except ValueError:
-                return  # rules that go by shapes
-            rowwise = _is_rowwise(step, small, tables)
-            decays = not catches_up or not rowwise or _decays_by_factors(step, small, tables)
-    except jax.errors.JAXTypeError:
-        return  # hyper-parameters are traced
-    if not rowwise:
-        raise TypeError(
-            "`tx` does not treat the rows of a table one by one: on some rows alone it does something else than on the "
-            "same rows among others. Norms over all gradients belong before it, optax.chain(fse.clip_by_global_norm("
-            "1.0), fse.row_sparse(tx)); trust ratios, factored moments and orthogonalised updates need whole gradients."
-        )
-    if not decays:
-        raise ValueError(
-            "semantics='catch_up' needs an optimizer that without a gradient multiplies moments and weights by "
-            "factors, such as Adam's with decoupled weight decay, but `tx` does not. Use 'lazy', or decay like adamw."
-        )
-    checked.add(key)
-
-
-def _accumulates(x: Any) -> bool:
-    return isinstance(x, _ACCUMULATORS)
-
-
-def _small(tx: Any, problem: Problem, tables: Any) -> Problem:
-    """The same parameters with fewer rows in each table, and two numbers an axis elsewhere.
-
-    Some optimizers factor what has 128 rows and columns: where the table has them, so have its few rows.
-    """
-    rng = np.random.default_rng(0)
-
-    def numbers(place: int, like: Any) -> Any:
-        if like is None:
-            return None
-        shape = (2,) * jnp.ndim(like)
-        if place in tables:
-            rows, features = (min(n, 130) for n in like.shape)
-            shape = max(4, rows + (rows == features)), features
-        return jnp.asarray(rng.standard_normal(shape), like.dtype)
-
-    grads = [numbers(i, g) for i, g in enumerate(problem.grads)]
-    params = [numbers(i, p) for i, p in enumerate(problem.params or problem.grads)]
-    state = tx.init(problem.tree.unflatten(params))
-    given = None if problem.params is None else problem.tree.unflatten(params)
-    return Problem.of(problem.tree, problem.paths, grads, given, state)
-
-
-SIZES = 1.0, 1e4, 1e-4  # of the gradients in three steps: limits come into force between them
-
-
-def _is_rowwise(step: RowStep, problem: Problem, tables: Any) -> bool:
-    """Whether two rows among others, some of which are NaN at last, make the steps that they make alone."""
-    some = np.array([0, 2])
-    grads = problem.grads
-    for size in (*SIZES, None):
-        changed = [g if g is None else g * (1.0 if size is None else size) for g in grads]
-        if size is None:
-            changed = [jnp.asarray(g).at[1].set(jnp.nan) if i in tables else g for i, g in enumerate(changed)]
-        problem = problem._replace(grads=[g if g is None else g.astype(o.dtype) for g, o in zip(changed, grads)])
-        kept = {place: problem.rows_of_state(place) for place in tables}
-        every = {place: np.arange(problem.grads[place].shape[0]) for place in tables}
-        whole = step(problem, _cut(problem, kept, every))
-        try:
-            part = step(problem, _cut(problem, kept, dict.fromkeys(tables, some)))
-        except (TypeError, ValueError):  # moments whose shapes do not go with fewer rows
-            return False
-        pairs = [(whole.outputs[place][some], part.outputs[place]) for place in tables]
-        pairs += [(whole.state[i][some], part.state[i]) for place in tables for i in kept[place]]
-        pairs += [(a, b) for a, b, owner in zip(whole.state, part.state, problem.owners) if owner is None]
-        if not all(_close(a, b) for a, b in pairs):
-            return False
-        problem = problem._replace(state=whole.state)
-    return True
-
-
-def _cut(problem: Problem, kept: dict[int, list[int]], rows: dict[int, np.ndarray]) -> dict[int, Rows]:
-    """These rows of every table."""
-    params: Any = problem.params
-    return {
-        place: Rows(
-            problem.grads[place][at],
-            None if params is None else params[place][at],
-            {i: problem.state[i][at] for i in kept[place]},
-        )
-        for place, at in rows.items()
-    }
-
-
-def _decays_by_factors(step: RowStep, problem: Problem, tables: Any) -> bool:
-    """Whether three steps without a gradient are what factors say: of parameters that have not moved, and of moments.
-
-    (Parameters that have moved may go on to, by momentum.)
-    """
-    n = max(len(problem.rows_of_state(place)) for place in tables) + 1
-    blank = _rows_without_gradient(problem, tables, np.concatenate([np.eye(n), 2 * np.eye(n)]))
-    outcome = step(problem, blank)
-    for place, rows in blank.items():
-        u = outcome.outputs[place]
-        still = all(np.max(np.abs(outcome.state[i][n - 1]), initial=0.0) < 1e-6 for i in rows.state)
-        if not (still and _close(2 * u[n - 1], u[2 * n - 1])):
-            return False
-    whole = {place: np.arange(problem.grads[place].shape[0]) for place in tables}
-    kept = {place: problem.rows_of_state(place) for place in tables}
-    given: Any = problem.params  # checked by `step` of the transform
-    moved = step(problem, _cut(problem, kept, whole)).state
-    problem = problem._replace(grads=[g if g is None else jnp.zeros_like(g) for g in problem.grads])
-    for state, of_params in ((problem.state, True), (moved, False)):
-        now, params = problem._replace(state=state), {place: given[place] for place in tables}
-        moments, want = {i: state[i] for place in tables for i in kept[place]}, dict(params)
-        for _ in range(3):
-            decays = _decays(step, now, tables)
-            for place, decay in decays.items():
-                want[place] = want[place] * jnp.exp(decay.log_params).astype(want[place].dtype)
-                moments |= {i: moments[i] * c.astype(moments[i].dtype) for i, c in decay.moments.items()}
-            after = step(now, _cut(now, kept, whole))
-            params = {place: p + after.outputs[place] for place, p in params.items()}
-            now = now._replace(state=after.state, params=[params.get(i, p) for i, p in enumerate(given)])
-        if of_params and not all(_close(params[place], want[place], 1e-6) for place in tables):
-            return False
-        if not all(_close(now.state[i], x, 1e-6) for i, x in moments.items()):
-            return False
-    return True
-
-
-def _close(a: Any, b: Any, least: float = 0.0) -> bool:
-    """Within rounding or `least`, of numbers and what else there may be in a state."""
-    if a is None or b is None:
-        return a is b
-    tolerance = 1e-5 if a.dtype.itemsize > 2 else 2e-2
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return bool(
-        np.all(
-            np.isclose(x, y, rtol=tolerance, atol=least + tolerance * np.max(np.abs(x), initial=0.0), equal_nan=True)
-        )
-    )

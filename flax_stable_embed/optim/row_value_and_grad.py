@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..ops.rows import LookedUpTable, Lookup, distinct, is_looked_up_table, is_sparse_rows, recording
+from ..ops.looked_up import LookedUpTable, Lookup, is_looked_up_table, recording
+from ..ops.rows import distinct, is_sparse_rows
 from ._boxes import is_box, rebox, unbox
 from ._rules import path_name
 from ._tables import ids_of_tables, is_table

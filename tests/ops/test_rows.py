@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_stable_embed.ops.rows import LookedUpTable, SparseRows, distinct, positions, record, recording
+from flax_stable_embed.ops.rows import SparseRows, distinct, positions
 
 
 def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
@@ -165,18 +165,3 @@ def test_rows_of_a_table_on_an_explicit_mesh_stay_where_they_are(spec):
         new = jax.jit(lambda table, x: table + x)(table, x)
         assert new.sharding.spec == spec
         np.testing.assert_array_equal(new, np.ones((8, 4)) + np.asarray(x.to_dense()))
-
-
-def test_a_table_that_is_looked_up_has_the_shape_and_dtype_of_its_parameter():
-    table = LookedUpTable.at(jnp.ones((9, 3), jnp.bfloat16), distinct(jnp.array([1, 2]), 9))
-    assert (table.shape, table.dtype, table.tap.shape, table.tap.dtype) == ((9, 3), jnp.bfloat16, (2, 3), jnp.float32)
-    assert jax.tree.leaves(table)[0].shape == (9, 3)
-
-
-def test_lookups_are_noted_while_someone_records_and_only_where_their_ids_can_be_seen():
-    record(jnp.ones((9, 3)), jnp.array([1]))
-    with recording() as lookups:
-        record(jnp.ones((9, 3)), jnp.array([1]))
-        with pytest.raises(ValueError, match="keeps its ids to itself"):
-            jax.jit(lambda ids: record(jnp.ones((9, 3)), ids))(jnp.array([2]))
-    assert [x.row_numbers.tolist() for x in lookups] == [[1]]
