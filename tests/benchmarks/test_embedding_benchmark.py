@@ -2,23 +2,10 @@
 
 import json
 
-import pytest
-
 from benchmarks import embedding
 from benchmarks.embedding import DENSE, FUSED, IDS, ROWS, Shape
 
 TINY = Shape(40, 8, 6), Shape(400, 8, 6)
-
-
-@pytest.fixture(scope="module")
-def measured():
-    patch = pytest.MonkeyPatch()
-    with patch.context() as changed:
-        changed.setattr(embedding, "QUICK", TINY)
-        changed.setattr(embedding, "QUICK_FORWARD_BACKWARD", (Shape(40, 8, 16),))
-        changed.setattr(embedding, "find_spec", lambda name: None)
-        changed.setattr(embedding, "alternate", lambda steps, *_: {key: turns(step) for key, step in steps.items()})
-        return embedding.measure(quick=True)
 
 
 def turns(step):
@@ -26,25 +13,25 @@ def turns(step):
     return [1.0, 2.0, 3.0]
 
 
-def test_every_contender_has_its_row(measured):
+def test_every_contender_has_its_row_and_quick_results_are_not_kept(monkeypatch, capsys):
+    monkeypatch.setattr(embedding, "QUICK", TINY)
+    monkeypatch.setattr(embedding, "QUICK_FORWARD_BACKWARD", (Shape(40, 8, 16),))
+    monkeypatch.setattr(embedding, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedding, "alternate", lambda steps, *_: {key: turns(step) for key, step in steps.items()})
+    measured = embedding.measure(quick=True)
     assert [list(entry["rows"]) for entry in measured["steps"]] == [[DENSE, ROWS, FUSED, IDS]] * 2
     assert list(measured["modules"][0]["rows"]) == ["stable", "stable, rows", "flax", "flax exact"]
     for entry in measured["steps"]:
         for row in entry["rows"].values():
             assert row["ms"] == [1500, 2000, 2500] and row["times_faster_than_dense"] == [1, 1, 1]
-        temporaries = {kind: row["temp_bytes"] for kind, row in entry["rows"].items()}
-        assert temporaries[ROWS] <= entry["allowed_temporaries"]
+        assert entry["rows"][ROWS]["temp_bytes"] <= entry["allowed_temporaries"]
     assert measured["growth"][ROWS] == [1, 1, 1]
 
-
-def test_the_tables_name_all_of_them(measured):
     table = embedding.markdown(measured)
     for name in (embedding.STEPS[ROWS], embedding.MODULES["stable"]):
         assert f"| {name} |" in table
     assert "From 40 to 400 rows the step takes 1.00 times as long (in place: 1.00)." in table
 
-
-def test_quick_results_are_not_kept(measured, monkeypatch, capsys):
     monkeypatch.setattr(embedding, "measure", lambda quick: measured)
     saved = []
     embedding.main(["--quick"], save=lambda *given: saved.append(given))

@@ -102,7 +102,7 @@ def linen_tables(case, tx, given, value_and_grad, extra_args, *, fused=False):
     return tables
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
 def test_with_max_norm_trains_as_torch_does(case, frozen):
     tx = fse.with_max_norm(optimizer(case), **case.options)

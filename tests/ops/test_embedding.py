@@ -391,6 +391,7 @@ ALL_IDS = jnp.array([[1, 4, 4, 3], [49, -1, 1, 60]])
 OPTIONS = [{}, {"padding_idx": 4}, {"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"dtype": jnp.bfloat16}]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("mode", ["fill", "clip"])
@@ -424,6 +425,7 @@ def test_clip_takes_the_nearest_row():
         np.testing.assert_allclose(gradient[4], terms[3:].sum(0), rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
@@ -441,6 +443,7 @@ def test_a_promise_saves_the_mask_over_the_rows():
     assert (select_ops("fill"), select_ops("clip"), select_ops("promise_in_bounds")) == (1, 0, 0)
 
 
+@pytest.mark.one_in(2, start=1)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_terms_that_are_sorted_first_give_the_same_gradient(options, monkeypatch):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)

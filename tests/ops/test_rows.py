@@ -114,6 +114,7 @@ UNAWARE = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", UNAWARE)
 def test_optax_raises_where_it_would_take_row_numbers_for_numbers(name, jitted):
