@@ -8,12 +8,12 @@ Sparse steps do that for the rows that were looked up. Everything runs in one pr
 torch and bitsandbytes take part where they are installed.
 """
 
-import argparse
 import gc
 import json
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -99,13 +99,12 @@ def start_jax(shape: Shape, kind: str) -> Running:
     state = tx.init(params)
     jitted = jax.jit(step, donate_argnums=(0, 1))
     temp = jitted.lower(params, state, ids[0], targets).compile().memory_analysis().temp_size_in_bytes
-    turn = 0
+    in_turn = cycle(ids)
 
     def one_step() -> None:
-        nonlocal params, state, turn
-        params, state, loss = jitted(params, state, ids[turn % len(ids)], targets)
+        nonlocal params, state
+        params, state, loss = jitted(params, state, next(in_turn), targets)
         jax.block_until_ready((params, state, loss))
-        turn += 1
 
     return Running(one_step, temp)
 
@@ -118,17 +117,21 @@ def start_torch(shape: Shape) -> Running:
     embed = torch.nn.Embedding(shape.num_embeddings, shape.features, sparse=True)
     optimizer = torch.optim.SparseAdam(embed.parameters(), lr=RATE)
     ids, targets = batches(shape)
-    their_ids, their_targets = [torch.tensor(np.asarray(i)) for i in ids], torch.tensor(np.asarray(targets))
-    turn = 0
+    in_turn, their_targets = _torch_tensors(ids, targets)
 
     def one_step() -> None:
-        nonlocal turn
         optimizer.zero_grad()
-        ((embed(their_ids[turn % len(their_ids)]) - their_targets) ** 2).sum().backward()
+        ((embed(next(in_turn)) - their_targets) ** 2).sum().backward()
         optimizer.step()
-        turn += 1
 
     return Running(one_step, None)
+
+
+def _torch_tensors(ids: list[Any], floats: Any) -> tuple[Any, Any]:
+    """The same for torch: ids in turn without end, and numbers."""
+    import torch
+
+    return cycle([torch.tensor(np.asarray(i)) for i in ids]), torch.tensor(np.asarray(floats))
 
 
 def batches(shape: Shape) -> tuple[list[Any], Any]:
@@ -199,13 +202,11 @@ def start_module(shape: Shape, name: str) -> Running:
         (_, y), grads = differentiate(loss_fn, has_aux=True)(params, ids, cotangent)
         return y, grads
 
-    jitted, turn = jax.jit(step), 0
+    jitted, in_turn = jax.jit(step), cycle(ids)
     temp = jitted.lower(params, ids[0], cotangent).compile().memory_analysis().temp_size_in_bytes
 
     def one_step() -> None:
-        nonlocal turn
-        jax.block_until_ready(jitted(params, ids[turn % len(ids)], cotangent))
-        turn += 1
+        jax.block_until_ready(jitted(params, next(in_turn), cotangent))
 
     return Running(one_step, temp)
 
@@ -216,14 +217,11 @@ def _start_bitsandbytes(shape: Shape, ids: list[Any], cotangent: Any, sparse: bo
 
     torch.set_num_threads(cores())
     module = bitsandbytes.nn.StableEmbedding(shape.num_embeddings, shape.features, sparse=sparse)
-    their_ids, theirs = [torch.tensor(np.asarray(i)) for i in ids], torch.tensor(np.asarray(cotangent))
-    turn = 0
+    in_turn, theirs = _torch_tensors(ids, cotangent)
 
     def one_step() -> None:
-        nonlocal turn
         module.zero_grad(set_to_none=True)
-        module(their_ids[turn % len(their_ids)]).backward(theirs)
-        turn += 1
+        module(next(in_turn)).backward(theirs)
 
     return Running(one_step, None)
 
@@ -262,45 +260,38 @@ def measure(quick: bool) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """Both tables."""
     env = results["environment"]
-    lines = [
+    about = (
         f"`{env['command']}` at {env['commit']}, {env['device']}, {env['cores']} cores: median (quartiles) of a step, "
-        "and median ratios to others in the same round.",
-        "",
-        "| step of a table | rows x features, ids | ms | dense takes | torch takes | temporaries |",
-        "| --- | --- | --: | --: | --: | --: |",
-    ]
-    for entry in results["steps"]:
-        for kind, row in entry["rows"].items():
-            lines.append(
-                f"| {STEPS[kind]} | {_shape(entry['shape'])} | {_ms(row['ms'])} "
-                f"| {_times(row['times_faster_than_dense'])} | {_times(row['times_faster_than_torch'])} "
-                f"| {_mb(row['temp_bytes'])} |"
-            )
+        "and median ratios to others in the same round."
+    )
     small, large = results["growth"]["shapes"]
-    lines += [
-        "",
+    grown = (
         f"From {small[0]:,} to {large[0]:,} rows the step takes {results['growth'][ROWS][1]:.2f} times as long "
-        f"(in place: {results['growth'][FUSED][1]:.2f}).",
-        "",
-        "| output and gradients of a module | rows x features, ids | ms | beside ours | by rows | temporaries |",
-        "| --- | --- | --: | --: | --: | --: |",
-    ]
-    for entry in results["modules"]:
+        f"(in place: {results['growth'][FUSED][1]:.2f})."
+    )
+    steps = _table("step of a table", results["steps"], STEPS, DENSE_AND_TORCH)
+    modules = _table("output and gradients of a module", results["modules"], MODULES, BESIDE_OURS)
+    return "\n\n".join([about, steps, grown, modules])
+
+
+DENSE_AND_TORCH = {"dense takes": "times_faster_than_dense", "torch takes": "times_faster_than_torch"}
+BESIDE_OURS = {"beside ours": "beside_ours", "by rows": "beside_ours_by_rows"}
+
+
+def _table(what: str, entries: list[dict[str, Any]], names: dict[str, str], ratios: dict[str, str]) -> str:
+    """A line for each contender and shape; `ratios` are columns, and the fields that they show."""
+    lines = [[what, "rows x features, ids", "ms", *ratios, "temporaries"], ["---", "---", *["--:"] * (len(ratios) + 2)]]
+    for entry in entries:
         for name, row in entry["rows"].items():
+            shown = [_times(row[field]) for field in ratios.values()]
             lines.append(
-                f"| {MODULES[name]} | {_shape(entry['shape'])} | {_ms(row['ms'])} "
-                f"| {_times(row['beside_ours'])} | {_times(row['beside_ours_by_rows'])} | {_mb(row['temp_bytes'])} |"
+                [names[name], _shape(entry["shape"]), report.spread(row["ms"]), *shown, _mb(row["temp_bytes"])]
             )
-    return "\n".join(lines)
+    return report.table(lines)
 
 
 def _shape(shape: list[int]) -> str:
     return f"{shape[0]:,} x {shape[1]:,}, {shape[2]:,}"
-
-
-def _ms(quarters: list[float]) -> str:
-    low, median, high = quarters
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _times(quarters: Any) -> str:
@@ -316,14 +307,8 @@ FILE = report.HOME / "results" / "embedding.json"
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.embedding", description=__doc__, formatter_class=form)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(arguments)
-    results = measure(args.quick)
-    print(markdown(results))
-    if not args.quick:
-        save(results, FILE)
+    command = "python -m benchmarks.embedding"
+    report.run(command, __doc__, arguments, measure, markdown, lambda results: save(results, FILE))
 
 
 if __name__ == "__main__":

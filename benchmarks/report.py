@@ -1,10 +1,12 @@
 """What a run leaves behind: the machine it ran on, a file of results, and tables made from them. No figure is typed."""
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,6 +71,25 @@ def save(results: dict[str, Any], path: Path | None) -> Path:
     return path
 
 
+def run(
+    command: str,
+    description: str | None,
+    arguments: list[str],
+    measure: Callable[[bool], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+    keep: Callable[[dict[str, Any]], Any],
+) -> None:
+    """A benchmark of its own: measures, `--quick` or not, prints, and keeps the results unless they are quick ones."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(command, description=description, formatter_class=form)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    results = measure(args.quick)
+    print(markdown(results))
+    if not args.quick:
+        keep(results)
+
+
 # --- for the terminal ------------------------------------------------------------------------------------------------
 
 COLUMNS = ("", "", "state", "temporaries", "ms per step", "of optax.adamw", "GB/s", "compile s", "moments")
@@ -106,8 +127,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["path"],
         f"{row['state_bytes_per_parameter']:.3f}",
         _temporaries(row),
-        _spread(row["ms"]),
-        _spread(row["ratio"]),
+        spread(row["ms"]),
+        spread(row["ratio"]),
         f"{row['gb_per_s']:.3g}",
         f"{row['compile_s']:.1f}",
         row["stored"],
@@ -123,7 +144,8 @@ def _temporaries(row: dict[str, Any]) -> str:
     return "not known" if size is None else f"{size:.3f}"
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Quartiles, the median first."""
     low, middle, high = (f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values)
     return f"{middle} ({low} to {high})"
 
@@ -141,12 +163,12 @@ def markdown(results: dict[str, Any]) -> str:
     ms, size = ([head, ["---", "---", *["--:"] * len(shapes)]] for _ in range(2))
     for rows in zip(*(e["rows"] for e in shapes)):
         label = [rows[0]["contender"], f"`{rows[0]['path']}`"]
-        ms.append([*label, *(r.get("skip") or f"{_spread(r['ms'])}, {r['ratio'][1]:.2f}x" for r in rows)])
+        ms.append([*label, *(r.get("skip") or f"{spread(r['ms'])}, {r['ratio'][1]:.2f}x" for r in rows)])
         size.append([*label, *(r.get("skip") or _sizes(r) for r in rows)])
     return (
         f"{machine}; `{env['command']}` at {env['commit']}, {env['date']}.\n\n"
         "Milliseconds per step: median (quartiles), and the median ratio to `optax.adamw` in the same round.\n\n"
-        f"{_table(ms)}\n\nBytes per parameter: optimizer state + temporaries of one step.\n\n{_table(size)}"
+        f"{table(ms)}\n\nBytes per parameter: optimizer state + temporaries of one step.\n\n{table(size)}"
     )
 
 
@@ -154,5 +176,6 @@ def _sizes(row: dict[str, Any]) -> str:
     return f"{row['state_bytes_per_parameter']:.3f} + {_temporaries(row)}"
 
 
-def _table(lines: list[list[str]]) -> str:
+def table(lines: list[list[str]]) -> str:
+    """Lines of cells in Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

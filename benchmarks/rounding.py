@@ -9,7 +9,6 @@ below the distance of two codes: rounded to the nearest, it moves when a large g
 with its block's scale. Losses of trainings, which are what counts, are in `quality.py`.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -97,14 +96,15 @@ FILE = report.HOME / "results" / "rounding.json"
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__, formatter_class=form)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(arguments)
-    results = measure(10 if args.quick else 1)
-    print(markdown(results))
-    if not args.quick:
-        save(results, FILE)
+    command = "python -m benchmarks.rounding"
+    report.run(
+        command,
+        __doc__,
+        arguments,
+        lambda quick: measure(10 if quick else 1),
+        markdown,
+        lambda results: save(results, FILE),
+    )
 
 
 if __name__ == "__main__":

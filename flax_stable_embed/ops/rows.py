@@ -9,11 +9,12 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from ._gather import at_least_float32, row_sharding, take
 from ._gather import row_numbers_of as row_numbers_of
+from ._sharding import explicit_sharding, placed_like
 
 
 def _no_randomness(*args: Any) -> Any:
@@ -59,8 +60,8 @@ def distinct(row_numbers: Array, num_rows: int) -> Array:
 
 def _everywhere(x: Array) -> Array:
     """The array, replicated where its mesh has Explicit axes."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = explicit_sharding(x)
+    if sharding is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
@@ -72,8 +73,7 @@ def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
     numbers = _everywhere(row_numbers)
     at = jnp.searchsorted(indices, numbers).astype(jnp.int32)
     found = indices.at[at].get(mode="fill", fill_value=-1) == numbers
-    at = jnp.where(found & (numbers < num_rows), at, indices.size)
-    return at if numbers is row_numbers else jax.sharding.reshard(at, jax.typeof(row_numbers).sharding)
+    return placed_like(jnp.where(found & (numbers < num_rows), at, indices.size), row_numbers)
 
 
 def take_rows(table: Array, indices: Array) -> Array:
@@ -100,10 +100,8 @@ def add_to_rows(table: Array, indices: Array, values: Array) -> Array:
 
 
 def _scatter_options(table: Array) -> dict[str, Any]:
-    sharding = jax.typeof(table).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
     options = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
-    return {**options, "out_sharding": sharding} if explicit else options
+    return {**options, "out_sharding": explicit_sharding(table)}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -171,9 +169,7 @@ class SparseRows:
 
     def with_values(self, values: Array) -> "SparseRows":
         """The same rows with other values."""
-        new = object.__new__(type(self))
-        new._sealed, new.values, new.num_rows = self._sealed, values, self.num_rows
-        return new
+        return self.tree_unflatten(self.num_rows, (values, self._sealed))
 
     def summed_over_first_axis(self) -> "SparseRows":
         """The sum of what `jax.lax.scan` or `jax.vmap` has stacked: indices (k, n), values (k, n, features)."""
@@ -256,3 +252,8 @@ def _summed(indices: Array, row_numbers: Array, terms: Array, num_rows: int) -> 
 def is_sparse_rows(x: Any) -> bool:
     """Whether `x` is a SparseRows, for the `is_leaf` of tree functions."""
     return isinstance(x, SparseRows)
+
+
+def is_none_or_rows(x: Any) -> bool:
+    """Whether `x` stands for one gradient without being an array, for the `is_leaf` of tree functions."""
+    return x is None or is_sparse_rows(x)

@@ -8,6 +8,8 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
@@ -35,6 +37,12 @@ def _content(box: Any) -> Any:
         return box.get_raw_value()
     # Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have.
     return box.value if hasattr(box, "value") else box.unbox()
+
+
+def as_jax(x: Any) -> Any:
+    """A parameter, in its wrapper if it has one, as an array of JAX where it is one of numpy; all else as it is."""
+    array = unbox(x)
+    return rebox(x, jnp.asarray(array)) if isinstance(array, np.ndarray) else x
 
 
 def optim_bits(x: Any) -> int | None:

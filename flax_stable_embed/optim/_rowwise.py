@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import AxisType
 
+from ..ops._sharding import explicit_sharding
 from ..ops.rows import SparseRows, beside_rows, set_rows, take_rows
+from ._boxes import as_jax
 from ._rules import path_name, shapes_of_tables
 from ._storage import is_codes, is_none
 from ._transform import fused_update
@@ -37,10 +38,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "Problem":
         pairs, state_tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)
-        p_leaves = None if params is None else [_as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
+        p_leaves = None if params is None else [as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
         keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree.unflatten(range(len(paths))))[0]]
         owners = [_owner(path, keys, paths) for path, _ in pairs]
-        grads, state_leaves = list(map(_as_jax, grads)), [_as_jax(x) for _, x in pairs]
+        grads, state_leaves = list(map(as_jax, grads)), [as_jax(x) for _, x in pairs]
         return cls(tree, paths, grads, p_leaves, state_leaves, state_tree, owners)
 
     def rows_of_state(self, place: int) -> list[int]:
@@ -63,10 +64,6 @@ class Problem(NamedTuple):
                     f"the {num_rows} of the table: `row_sparse` is for optimizers that treat rows one by one."
                 )
         return found
-
-
-def _as_jax(x: Any) -> Any:
-    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | None:
@@ -121,12 +118,11 @@ class RowStep:
                 state[i] = rows[owner].state.get(i, x)
             elif owner is not None and jnp.ndim(x):
                 state[i] = keep(x)
-        trees = [problem.tree.unflatten(x) for x in ((grads, params) if problem.params is not None else (grads,))]
-        inner_state = problem.state_tree.unflatten(state)
+        given = problem.tree.unflatten(grads), problem.state_tree.unflatten(state)
+        p = None if problem.params is None else problem.tree.unflatten(params)
         touched = {problem.paths[i]: np.arange(r.grads.shape[0]) for i, r in rows.items()}
-        given = trees[0], inner_state, *(trees[1:] or [None])
         with shapes_of_tables({problem.paths[i]: problem.grads[i].shape for i in rows}):
-            outputs, new_state = self.apply(*given, token_ids=touched, **self.extra_args)
+            outputs, new_state = self.apply(*given, p, token_ids=touched, **self.extra_args)
         same = jax.tree.structure(new_state, is_leaf=is_none) == problem.state_tree
         assert same, "the state of the optimizer changed its structure in update"
         return Outcome(problem.tree.flatten_up_to(outputs), jax.tree.leaves(new_state, is_leaf=is_none))
@@ -166,7 +162,8 @@ def step_on_rows(
         if step.fused:
             target = set_rows(table, indices, out)
         else:
-            target = jax.lax.dynamic_update_slice_in_dim(_zeros_beside(out, x.values.shape[0]), out, 0, 0)
+            target = jnp.zeros(x.values.shape, out.dtype, out_sharding=explicit_sharding(out))
+            target = jax.lax.dynamic_update_slice_in_dim(target, out, 0, 0)
 
         def one(k: Any, carry: Any, place=place, table=table, size=size) -> Any:
             arrays, target = carry
@@ -185,13 +182,6 @@ def step_on_rows(
             state[i] = a
         outputs[place] = target if step.fused else x.with_values(target)
     return Outcome(outputs, state)
-
-
-def _zeros_beside(x: Array, length: int) -> Array:
-    """Zeros like `x` but for the length, and placed as it is where a mesh has Explicit axes."""
-    sharding = jax.typeof(x).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jnp.zeros((length, *x.shape[1:]), x.dtype, out_sharding=sharding if explicit else None)
 
 
 def _chunk(x: SparseRows) -> int:

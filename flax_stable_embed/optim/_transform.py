@@ -147,6 +147,12 @@ def _decay(weight_decay, mask, state):
     return weight_decay(inner.count), following if mask is None else state._replace(inner_state=following)
 
 
+def check_transform(tx: Any) -> None:
+    """Raises where `tx` is not used as an optax transform. (optax.MultiSteps is, but no GradientTransformation.)"""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+
+
 def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
     """Whether a transform can write the parameters itself."""
     return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")

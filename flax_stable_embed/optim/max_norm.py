@@ -18,7 +18,7 @@ from ..ops.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
 from ._rules import path_name
 from ._storage import is_none
 from ._tables import are_tables, ids_of_tables
-from ._transform import FusedTransformation, is_fused
+from ._transform import FusedTransformation, check_transform, is_fused
 from ._transform import fused_update as write
 
 
@@ -66,8 +66,7 @@ def with_max_norm(
 
     Source: torch.nn.Embedding, `max_norm`.
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+    check_transform(tx)
     if max_norm is None:
         raise TypeError("`max_norm` must be a number, got None.")
     if isinstance(norm_type, Array):

@@ -17,9 +17,10 @@ import optax
 from jax import Array
 from jax.tree_util import DictKey, GetAttrKey
 
+from ..ops._sharding import placed_like
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.codecs import array_key
-from ..ops.blockwise.quantize import merge, placed_like, split
+from ..ops.blockwise.quantize import merge, split
 from ..ops.blockwise.step import Moment
 from ._boxes import rebox, rebox_scales, unbox
 from ._decide import decide
@@ -56,6 +57,7 @@ from ._storage import (
     no_scales,
     wide_dtype,
 )
+from ._transform import check_transform
 
 _KINDS = ("signed", "unsigned", "keep")
 # Large enough for what is factored or projected to be so, and only ever shapes.
@@ -141,8 +143,7 @@ class _Quantizer:
     """`init` and `update` of a wrapped transform."""
 
     def __init__(self, tx: optax.GradientTransformation, moments: Mapping[str, str] | None, rules: Rules):
-        if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no GradientTransformation
-            raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+        check_transform(tx)
         self.tx, self.rules = optax.with_extra_args_support(tx), rules
         if moments is not None and not isinstance(moments, Mapping):
             raise TypeError(f"`moments` must be a mapping of fields, such as {{'mu': 'signed'}}, got {moments!r}.")

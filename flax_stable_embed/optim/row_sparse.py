@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..ops.rows import SparseRows, distinct, is_sparse_rows, take_rows
+from ..ops.rows import SparseRows, distinct, is_none_or_rows, is_sparse_rows, take_rows
 from ._catch_up import Records, decays_of, initial_records
 from ._catch_up import RowSparseState as RowSparseState
 from ._rowwise import Problem, RowStep, step_on_rows
 from ._rowwise_check import ACCUMULATES, check_once
 from ._rules import path_name
 from ._tables import are_tables, ids_of_tables
-from ._transform import FusedTransformation, is_fused
+from ._transform import FusedTransformation, check_transform, is_fused
 
 Semantics = Literal["lazy", "catch_up"]
 
@@ -90,8 +90,7 @@ def row_sparse(
     """
     if isinstance(tx, optax.MultiSteps):
         raise TypeError(ACCUMULATES.format("optax.MultiSteps"))
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+    check_transform(tx)
     if semantics not in get_args(Semantics):
         raise ValueError(f"`semantics` must be 'lazy' or 'catch_up', got {semantics!r}.")
     catches_up, checked = semantics == "catch_up", set()
@@ -126,13 +125,9 @@ def row_sparse(
     return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
 
 
-def _is_leaf(x: Any) -> bool:
-    return x is None or is_sparse_rows(x)
-
-
 def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> Problem:
     """The step's arrays, with row gradients in the place of dense ones where `token_ids` says so."""
-    pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_leaf)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none_or_rows)
     paths, leaves = [path_name(path) for path, _ in pairs], [g for _, g in pairs]
     known = {path: g.shape[0] for path, g in zip(paths, leaves) if len(getattr(g, "shape", ())) == 2}
     if token_ids is not None:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ..ops.looked_up import LookedUpTable, Lookup, is_looked_up_table, recording
 from ..ops.rows import distinct, is_sparse_rows
-from ._boxes import is_box, rebox, unbox
+from ._boxes import as_jax, is_box, rebox, unbox
 from ._rules import path_name
 from ._tables import ids_of_tables, is_table
 
@@ -99,7 +98,7 @@ class _Leaf(NamedTuple):
 
 def _of_params(loss_fn, params, args, kwargs, has_aux, given):
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    leaves = [_Leaf(path_name(path), _as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
+    leaves = [_Leaf(path_name(path), as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
     if given is None:
         with recording() as lookups:
             loss_fn(tree.unflatten([leaf.box for leaf in leaves]), *args, **kwargs)
@@ -111,8 +110,7 @@ def _of_params(loss_fn, params, args, kwargs, has_aux, given):
             rebox(leaf.box, tables[leaf.path].differentiated(x, dummy)) if leaf.path in tables else x
             for leaf, x in zip(leaves, differentiated)
         ]
-        out = loss_fn(tree.unflatten(boxes), *args, **kwargs)
-        return (out[0], _without_tables(out[1])) if has_aux else out
+        return _without_tables(loss_fn(tree.unflatten(boxes), *args, **kwargs))
 
     differentiated = [tables[leaf.path].tap if leaf.path in tables else leaf.box for leaf in leaves]
     value, (grads, _) = jax.value_and_grad(of_taps, argnums=(0, 1), has_aux=has_aux)(differentiated, 0.0)
@@ -147,7 +145,7 @@ def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
         out = loss_fn(model, *args, **kwargs)
         for name in taps:
             inside[paths[name]].set_raw_value(tables[name].constant)
-        return (out[0], _without_tables(out[1])) if has_aux else out
+        return _without_tables(out)
 
     taps = {name: table.tap for name, table in tables.items()}
     differentiate = nnx.value_and_grad(of_taps, argnums=(nnx.DiffState(0, rest), 1, 2), has_aux=has_aux)
@@ -156,12 +154,6 @@ def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
     for name, table in tables.items():
         flat[paths[name]] = variables[paths[name]].replace(table.gradient(of_rows[name]))
     return value, nnx.from_flat_state({path: flat[path] for path in variables})
-
-
-def _as_jax(box: Any) -> Any:
-    """A parameter as an array of JAX, as which a lookup will see it."""
-    x = unbox(box)
-    return rebox(box, jnp.asarray(x)) if isinstance(x, np.ndarray) else box
 
 
 def _is_sparse(module: nnx.Embed) -> bool:
@@ -177,9 +169,9 @@ def _is_object(x: Any) -> bool:
     return isinstance(x, nnx.Object)
 
 
-def _without_tables(aux: Any) -> Any:
-    """What a loss returns beside its value, with arrays for tables."""
-    return jax.tree.map(lambda x: x.constant if is_looked_up_table(x) else x, aux, is_leaf=is_looked_up_table)
+def _without_tables(out: Any) -> Any:
+    """What a loss returns, with arrays for the tables that it may return beside its value."""
+    return jax.tree.map(lambda x: x.constant if is_looked_up_table(x) else x, out, is_leaf=is_looked_up_table)
 
 
 def _found(lookups: list[Lookup], leaves: list[_Leaf], others: Any) -> dict[str, list[jax.Array]]:

@@ -16,10 +16,10 @@ from jax import Array
 
 from ..ops.blockwise.quantize import random_bits
 from ..ops.rounding import stochastic_round
-from ..ops.rows import is_sparse_rows
+from ..ops.rows import is_none_or_rows, is_sparse_rows
 from ._rules import path_name
 from ._storage import is_none
-from ._transform import FusedTransformation
+from ._transform import FusedTransformation, check_transform
 
 
 class StochasticRoundState(NamedTuple):
@@ -63,8 +63,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
     >>> sorted(set(params["kernel"].ravel().tolist()))  # 1 - 1e-5, on average
     [0.99609375, 1.0]
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no GradientTransformation
-        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+    check_transform(tx)
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -74,19 +73,19 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         if params is None:
             raise ValueError("stochastic rounding needs `params`: call `update(grads, state, params)`; got None.")
         wide = jax.tree.map(_wide, params)
-        if any(jax.tree.leaves(jax.tree.map(_is_half_by_rows, updates, params, is_leaf=_is_leaf))):
+        if any(jax.tree.leaves(jax.tree.map(_is_half_by_rows, updates, params, is_leaf=is_none_or_rows))):
             raise TypeError(
                 "a gradient is a fse.SparseRows of a table in half precision, whose rows are not rounded "
                 "stochastically. Keep the table in float32, or take dense gradients from jax.value_and_grad."
             )
-        grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=_is_leaf)
+        grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=is_none_or_rows)
         updates, inner_state = inner.update(grads, state.inner_state, wide, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def rounded(path, u, p):
             return _rounded(u, p, f"stochastic_round_updates/{path_name(path)}", count) if _is_half(p) else u
 
-        updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=_is_leaf)
+        updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=is_none_or_rows)
         return updates, StochasticRoundState(count, inner_state)
 
     def fused(grads, state, params, **extra_args):
@@ -113,10 +112,6 @@ def _rounded(u: Any, p: Any, path: str, count: Array) -> Any:
 def _applied(p: Any, u: Any) -> Any:
     """`optax.apply_updates` of a leaf, which may be without an update."""
     return p if p is None or u is None else jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
-
-
-def _is_leaf(x: Any) -> bool:
-    return x is None or is_sparse_rows(x)
 
 
 def _is_half_by_rows(g: Any, p: Any) -> bool:

@@ -22,8 +22,9 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from .._sharding import explicit_sharding
 from .blocks import Blocks
 from .step import Step
 
@@ -78,7 +79,7 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
     @custom_vmap
     def batched(*flat):
         # Under an Explicit mesh the types carry shardings, which the reference keeps and a loop over pieces would not.
-        explicit = any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in flat)
+        explicit = any(explicit_sharding(x) is not None for x in flat)
         return partitioned(reference if explicit else replace(reference, implementation=local))(*flat)
 
     @batched.def_vmap

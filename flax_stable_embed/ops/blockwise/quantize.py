@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from .._sharding import placed_like
 from .blocks import Blocks
 from .codecs import CODECS, TINY, Code, Codec, array_key, decode, encode, hashed_bits, hashed_uniform
 
@@ -193,13 +194,6 @@ def _straddles(x: Array, blocks: Blocks) -> bool:
 def _without(x: Array, axis: int) -> NamedSharding:
     sharding = jax.typeof(x).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :]))
-
-
-def placed_like(x: Array, other: Array) -> Array:
-    """`x` with the sharding that the type of `other` says, under an Explicit mesh; elsewhere types say nothing."""
-    sharding = jax.typeof(other).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(x, sharding) if explicit and jax.typeof(x).sharding != sharding else x
 
 
 def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:

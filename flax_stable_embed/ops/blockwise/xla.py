@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .._sharding import placed_like
 from .blocks import Blocks
 from .codecs import hashed_uniform
 from .per_shard import FlatStep, per_shard
-from .quantize import dequantize_view, linear_index, merge, placed_like, quantize_view, split
+from .quantize import dequantize_view, linear_index, merge, quantize_view, split
 from .step import Operands, Step, apply_rule
 
 PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores

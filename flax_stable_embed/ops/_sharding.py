@@ -1,0 +1,17 @@
+"""Shardings that a type says, which it does under a mesh with Explicit axes; elsewhere the compiler chooses."""
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """The sharding that the type of `x` says; None where it says nothing."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def placed_like(x: Array, other: Array) -> Array:
+    """`x` with the sharding that the type of `other` says, if it says one."""
+    sharding = explicit_sharding(other)
+    return x if sharding is None or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
