@@ -57,8 +57,9 @@ class Embed(nnx.Embed):
       mode: for ids outside the table. "fill": rows of NaN. "clip": the nearest row (the first for negative ids, too).
         "promise_in_bounds": there are none, all ids are 0 .. num_embeddings - 1; the cheapest, undefined for others.
       write_back: a lookup stores the rows that max_norm scales, as in torch, in evaluation too: training is then
-        torch's trajectory. The module must be an argument of every transformation that calls it; elsewhere it
-        raises. By default modules change nothing; `fse.with_max_norm` gives the same trajectory.
+        torch's trajectory. The module must be an argument of every transformation that calls it, and one that is
+        handed back (of nnx.scan, a carry; of nnx.vmap, one of each); where NNX forbids the change it raises. By
+        default modules change nothing; `fse.with_max_norm` gives the same trajectory.
       embedding_metadata: metadata of the Param, for example its sharding.
       rngs: the stream `params` draws the table.
 

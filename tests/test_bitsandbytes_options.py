@@ -72,15 +72,18 @@ def make(request):
     return make
 
 
+@pytest.mark.one_in(2)
 def test_num_embeddings(make):
     assert make(7, 4).table.shape[0] == 7 and make(num_embeddings=9, features=4).table.shape[0] == 9
 
 
+@pytest.mark.one_in(2)
 def test_embedding_dim(make):
     """`features`, Flax's name for it."""
     assert make(7, 4).table.shape[1] == 4 and make(7, features=6)(IDS).shape == (4, 6)
 
 
+@pytest.mark.one_in(2)
 def test_padding_idx(make):
     module = make(7, 4, padding_idx=-3)
     assert not module.table[4].any() and module.table[3].any()
@@ -111,6 +114,7 @@ def test_scale_grad_by_freq(make):
     np.testing.assert_allclose(scaled[1], plain[1], rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 def test_sparse(make):
     rows = make(7, 4, sparse=True).gradient(fse.row_value_and_grad)
     assert isinstance(rows, fse.SparseRows) and rows.indices[:3].tolist() == [1, 2, 4]
@@ -131,6 +135,7 @@ def test_weight(make):
         np.testing.assert_array_equal(module.embedding[...], table)
 
 
+@pytest.mark.one_in(2)
 def test_device(make):
     """JAX's `default_device`; bitsandbytes' own `device=` gives a table that silently does not train."""
     device = jax.devices()[1]
@@ -140,6 +145,7 @@ def test_device(make):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.one_in(2)
 def test_dtype(make, dtype):
     """`param_dtype`, and `dtype` of the result, which is by default the same."""
     module = make(7, 4, param_dtype=dtype)

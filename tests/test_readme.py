@@ -67,6 +67,7 @@ def test_every_row_of_the_table_names_what_there_is(there, here):
 
 
 @pytest.mark.parametrize("path", sorted({name for name, _ in readme.PARTS}))
+@pytest.mark.one_in(2)
 def test_generated_figures_are_up_to_date(path):
     assert readme.rendered()[ROOT / path] == (ROOT / path).read_text(), "run `python -m benchmarks readme`"
 

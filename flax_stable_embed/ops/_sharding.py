@@ -15,3 +15,14 @@ def placed_like(x: Array, other: Array) -> Array:
     """`x` with the sharding that the type of `other` says, if it says one."""
     sharding = explicit_sharding(other)
     return x if sharding is None or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def varying_like(x: Array, *others: Array) -> Array:
+    """`x`, the same on all devices of a `jax.shard_map`, as one of which each device has its own where `others` are."""
+    axes = tuple(frozenset().union(*map(_varying_axes, others)) - _varying_axes(x))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _varying_axes(x: Array) -> frozenset:
+    aval = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # by the version of JAX

@@ -107,7 +107,7 @@ def lookup(
            [0., 0.]], dtype=float32)
     """
     _check_ids(ids)
-    looked_up = table if isinstance(table, LookedUpTable) else None
+    looked_up, given = table if isinstance(table, LookedUpTable) else None, table
     table = jnp.asarray(table if looked_up is None else looked_up.constant)
     row_numbers = row_numbers_of(ids, table.shape[0], mode)
     if table.shape[0] == 1 and padding_idx is None and max_norm is None and not scale_grad_by_freq:
@@ -117,7 +117,7 @@ def lookup(
     options = GatherOptions(padding_idx, scale_grad_by_freq, sharding, dtype, mode != "fill", method == "one_hot")
     if looked_up is None:
         if sparse:
-            record(table, row_numbers)
+            record(given, row_numbers)  # the very array: an outer derivative would make another of it here
         rows = gather(options, table, row_numbers)
     elif scale_grad_by_freq:
         raise ValueError(NO_FREQUENCY)

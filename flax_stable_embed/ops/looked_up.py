@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import get_opaque_trace_state
 
 from ._gather import GatherOptions, at_least_float32, plain_gather, rows_of_tangent, take
+from ._sharding import varying_like
 from .rows import SparseRows, positions, sealed, unsealed
 
 
@@ -56,6 +57,8 @@ class LookedUpTable:
     @classmethod
     def at(cls, table: Array, indices: Array) -> "LookedUpTable":
         tap = jnp.zeros((indices.size, table.shape[1]), at_least_float32(table.dtype))
+        # Inside of shard_map every device has its own rows: one tap for all would add up gradients of different ones.
+        tap = varying_like(tap, indices, table)
         return cls(table, table, tap, sealed(indices))
 
     @property

@@ -119,7 +119,9 @@ class SparseRows:
     a table, so that `optax.apply_updates` takes an update of this kind.
 
     The names are those of torch's and TensorFlow's sparse gradients. `rows * number`, `rows / number`, `-rows`,
-    `rows + rows` (of n1 + n2 rows) and `rows - rows` are what they are for dense arrays.
+    `rows + rows` (of n1 + n2 rows) and `rows - rows` are what they are for dense arrays. Inside of `jax.shard_map`, the
+    sum over devices is that of all their rows: `SparseRows.of_lookups(all_gather(rows.indices, axis),
+    all_gather(rows.values, axis), rows.num_rows)`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> gradient = fse.SparseRows.of_lookups(jnp.array([3, 1, 3]), jnp.ones((3, 2)), num_rows=5)

@@ -20,9 +20,10 @@ from ._rules import path_name
 from ._storage import is_none
 from ._tables import are_tables
 
-# Sums of logarithms are whole multiples of this, so that differences are exact however long a training is (they wrap
-# around at 32, where a decay is complete).
-UNIT = 2.0**-26
+# Sums of logarithms are whole multiples of this, so that differences are exact however long a training is. They are
+# kept as two whole numbers, (L rounded down, what is left in units), since one would wrap around.
+UNIT_BITS = 26
+UNIT = 2.0**-UNIT_BITS
 
 
 class RowSparseState(NamedTuple):
@@ -30,10 +31,12 @@ class RowSparseState(NamedTuple):
 
     inner_state: Any
     count: Array  # shape=(), dtype=int32: steps done
-    log_decay: Any  # like the parameters, int32 (): sum over the steps of log(1 - rate * decay), in units of UNIT
+    log_decay: (
+        Any  # like the parameters, int32 (2,): sum over the steps of log(1 - rate * decay): whole, units of 2^-26
+    )
     remainder: Any  # like the parameters, float32 (): what `log_decay` lacks, less than a unit
     last: Any  # like the parameters, int32 (num_rows,): the count after the last step that touched a row
-    last_log_decay: Any  # like the parameters, int32 (num_rows,): `log_decay` after that step
+    last_log_decay: Any  # like the parameters, int32 (num_rows, 2): `log_decay` after that step
 
 
 def initial_records(inner_state: Any, params: Any, mask: Any) -> RowSparseState:
@@ -42,13 +45,13 @@ def initial_records(inner_state: Any, params: Any, mask: Any) -> RowSparseState:
     leaves = [unbox(x) for _, x in pairs]
     ours = are_tables(mask, tree.unflatten(leaves), [path_name(path) for path, _ in pairs], leaves)
 
-    def zeros(dtype: Any, of_rows: bool) -> Any:
-        shapes = [x.shape[:1] if table and of_rows else () for table, x in zip(ours, leaves)]
+    def zeros(dtype: Any, of_rows: bool, *words: int) -> Any:
+        shapes = [(*x.shape[:1], *words) if table and of_rows else words for table, x in zip(ours, leaves)]
         return tree.unflatten([jnp.zeros(shape, dtype) for shape in shapes])
 
     count = jnp.zeros([], jnp.int32)
-    sums = zeros(jnp.int32, False), zeros(jnp.float32, False)
-    return RowSparseState(inner_state, count, *sums, zeros(jnp.int32, True), zeros(jnp.int32, True))
+    sums = zeros(jnp.int32, False, 2), zeros(jnp.float32, False)
+    return RowSparseState(inner_state, count, *sums, zeros(jnp.int32, True), zeros(jnp.int32, True, 2))
 
 
 def _is_box_or_none(x: Any) -> bool:
@@ -89,7 +92,8 @@ class Records:
         decay, p = decays[place], rows.params
         assert p is not None  # checked by `step`
         skipped = (self.state.count - take_rows(self.last[place], indices)).astype(jnp.float32)
-        log_factor = UNIT * (self.log_decay[place] - take_rows(self.last_log_decay[place], indices)).astype(jnp.float32)
+        passed = (self.log_decay[place][None] - take_rows(self.last_log_decay[place], indices)).astype(jnp.float32)
+        log_factor = passed[:, 0] + UNIT * passed[:, 1]
         drift = p * jnp.expm1(log_factor)[:, None].astype(p.dtype)
         state = {
             i: (x * (decay.moments[i] ** skipped).reshape(-1, *[1] * (x.ndim - 1))).astype(x.dtype)
@@ -104,9 +108,13 @@ class Records:
             units = (decays[place].log_params / UNIT) + self.remainder[place]
             whole = jnp.clip(jnp.round(units), -(2.0**30), 2.0**30)  # a decay to zero is one by e^-16
             self.remainder[place] = units - whole
-            self.log_decay[place] = self.log_decay[place] + whole.astype(jnp.int32)
+            units = self.log_decay[place][1] + whole.astype(jnp.int32)
+            carry, units = units >> UNIT_BITS, units & (2**UNIT_BITS - 1)
+            self.log_decay[place] = jnp.stack([self.log_decay[place][0] + carry, units])
             for column, value in ((self.last, count), (self.last_log_decay, self.log_decay[place])):
-                column[place] = set_rows(column[place], x.indices, jnp.full(x.indices.shape, value))
+                column[place] = set_rows(
+                    column[place], x.indices, jnp.broadcast_to(value, x.indices.shape + value.shape)
+                )
         columns = zip(self.trees, (self.log_decay, self.remainder, self.last, self.last_log_decay))
         return RowSparseState(inner_state, count, *(tree.unflatten(column) for tree, column in columns))
 

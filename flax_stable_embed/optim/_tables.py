@@ -22,7 +22,12 @@ def are_tables(mask: Any, tree: Any, paths: list[str], leaves: list[Any]) -> lis
     """Which parameters, or their gradients, are tables: what `mask` says, or by default."""
     if mask is None or not any(hasattr(unbox(x), "shape") for x in leaves):  # optax's placeholder has none
         return [is_table(path, x) for path, x in zip(paths, leaves)]
-    return broadcast_mask("mask", mask(tree) if callable(mask) else mask, tree)
+    chosen = broadcast_mask("mask", mask(tree) if callable(mask) else mask, tree)
+    for ours, path, x in zip(chosen, paths, leaves):
+        shape = getattr(unbox(x), "shape", (0, 0))
+        if ours and len(shape) != 2:
+            raise ValueError(f"`mask` names {path!r} as a table, but it has the shape {shape}: tables have two axes.")
+    return chosen
 
 
 def ids_of_tables(token_ids: Any, tables: Mapping[str, int], known: Mapping[str, int]) -> dict[str, jax.Array]:
@@ -58,7 +63,9 @@ def _row_numbers(path: str, ids: Any, num_rows: int) -> jax.Array:
             raise TypeError(f"`token_ids` of {path!r} must be an array of integers, got {one!r:.80}.")
         if not jnp.issubdtype(one.dtype, np.integer):
             raise ValueError(f"`token_ids` of {path!r} must be integers, got {one.dtype}.")
-        flat.append(row_numbers_of(one, num_rows).ravel())
+        # The one row of a table stands for every id, as in Flax.
+        numbers = jnp.zeros(one.shape, jnp.int32) if num_rows == 1 else row_numbers_of(one, num_rows)
+        flat.append(numbers.ravel())
     return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
 
 

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from ..ops.rows import SparseRows, is_sparse_rows
+from ._method import check_numbers
 
 
 def values_of(tree: Any) -> Any:
@@ -46,9 +47,13 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     Args:
         max_norm: the largest norm that is left alone.
 
+    Raises:
+        TypeError: `max_norm` is no number.
+
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(optax.adam(1e-3)))
     """
+    check_numbers(max_norm=max_norm)
     inner = optax.clip_by_global_norm(max_norm)
 
     def update(updates, state, params=None):

@@ -49,7 +49,8 @@ def with_max_norm(
     Returns:
         An optax transform with the state of `tx`; `update(grads, state, params, token_ids=None)`. `token_ids`: the ids
         that were looked up, padding included: an array, where there is one table, or
-        `{"path/of/embedding": array or list of arrays}`. It also serves `fse.fused_update` if `tx` does.
+        `{"path/of/embedding": array or list of arrays}` (after a lookup with `mode="clip"`, clip them). It also serves
+        `fse.fused_update` if `tx` does.
 
     Raises:
         TypeError: `tx` is not an optax transform; a `max_norm` that is no number.

@@ -39,9 +39,11 @@ def row_sparse(
     `tx` may be any optimizer that treats the rows of these tables one by one: of optax sgd (and momentum), adagrad,
     adam, adamw, rmsprop, lion and most others, and those of this library, whose other parameters may be in 8 bits;
     tables keep fp32 moments. It sees small arrays in the place of tables, so that every option works as always. The
-    first step checks on a few rows of random numbers that it really treats rows one by one. Norms over all gradients
-    belong before it: `optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(tx))`. (A function of parameters, as a
-    mask can be, sees the shapes of the rows; `fse.where` sees those of the tables.)
+    first step checks on a few rows of random numbers that it really treats rows one by one (it cannot where
+    hyper-parameters are traced, as those of `optax.inject_hyperparams` are under jit). Norms over all gradients belong
+    before it: `optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(tx))`. (A function of parameters, as a mask can
+    be, sees the shapes of the rows; `fse.where` sees those of the tables. Around `row_sparse`, the masks of
+    `optax.masked` and the labels of `optax.partition` must be trees, or functions that stop at `fse.SparseRows`.)
 
     The semantics, for a row that was not touched for k steps:
 
@@ -52,13 +54,16 @@ def row_sparse(
       $$m_i \leftarrow c^k m_i, \qquad \theta_i \leftarrow \theta_i \prod_s (1 - \alpha_s \lambda)$$
 
       with c the decay rate of each moment (b1, b2, 1 for Adagrad's sum) and the product over the skipped steps, whose
-      learning rates may follow a schedule. Both are read off `tx` itself, from its step on rows of ones. Moments and
-      decoupled weight decay are then those of the dense optimizer, and for optimizers without momentum (SGD, RMSprop,
-      Adagrad) so is the trajectory. Not made up for is how momentum would have moved the row meanwhile: for k large
-      that is at most b1 / (1 - b1) times its last step.
-      The state has two more numbers for each row. Decay rates must not change, and a step not decay to zero or below.
+      learning rates may follow a schedule. Both are read off `tx` itself, from its step on rows of ones. From the same
+      gradients, moments and decoupled weight decay are then those of the dense optimizer, and for optimizers without
+      momentum (SGD, RMSprop, Adagrad) so are the parameters. Not made up for are how momentum would have moved the row
+      meanwhile, and that the loss looked the row up before its weight decay was made up for. Rows that no batch looks
+      up again keep their old values: a last step on all of them, gradients of zero with `token_ids=jnp.arange(n)`,
+      brings a table up to date.
+      The state has three more numbers for each row. Decay rates must not change, and a step not decay to zero or below.
 
-    Sums of gradients over steps are not row by row: `optax.MultiSteps` is refused; see `fse.sum_microbatches`.
+    Sums of gradients over steps are not row by row: `optax.MultiSteps` is refused, and around `row_sparse` it cannot
+    add its gradients up; see `fse.sum_microbatches`.
 
     Args:
         tx: the optimizer.
@@ -70,11 +75,12 @@ def row_sparse(
     Returns:
         An optax transform; `update(grads, state, params, token_ids=None)`. `token_ids`: for dense gradients, the ids
         that were looked up: an array, where there is one table, or `{"path/of/embedding": array or list of arrays}`.
-        A row whose id is missing is not updated. It also serves `fse.fused_update` if `tx` does.
+        Negative ones count from the end and those outside the table are none: after a lookup with `mode="clip"`, clip
+        them. A row whose id is missing is not updated. It also serves `fse.fused_update` if `tx` does.
 
     Raises:
         TypeError: `tx` is not an optax transform, accumulates steps or does not treat rows one by one; moments of a
-            table in 8 bits.
+            table in 8 bits; in `update`, a state of the other semantics.
         ValueError: other semantics; in `update`, no row gradients and no `token_ids`; with "catch_up", no `params`, a
             table that `mask` does not name, or a `tx` whose moments or weights do not decay by a factor.
 
@@ -100,6 +106,11 @@ def row_sparse(
         return initial_records(inner, params, mask) if catches_up else inner
 
     def step(fused, grads, state, params, token_ids, extra_args):
+        if catches_up is not isinstance(state, RowSparseState):
+            raise TypeError(
+                f"`state` is of the other semantics: {semantics=} cannot go on with a {type(state).__name__}. "
+                "Make the optimizer as it was when the state was made."
+            )
         inner_state = state.inner_state if catches_up else state
         problem = _problem(grads, params, inner_state, token_ids, mask)
         tables = {i: g for i, g in enumerate(problem.grads) if is_sparse_rows(g)}
@@ -143,7 +154,8 @@ def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> 
     if not any(map(is_sparse_rows, leaves)):
         raise ValueError(
             "`row_sparse` got no row gradients. Take them from fse.row_value_and_grad, or give the ids that were "
-            "looked up: tx.update(grads, state, params, token_ids=ids)."
+            "looked up: tx.update(grads, state, params, token_ids=ids). (optax.MultiSteps around `row_sparse` makes "
+            "row gradients dense: use fse.sum_microbatches in its place.)"
         )
     problem = Problem.of(tree, paths, leaves, params, state)
     if params is not None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core as jax_core
 
 from ..ops.looked_up import LookedUpTable, Lookup, is_looked_up_table, recording
 from ..ops.rows import distinct, is_sparse_rows
@@ -52,7 +53,8 @@ def row_value_and_grad(
         has_aux: it returns `(loss, aux)`.
         wrt: NNX only: which variables to differentiate.
         token_ids: `token_ids(params, *args, **kwargs)`, of the same arguments, gives the ids that will be looked up: an
-            array, where there is one table, or `{"path/of/embedding": array or list of arrays}`.
+            array, where there is one table, or `{"path/of/embedding": array or list of arrays}`. With `mode="clip"`,
+            clip them.
 
     Returns:
         A function like `loss_fn` that returns `(loss, gradients)`, or `((loss, aux), gradients)`. The gradients are a
@@ -60,7 +62,7 @@ def row_value_and_grad(
 
     Raises:
         ValueError: no table with `sparse=True` is looked up, or not where its ids can be seen; `token_ids` that fit no
-            table.
+            table; a keyword argument that holds a part of the NNX model.
         TypeError: `attend` of such a table; a table that is not floating.
 
     >>> import jax, jax.numpy as jnp, optax, flax_stable_embed as fse
@@ -100,9 +102,10 @@ def _of_params(loss_fn, params, args, kwargs, has_aux, given):
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
     leaves = [_Leaf(path_name(path), as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
     if given is None:
+        known = [leaf._replace(box=rebox(leaf.box, _known_anew(unbox(leaf.box)))) for leaf in leaves]
         with recording() as lookups:
-            loss_fn(tree.unflatten([leaf.box for leaf in leaves]), *args, **kwargs)
-        given = _found(lookups, leaves, others=())
+            loss_fn(tree.unflatten([leaf.box for leaf in known]), *args, **kwargs)
+        given = _found(lookups, known, others=())
     tables = _tables(given, leaves)
 
     def of_taps(differentiated, dummy):
@@ -120,12 +123,16 @@ def _of_params(loss_fn, params, args, kwargs, has_aux, given):
 
 
 def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
+    _check_keywords(model, kwargs)
     marked = {id(m.embedding) for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Embed) and _is_sparse(m)}
     variables = dict(nnx.to_flat_state(nnx.state(model, wrt)))
     leaves = [_Leaf("/".join(map(str, path)), x, id(x) in marked) for path, x in variables.items()]
     if given is None:
         copy, copied_args, copied_kwargs = _copied((model, args, kwargs))
-        values = {path: x.get_raw_value() for path, x in nnx.to_flat_state(nnx.state(copy))}
+        values = {}
+        for path, x in nnx.to_flat_state(nnx.state(copy)):
+            x.set_raw_value(_known_anew(x.get_raw_value()))
+            values[path] = x.get_raw_value()
         with recording() as lookups:
             loss_fn(copy, *copied_args, **copied_kwargs)
         originals = [leaf._replace(box=values[path]) for leaf, path in zip(leaves, variables)]
@@ -156,6 +163,22 @@ def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
     return value, nnx.from_flat_state({path: flat[path] for path in variables})
 
 
+def _check_keywords(model: nnx.Module, kwargs: dict[str, Any]) -> None:
+    """Raises where a keyword argument holds variables of the model, which are constants there."""
+    own = _variables(model)
+    for name, value in kwargs.items():
+        for part in filter(_is_object, jax.tree.leaves(value, is_leaf=_is_object)):
+            if own & _variables(part):
+                raise ValueError(
+                    f"the argument `{name}` shares variables with the model. What is differentiated goes through the "
+                    "first argument: take the module from there, inside of the loss."
+                )
+
+
+def _variables(part: Any) -> set[int]:
+    return {id(x) for _, x in nnx.to_flat_state(nnx.state(part))}
+
+
 def _is_sparse(module: nnx.Embed) -> bool:
     return bool(getattr(module, "sparse", False))
 
@@ -166,7 +189,16 @@ def _copied(tree: Any) -> Any:
 
 
 def _is_object(x: Any) -> bool:
-    return isinstance(x, nnx.Object)
+    return isinstance(x, nnx.Pytree)
+
+
+def _known_anew(x: Any) -> Any:
+    """The same array as an object of its own, which tells a parameter from all others that hold the same array."""
+    if isinstance(x, jax_core.Tracer):
+        return jax.lax.optimization_barrier(x)
+    if not isinstance(x, jax.Array) or len(x.shape) != 2:
+        return x
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [s.data for s in x.addressable_shards])
 
 
 def _without_tables(out: Any) -> Any:

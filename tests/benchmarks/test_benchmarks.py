@@ -40,6 +40,7 @@ def quick(tmp_path_factory):
     return json.loads(out.read_text()), run.stdout
 
 
+@pytest.mark.slow
 def test_quick_run_fills_every_row(quick):
     results, printed = quick
     assert [entry["name"] for entry in results["shapes"]] == list(QUICK)

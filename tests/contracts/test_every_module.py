@@ -117,6 +117,7 @@ def test_both_apis_make_the_same_parameters(case):
 
 
 @every_module
+@pytest.mark.one_in(2)
 def test_linen_and_nnx_give_the_same_bits(case):
     params = parameters(case)
     in_linen = output_and_gradient(linen_forward(case), params)
@@ -194,7 +195,7 @@ def test_scan_over_ids_equals_one_call(case):
 
 
 @every_module
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_lifted_transforms_stack_modules(case):
     kind = getattr(linen, case.module)
     stacked = nn.vmap(kind, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
@@ -282,7 +283,7 @@ SHARDINGS = [P("a", "b"), P("a", None), P(None, "b"), P(("a", "b"), None), P("b"
         for spec in (SHARDINGS if case.name.endswith("everything") else SHARDINGS[:1])
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_sharded_table_changes_nothing(case, kind, spec):
     params = parameters(case)
     expected = reference(case.name)

@@ -104,6 +104,7 @@ def test_the_state_lines_up_with_the_namesakes(case):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_extra_arguments_are_ignored(case):
     params, grads = parameters(), gradients()
     tx = build(case)
@@ -122,7 +123,7 @@ def test_extra_arguments_are_ignored(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_second_call_compiles_nothing(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -142,6 +143,7 @@ def test_a_second_call_compiles_nothing(case, dtype):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.one_in(2)
 def test_types_do_not_change(case, dtype):
     params = parameters(dtype)
     for tx in (build(case), halves(case)[0]):
@@ -173,7 +175,7 @@ def test_gradients_may_have_another_dtype_than_parameters(case):
 
 
 @pytest.mark.parametrize("case", [case for case in OPTIMIZERS if not case.sums], ids=lambda case: case.name)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_the_half_works_without_params(case):
     ours, _ = halves(case)
     params, grads = parameters(), gradients()
@@ -185,7 +187,7 @@ def test_the_half_works_without_params(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("which", ["whole", "half"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_hyperparameters_can_be_injected(case, which):
     """Static options pass through untouched, a predicate in the rules too, and every number can be changed later."""
     rules = ((fse.where(lambda path, shape: shape == (64, 64)), fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)
@@ -267,6 +269,7 @@ def test_a_scan_equals_a_loop(case, fused):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_float64_parameters_keep_float64_moments(case):
     with jax.enable_x64(True):
         params = parameters("float64")
@@ -329,6 +332,7 @@ def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_vmap_of_init_and_update_equals_members_one_by_one(case):
     members = [parameters(seed=i) for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
@@ -347,6 +351,7 @@ def test_vmap_of_init_and_update_equals_members_one_by_one(case):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_parameters_after_a_step_are_differentiable(case):
     """As in learning the learning rate, or a loss on the gradient: with respect to both, and through remat."""
     params, grads = parameters(), gradients()
@@ -377,6 +382,7 @@ def test_parameters_after_a_step_are_differentiable(case):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_donated_buffers_are_used_in_place(case):
     """Warnings are errors here, and JAX warns of a donated buffer that it could not use."""
     for fused in (False, True):
@@ -399,6 +405,7 @@ def test_donated_buffers_are_used_in_place(case):
 
 
 @every_optimizer
+@pytest.mark.one_in(2)
 def test_fp32_moments_give_optax_bit_for_bit(case):
     params = parameters()
     ours, theirs = build(case, rules=ALL_FP32), build_theirs(case)
@@ -411,7 +418,7 @@ def test_fp32_moments_give_optax_bit_for_bit(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(4, start=1)
+@pytest.mark.one_in(8, start=1)
 def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(case):
     params, grads = parameters(), gradients()
     ours, theirs = build(case), build_theirs(case)
@@ -430,7 +437,7 @@ def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
     params = parameters(dtype)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
@@ -450,7 +457,7 @@ def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_complex_parameters_keep_the_state_of_optax(case):
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(64, 64)) + 1j * rng.normal(size=(64, 64)), jnp.complex64)}
@@ -469,6 +476,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 
 
 @every_optimizer_and_storage
+@pytest.mark.one_in(2)
 def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
     """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
     params, grads = parameters(), gradients()
@@ -597,7 +605,7 @@ def test_a_state_of_other_parameters_is_refused(case):
 
 @every_optimizer
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_skip_nonfinite_leaves_such_elements_alone(case, fused):
     tx = build(case, skip_nonfinite=True)
     params = parameters()
@@ -633,7 +641,7 @@ def kernel_moment(state, name):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_fused_update_is_update_and_apply_updates(case, dtype):
     tx, params = build(case), parameters(dtype)
     _, state, _ = jitted(tx)(gradients(0, params), tx.init(params), params)
@@ -650,6 +658,7 @@ def test_fused_update_is_update_and_apply_updates(case, dtype):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_chain_keeps_the_fused_path(case):
     params, grads = parameters(), gradients()
     tx = fse.chain(optax.clip_by_global_norm(0.5), build(case))
@@ -714,7 +723,7 @@ def test_every_kind_of_tree(case, kind):
 
 
 @every_optimizer
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     params = {kind: TREES[kind]() for kind in ("tuple", "none", "empty", "scalar", "vector", "deep")}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
@@ -785,6 +794,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_learning_rates_may_follow_a_schedule(case):
     schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two: count / 3 * 3 need not be count
     hyper = case.hyper | {"learning_rate": schedule}
@@ -816,7 +826,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}
@@ -846,7 +856,7 @@ def test_params_are_asked_for_by_name(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(4, start=1)
 def test_8bit_follows_fp32_on_a_small_regression(case):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 32)), jnp.float32)

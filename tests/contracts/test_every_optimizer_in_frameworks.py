@@ -47,6 +47,7 @@ X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
 
 @every_kind_of_optimizer
+@pytest.mark.one_in(2)
 def test_masked_around_us(case):
     params, grads = parameters(), gradients()
     tx = optax.masked(build(case), {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": True}})
@@ -265,7 +266,7 @@ def assert_nnx_8bit(case, optimizer):
 
 
 @every_optimizer
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 def test_an_nnx_optimizer_trains(case):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, build(case), wrt=nnx.Param)
@@ -315,7 +316,7 @@ NNX_SHARDINGS = [
         *(pytest.param(AxisType.Explicit, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[2:]),
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
@@ -397,7 +398,7 @@ def moment_arrays(case, optimizer):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
     tx = {
         "masked": lambda: optax.masked(build(case), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 0, tree)),

@@ -69,7 +69,7 @@ def cut(x):
 @every_kind_of_optimizer
 @every_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 def test_the_state_lies_as_the_parameter_and_stays_there(case, kind, spec):
     mesh, tx = mesh_of(kind), build(case)
     with jax.set_mesh(mesh):
@@ -144,7 +144,7 @@ MESHES = [
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
     expected, expected_state = on_one_device(case, rounding)
     tx = build(case, state_format=fse.StateFormat(rounding=rounding, min_size=0))

@@ -68,7 +68,7 @@ def assert_in_bytes(case, state):
 
 
 @every_transform
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_it_trains_as_its_fp32_self(case):
     ((params, state), losses), expected = trained(case.name)
     assert_in_bytes(case, state)

@@ -61,6 +61,7 @@ def entries(folder):
     return os.listdir(folder) if folder.exists() else []
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_with_a_table_a_plot_and_a_summary_and_the_linear_codec_fails_it(tmp_path):
     # A vocabulary with rare tokens, and their moments in 8 bits too: what `linear` cannot do and `root` can.
     control = "--compare --codec root linear --embedding-bits 8 --vocab 2048 --steps 60".split()
@@ -149,6 +150,7 @@ print(memory.alias_size_in_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves((p
     assert aliased >= held
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_a_text_of_megabytes_in_a_fixed_order(corpus):
     names = [name for name, _ in corpus.find_files()]
     assert names == sorted(names) == [name for name, _ in corpus.find_files()]

@@ -102,7 +102,7 @@ def linen_tables(case, tx, given, value_and_grad, extra_args, *, fused=False):
     return tables
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
 def test_with_max_norm_trains_as_torch_does(case, frozen):
     tx = fse.with_max_norm(optimizer(case), **case.options)
@@ -110,7 +110,7 @@ def test_with_max_norm_trains_as_torch_does(case, frozen):
     assert_same(tables, frozen, case)
 
 
-@pytest.mark.one_in(5, start=1)
+@pytest.mark.one_in(10, start=1)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
 def test_writing_rows_back_in_the_call_trains_as_torch_does(case, frozen):
     given = inputs(case)
@@ -142,6 +142,7 @@ def test_with_max_norm_writes_parameters_in_place(case, frozen):
 
 @pytest.mark.parametrize("route", ["row gradients", "token_ids"])
 @pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.name)
+@pytest.mark.one_in(2)
 def test_row_sparse_trains_as_torch_does(case, route, frozen):
     tx = fse.row_sparse(optimizer(case))
     if route == "row gradients":

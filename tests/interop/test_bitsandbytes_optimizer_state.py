@@ -53,7 +53,7 @@ every_case = pytest.mark.parametrize("case", STATE_DICTS, ids=lambda case: case.
 
 @every_case
 @pytest.mark.parametrize("layout", ["nested", "flat"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_codes_survive_bit_by_bit_and_training_goes_on(case, layout, frozen):
     saved, params = saved_of(case, frozen)
     given = flattened(saved) if layout == "nested" else as_before_050(flattened(saved))
@@ -165,7 +165,7 @@ QUICK = ("adamw8bit", "lamb8bit", "ademamix8bit_schedules", "sgd32bit")
     "case",
     [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in STATE_DICTS],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_saved_and_loaded_on_the_way_nothing_changes(case):
     """test_optimizer8bit and test_ademamix_state_dict_no_nan: every ten steps, bytes and maps are the same."""
     tx, params = our_optimizer(case, state_format=BLOCKS), {"kernel": normal(0, (9, 512), 0.1)}

@@ -107,7 +107,7 @@ WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1
     "shape", [(1024, 1), *(pytest.param((1024, n), marks=pytest.mark.slow) for n in (32, 1024, 4097))]
 )
 @pytest.mark.parametrize("dtype", WITHIN_32BIT)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_optimizer32bit(case, shape, dtype):
     """20 steps, free-running in float32, and else, as there, from the parameter of the step before; also
     test_lion32bit_weight_decay. LAMB and LARS do not clip: nor does the formula.

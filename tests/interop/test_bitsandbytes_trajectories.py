@@ -68,6 +68,7 @@ def near_midpoints(case, step, p, fields, scales):
 
 
 @every_8bit_case
+@pytest.mark.one_in(2)
 def test_twenty_steps_are_bitsandbytes_own(case, frozen):
     kept, wrong, seen = kept_steps(case, frozen), 0, 0
     for step, p, state, before in run(case, our_optimizer(case, state_format=BLOCKS)):

@@ -391,7 +391,7 @@ ALL_IDS = jnp.array([[1, 4, 4, 3], [49, -1, 1, 60]])
 OPTIONS = [{}, {"padding_idx": 4}, {"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"dtype": jnp.bfloat16}]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("mode", ["fill", "clip"])

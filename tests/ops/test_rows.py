@@ -17,6 +17,7 @@ def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 30])
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 1000])
+@pytest.mark.one_in(2)
 def test_distinct_numbers_are_those_of_numpy(size, num_rows):
     for seed in range(5):
         numbers = np.random.default_rng([seed, size]).integers(0, num_rows + 1, size)  # num_rows: outside
@@ -34,6 +35,7 @@ def test_positions_are_where_the_numbers_are_and_past_the_end_where_they_are_not
 
 
 @pytest.mark.parametrize("ids", [[3, 1, 3, -1, 9, -10, 8], [[2, 2], [2, 2]], [], 5], ids=str)
+@pytest.mark.one_in(2)
 def test_terms_are_summed_over_equal_ids(ids):
     terms = np.random.default_rng(0).standard_normal((*np.shape(ids), 4)).astype(np.float32)
     dense = np.zeros((9, 4), np.float32)
@@ -158,6 +160,7 @@ def test_it_goes_through_jit_scan_cond_and_vmap():
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")], ids=str)
+@pytest.mark.one_in(3)
 def test_rows_of_a_table_on_an_explicit_mesh_stay_where_they_are(spec):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):

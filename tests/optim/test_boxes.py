@@ -69,6 +69,7 @@ def test_a_placeholder_has_no_names(box):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("names", [("a", "b"), P("a", "b"), P(None, "b"), P("b")], ids=str)
+@pytest.mark.one_in(2)
 def test_on_a_known_mesh_scales_lie_where_their_codes_lie(kind, names):
     with jax.set_mesh(mesh_of(kind)):
         state = TX.init({"kernel": nnx.Param(jnp.ones((64, 256)), out_sharding=names)})

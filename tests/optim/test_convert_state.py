@@ -70,7 +70,7 @@ def named(state):
 
 
 @every_namesake
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(15)
 def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
     ours, theirs = both(name, rules=ALL_FP32)
     params, state = run(theirs, parameters(), 3)
@@ -86,7 +86,7 @@ def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
 
 
 @every_namesake
-@pytest.mark.one_in(5, start=1)
+@pytest.mark.one_in(15, start=1)
 def test_with_8_bits_only_the_kernels_moments_are_rounded_and_only_once(name):
     ours, theirs = both(name)
     params, state = run(theirs, parameters(), 3)
@@ -126,7 +126,7 @@ def test_a_bias_correction_needs_a_count():
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kernel", [(64, 64), (3, 100)], ids=str)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(15)
 def test_8_bits_to_fp32_and_back_gives_every_code_and_scale_again(codec, rounding, kernel):
     eight, plain = adamw(state_format=fse.StateFormat(codec, rounding, min_size=0)), adamw(32)
     params, state = run(eight, parameters(kernel=kernel), 5)
@@ -162,7 +162,7 @@ CODEC_TO_CODEC = {
 
 
 @pytest.mark.parametrize(("a", "b"), CODEC_TO_CODEC)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_the_error_from_one_codec_to_another(a, b):
     before, after = (adamw(state_format=fse.StateFormat(codec, min_size=0)) for codec in (a, b))
     plain = adamw(32)
@@ -189,7 +189,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_every_other_rule_and_format_there_and_back(name):
     before, after = adamw(), adamw(**OTHERS[name])
     params, state = run(before, parameters(), 3)
@@ -251,7 +251,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_inside_wrappers_everything_else_is_carried(name):
     small = functools.partial(fse.adamw8bit, state_format=SMALL)
     theirs = WRAPPERS[name](optax.adamw, optax.adamw(0.01))
@@ -328,6 +328,7 @@ STEPS_BESIDE_GRADIENTS = {
 
 
 @pytest.mark.parametrize("pair", STEPS_BESIDE_GRADIENTS)
+@pytest.mark.one_in(2)
 def test_a_trace_of_gradients_is_none_of_steps(pair):
     make_before, make_after, *momentum = STEPS_BESIDE_GRADIENTS[pair]
     options = {make: {"momentum": m} for make in (fse.sgd8bit, optax.sgd) for m in momentum}
@@ -524,7 +525,7 @@ PAIRS = {
 @every_kind
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None)], ids=str)
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(21)
 def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
     before, after = (make() for make in PAIRS[pair])
     plain, state = run(before, parameters(kernel=KERNEL), 2)
@@ -700,7 +701,7 @@ INNER = {
 
 @pytest.mark.parametrize("name", INNER)
 @pytest.mark.parametrize("clipped", [False, True], ids=["alone", "in a chain"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_whatever_else_a_transform_keeps_goes_into_its_wrapped_self_and_back(name, clipped):
     def whole(tx):
         return optax.chain(optax.clip(1.0), tx) if clipped else tx

@@ -20,6 +20,7 @@ def test_the_norm_is_that_of_the_dense_gradients():
 
 @pytest.mark.parametrize("tx", ["clip", "percentile"])
 @pytest.mark.parametrize("max_norm", [1.0, 100.0])
+@pytest.mark.one_in(2)
 def test_clipping_is_that_of_the_dense_gradients(tx, max_norm):
     make = {"clip": lambda: fse.clip_by_global_norm(max_norm), "percentile": lambda: fse.percentile_clipping(50)}[tx]
     of_rows, of_all = make(), make()
@@ -40,6 +41,11 @@ def scaled(tree, scale):
 
 def is_rows(x):
     return isinstance(x, fse.SparseRows)
+
+
+def test_a_norm_to_clip_to_is_a_number():
+    with pytest.raises(TypeError, match="`max_norm` must be a number, got None"):
+        fse.clip_by_global_norm(None)
 
 
 def test_the_norm_to_clip_to_can_be_scheduled():

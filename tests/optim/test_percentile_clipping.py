@@ -199,7 +199,7 @@ TREES = {
 
 @either_norm
 @pytest.mark.parametrize("kind", TREES)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_every_kind_of_tree_keeps_its_types(kind, per_parameter):
     tx, grads = fse.percentile_clipping(per_parameter=per_parameter), TREES[kind]
     state = tx.init(grads)

@@ -53,6 +53,7 @@ def assert_8bit(state):
 
 
 @pytest.mark.parametrize("state_format", [SMALL, DYNAMIC, STOCHASTIC, fse.StateFormat("linear", min_size=0)], ids=str)
+@pytest.mark.one_in(2)
 def test_around_adamw_it_is_adamw8bit(state_format):
     params = parameters()
     ours, theirs = adamw(state_format=state_format), fse.adamw8bit(0.01, weight_decay=0.1, state_format=state_format)
@@ -367,6 +368,7 @@ def test_linen_boxes_keep_names_that_divide():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.one_in(2)
 def test_the_state_lies_as_the_parameter_and_stays_there(kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):

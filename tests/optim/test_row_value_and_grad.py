@@ -65,6 +65,7 @@ EAGER, JIT = (lambda f: f), jax.jit
     [(JIT, IDS), (JIT, IDS[:, :0]), (JIT, IDS.astype(jnp.int8)), pytest.param(EAGER, IDS[:1], marks=pytest.mark.slow)],
     ids=["jit", "empty", "int8", "eager"],
 )
+@pytest.mark.one_in(3)
 def test_a_linen_model_has_the_gradients_of_jax(jit, ids):
     params, loss = params_and_loss()
     value, grads = jit(fse.row_value_and_grad(loss))(params, ids)
@@ -109,7 +110,7 @@ AROUND = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", AROUND)
 def test_a_transformation_around_the_lookup_works_with_ids_that_are_said_and_else_raises(name):
     params, loss = params_and_loss()
@@ -486,6 +487,7 @@ def test_attend_of_an_nnx_module_raises():
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.one_in(2)
 def test_a_model_learns_with_row_gradients_end_to_end(api):
     """TrainState and nnx.Optimizer take row gradients and row updates as they take all others."""
     tx = optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(optax.adam(0.05)))
@@ -522,3 +524,93 @@ def test_a_model_learns_with_row_gradients_end_to_end(api):
 
         losses = [float(step(model, optimizer)) for _ in range(60)]
     assert losses[-1] < 0.01 * losses[0]
+
+
+# --- parameters that hold the same array, and devices ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_two_parameters_that_hold_the_same_array_are_two(jit):
+    embed, array = fse.linen.Embed(V, D, sparse=True), jnp.ones((V, D))
+
+    def loss(params, ids):
+        a, b = (embed.apply({"params": {"embedding": params[name]}}, ids + k) for k, name in enumerate("ab"))
+        return jnp.sum(a * b)
+
+    def of(array, ids):
+        return fse.row_value_and_grad(loss)({"a": array, "b": array}, ids)
+
+    value, grads = (jax.jit(of) if jit else of)(array, IDS[0])
+    want_value, want = jax.value_and_grad(loss)({"a": array, "b": array}, IDS[0])
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    assert_same(grads, want, "ab")
+    assert set(np.asarray(grads["a"].indices)[:3]) == {1, 3, 4}  # and none of b's
+
+
+def test_an_nnx_table_that_began_as_a_copy_of_another_is_another_one():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.a, self.b = (fse.nnx.Embed(V, D, sparse=True, rngs=nnx.Rngs(k)) for k in range(2))
+
+        def __call__(self, ids):
+            return jnp.sum(self.a(ids) * self.b(ids + 1))
+
+    model = Two()
+    nnx.update(model.b, nnx.state(model.a))
+    value, grads = fse.row_value_and_grad(lambda model, ids: model(ids))(model, IDS[0])
+    want_value, want = nnx.value_and_grad(lambda model, ids: model(ids))(model, IDS[0])
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    for name in "ab":
+        np.testing.assert_allclose(
+            grads[name]["embedding"].get_raw_value().to_dense(), want[name]["embedding"].get_value(), rtol=1e-5
+        )
+
+
+def test_a_part_of_the_model_in_a_keyword_argument_is_refused():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.embed = fse.nnx.Embed(V, D, sparse=True, rngs=nnx.Rngs(0))
+
+    model = Model()
+    with pytest.raises(ValueError, match="`embed` shares variables with the model"):
+        fse.row_value_and_grad(lambda model, ids, embed: embed(ids).sum())(model, IDS, embed=model.embed)
+
+
+def test_an_outer_derivative_needs_no_jit():
+    embed = fse.linen.Embed(V, D, sparse=True)
+    params = embed.init(jax.random.key(0), IDS)["params"]
+
+    def loss(params):
+        return jnp.sum(embed.apply({"params": params}, IDS) ** 3)
+
+    twice = jax.grad(lambda params: fse.row_value_and_grad(loss)(params)[0])(params)
+    np.testing.assert_allclose(twice["embedding"], jax.grad(loss)(params)["embedding"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("checks", [False, True])
+@pytest.mark.parametrize("said", [False, True])
+def test_inside_of_shard_map_every_device_has_the_rows_of_its_own_ids(checks, said):
+    embed, mesh = fse.linen.Embed(V, D, sparse=True), jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+    params = embed.init(jax.random.key(0), IDS)["params"]
+    ids = jnp.array([0, 1, 2, 3, 4, 5, 6, 0])
+
+    def loss(params, ids):
+        return jnp.sum(embed.apply({"params": params}, ids) ** 2)
+
+    def of_one(params, ids):
+        token_ids = (lambda params, ids: ids) if said else None
+        rows = fse.row_value_and_grad(loss, token_ids=token_ids)(params, ids)[1]["embedding"]
+        exchanged = fse.SparseRows.of_lookups(
+            jax.lax.all_gather(rows.indices, "data"), jax.lax.all_gather(rows.values, "data"), rows.num_rows
+        )
+        return jax.lax.psum(rows.to_dense(), "data"), exchanged.to_dense()[None]
+
+    specs = {
+        "in_specs": (PartitionSpec(), PartitionSpec("data")),
+        "out_specs": (PartitionSpec(), PartitionSpec("data")),
+    }
+    summed, exchanged = jax.jit(jax.shard_map(of_one, mesh=mesh, check_vma=checks, **specs))(params, ids)
+    want = jax.grad(loss)(params, ids)["embedding"]
+    np.testing.assert_allclose(summed, want, rtol=1e-5)
+    for part in exchanged:
+        np.testing.assert_allclose(part, want, rtol=1e-5)

@@ -26,7 +26,7 @@ def build(case, bits):
 
 
 @every_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
     tx, theirs = build(case, "bf16"), case.theirs(**case.hyper)
     params, grads = parameters(), gradients()
@@ -49,6 +49,7 @@ def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
 
 
 @with_second_moment
+@pytest.mark.one_in(2)
 def test_rowwise_second_moments_are_those_of_the_mean_square_of_the_row(case):
     """Where all elements of a row have the same size, that is the fp32 optimizer."""
     tx, theirs = build(case, "rowwise"), case.theirs(**case.hyper)
@@ -83,7 +84,7 @@ def test_rowwise_adam_by_hand():
 
 
 @with_second_moment
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_one_bad_element_of_a_row_leaves_the_others_alone(case):
     """It counts as zero in the row's mean, as does a gradient whose square overflows."""
     params = parameters()
@@ -146,6 +147,7 @@ def test_tiers_in_x64_bfloat16_vmap_and_numbers_of_numpy(bits):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
+@pytest.mark.one_in(2)
 def test_tiers_on_a_mesh(bits, kind):
     mesh, tx = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2), build(OPTIMIZERS[1], bits)
     expected = jitted(tx)(gradients(), tx.init(parameters()), parameters())
@@ -162,6 +164,7 @@ def test_tiers_on_a_mesh(bits, kind):
 
 
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
+@pytest.mark.one_in(2)
 def test_tiers_in_an_nnx_optimizer_with_named_axes(bits):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):

@@ -99,6 +99,7 @@ def test_a_chain_must_end_in_an_optimizer():
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, optax.constant_schedule], ids=lambda k: k.__name__)
+@pytest.mark.one_in(2)
 def test_learning_rates_of_every_kind(kind):
     tx = fse.adam8bit(kind(0.5), eps=0.0, state_format=SMALL)
     updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)

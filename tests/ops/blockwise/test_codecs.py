@@ -91,6 +91,7 @@ def test_unsigned_root_keeps_zero_for_zero_alone():
 
 @ALL
 @SIGNS
+@pytest.mark.one_in(2)
 def test_a_stored_number_is_stored_as_itself_again(codec, signed):
     values, codes = values_and_codes(codec, signed)
     code = CODECS[codec](signed)
@@ -102,6 +103,7 @@ def test_a_stored_number_is_stored_as_itself_again(codec, signed):
 
 @ALL
 @SIGNS
+@pytest.mark.one_in(2)
 def test_stochastic_rounding_picks_a_neighbour_and_is_unbiased(codec, signed):
     code, n = CODECS[codec](signed), 1 << 17
     values, _ = values_and_codes(codec, signed)
@@ -121,6 +123,7 @@ def test_stochastic_rounding_picks_a_neighbour_and_is_unbiased(codec, signed):
 
 @ALL
 @SIGNS
+@pytest.mark.one_in(2)
 def test_compiled_codecs_are_arithmetic_only(codec, signed):
     code = CODECS[codec](signed)
     x, uniform = jnp.zeros(4096), jnp.zeros(4096)

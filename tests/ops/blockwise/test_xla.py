@@ -59,7 +59,7 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_pieces):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
@@ -71,6 +71,7 @@ def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_p
 
 
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
+@pytest.mark.one_in(3)
 def test_every_codec_runs_in_chunks(codec, small_pieces):
     shape = (96, 128)
     step = a_step(shape, codec=codec)
@@ -88,6 +89,7 @@ def test_a_scalar_is_one_block():
 
 
 @pytest.mark.parametrize("shape", [(2048, 2048), (1024, 4000), (300, 50, 256), (1 << 22,), (1000, 4099)], ids=str)
+@pytest.mark.one_in(2)
 def test_fused_step_works_in_place_without_temporaries_of_the_parameters_size(shape):
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)
@@ -185,7 +187,7 @@ def specs_for(names, ndim):
     PLACES + [pytest.param(*p, marks=pytest.mark.slow) for p in sorted(ALL_PLACES, key=str) if p not in PLACES],
     ids=str,
 )
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_pieces):
     step = a_step(shape, fused=True, stochastic=True)
     operands = operands_of(step, shape)
