@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import embedding, errors, quality_report, report, rounding, state, switch
+from . import compiled, embedding, errors, quality_report, report, rounding, state, switch
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
@@ -36,6 +36,7 @@ def quality() -> str:
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("README.md", "compiled"): lambda: compiled.markdown(json.loads(compiled.FILE.read_text())),
     ("README.md", "embedding"): lambda: embedding.markdown(json.loads(embedding.FILE.read_text())),
     ("README.md", "quality"): quality,
     ("README.md", "rounding"): lambda: rounding.markdown(json.loads(rounding.FILE.read_text())),

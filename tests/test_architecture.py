@@ -53,7 +53,7 @@ def test_imports_go_down_only(path):
 def test_no_kernel_language_is_imported_before_it_is_chosen():
     for path in FILES:
         top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        assert not any("pallas" in ast.unparse(n) for n in top), path
+        assert path.name.startswith("pallas_") or not any("pallas" in ast.unparse(n) for n in top), path
 
 
 def test_importing_the_package_touches_no_device():

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize(
     "code",
     re.findall(r"```python\n(.*?)```", README, re.DOTALL),
-    ids=["nnx", "linen", "fused", "family", "sparse nnx", "sparse linen"],
+    ids=["nnx", "linen", "fused", "family", "sparse nnx", "sparse linen", "kernels"],
 )
 def test_code_in_the_readme_runs(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})

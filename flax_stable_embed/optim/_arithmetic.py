@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def over(x, correction):
-    """`x` by a scalar. Broadcast first: an eager division by a scalar would be a product with its reciprocal."""
+def over(x, correction, rounded):
+    """`x` by a scalar, to the bit as optax has it, or where moments are rounded anyway, times its reciprocal.
+
+    (Broadcast first: an eager division by a scalar would be that product.)
+    """
+    if rounded:
+        return x * (1 / correction.astype(x.dtype))
     return x / jnp.broadcast_to(correction.astype(x.dtype), x.shape)
 
 
@@ -23,3 +28,8 @@ def inverse_root(x, rounded):
 def correction(b, count):
     """1 - b^t, the share of the first t gradients in a moving average, as optax computes it."""
     return 1 - b ** count.astype(jnp.result_type(float))
+
+
+def sign(x):
+    """`jnp.sign`, which a kernel for TPU cannot have where it is compiled without one."""
+    return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x)).astype(x.dtype)

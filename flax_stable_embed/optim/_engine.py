@@ -17,7 +17,7 @@ from jax import Array
 from jax.tree_util import GetAttrKey
 
 from ..ops.blockwise.codecs import array_key
-from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise
+from ..ops.blockwise.implementations import Implementation, check_implementation, step_blockwise, what_runs
 from ..ops.blockwise.quantize import random_bits
 from ..ops.blockwise.step import Operands, Step, apply_rule, row_mean_square, square, widest
 from ..ops.rounding import stochastic_round
@@ -26,6 +26,7 @@ from ._decide import decide
 from ._method import Method
 from ._report import RECORDS, Leaf, Record, Row
 from ._rules import Rule, Rules, StateFormat, path_name
+from ._specs import Specs
 from ._state_checks import (
     check_fields,
     check_moments,
@@ -77,12 +78,13 @@ class Engine:
         rules: Any,
         state_format: StateFormat,
         implementation: Implementation | None,
+        partition_specs: Any,
         skip_nonfinite: bool,
     ):
         check_implementation(implementation)
         self.method, self.skip_nonfinite = method, skip_nonfinite
         self.implementation: Implementation | None = implementation
-        self.rules = Rules(rules, state_format)
+        self.rules, self.specs = Rules(rules, state_format), Specs(partition_specs)
 
     def check_overrides(self, decays: bool) -> None:
         """Raises where a rule asks for what this optimizer does not have; `decays` tells if it decays weights."""
@@ -118,9 +120,15 @@ class Engine:
             sizes = [n + sum(map(nbytes, pair)) if x.decision else n for n, pair, x in zip(sizes, pairs, leaves)]
         counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
         in_bytes = [(x.path, unbox(x.box).shape) for x in leaves if x.decision and x.decision.blocks]
+        for x in leaves:
+            if x.decision and x.decision.blocks:  # raises where a named one cannot
+                self._implementation_of(x.path, x.box, x.decision.blocks)
         state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
         self._report(state.format, leaves, sizes)
         return state
+
+    def _implementation_of(self, path: str, box: Any, blocks: Any) -> str:
+        return what_runs(self.implementation, path, blocks, unbox(box), self.specs.of(path))
 
     def _report(self, state_format, leaves, sizes):
         if (records := RECORDS.get()) is None:
@@ -131,7 +139,7 @@ class Engine:
                 continue
             shape = unbox(box).shape
             parameters[path] = shape, d
-            how = (self.implementation or "xla") if d.blocks else "optax's formula"
+            how = self._implementation_of(path, box, d.blocks) if d.blocks else "optax's formula"
             rows.append(Row(path, shape, d.bits, d.shown, d.reason, how, size, d.rule.shown))
             for moment in self.method.moments:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
@@ -251,7 +259,7 @@ class Engine:
         key = array_key(path, count) if step.stochastic else None
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
         operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
-        out, codes, absmax = step_blockwise(step, operands, self.implementation)
+        out, codes, absmax = step_blockwise(step, operands, self.implementation, self.specs.of(path))
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 
 

@@ -58,6 +58,7 @@ def scale_by_adagrad8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.scale_by_rss` with one byte each; see `adagrad8bit` for the arguments.
@@ -72,7 +73,7 @@ def scale_by_adagrad8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_adagrad8bit(), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return scale_by(engine(initial_accumulator_value, eps, True, *options))
 
 
@@ -84,6 +85,7 @@ def adagrad8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.adagrad` with its sum of squares in one byte each: 1.02 to 1.13 bytes of state a parameter.
@@ -106,7 +108,11 @@ def adagrad8bit(
         eps: inside the square root.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and sum.
 
     Raises:
@@ -118,5 +124,5 @@ def adagrad8bit(
     >>> state.sum_of_squares["kernel"].dtype, float(state.sum_of_squares_absmax["kernel"].min())
     (dtype('uint8'), 0.1...)
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(engine(initial_accumulator_value, eps, True, *options), learning_rate)

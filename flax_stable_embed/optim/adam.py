@@ -32,15 +32,15 @@ class ScaleByAdam8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
-def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square):
+def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square, rounded):
     """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
     m = (1 - b1) * g + b1 * m
     v = (1 - b2) * square(g) + b2 * v
     if nesterov:
-        m_hat = b1 * over(m, c1_next) + (1 - b1) * over(g, c1)
+        m_hat = b1 * over(m, c1_next, rounded) + (1 - b1) * over(g, c1, rounded)
     else:
-        m_hat = over(m, c1)
-    return m_hat / (jnp.sqrt(over(v, c2) + eps_root) + eps), (m, v)
+        m_hat = over(m, c1, rounded)
+    return m_hat / (jnp.sqrt(over(v, c2, rounded) + eps_root) + eps), (m, v)
 
 
 def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction: Any = correction, name="adam") -> Engine:
@@ -69,6 +69,7 @@ def scale_by_adam8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.scale_by_adam` with its moments in one byte each; see `adamw8bit` for the arguments.
@@ -84,7 +85,19 @@ def scale_by_adam8bit(
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
     """
     return scale_by(
-        engine(b1, b2, eps, eps_root, mu_dtype, nesterov, rules, state_format, implementation, skip_nonfinite)
+        engine(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov,
+            rules,
+            state_format,
+            implementation,
+            partition_specs,
+            skip_nonfinite,
+        )
     )
 
 
@@ -100,6 +113,7 @@ def adam8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.adam` with its moments in one byte each; see `adamw8bit`, which adds weight decay, for the arguments.
@@ -115,7 +129,7 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options), learning_rate)
 
 
@@ -133,6 +147,7 @@ def adamw8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.adamw` with its moments in one byte each, and fp32 moments for embeddings, norms and biases.
@@ -164,7 +179,11 @@ def adamw8bit(
             path, "block/attn/kernel", or `fse.where(predicate)`. Or a pytree of such values, labelled like the
             parameters.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter to the bit, and their moments,
             which in 8 bits are rounded again if the scale of their block changes. By default they become NaN, as in
             optax, and no other element is touched.
@@ -178,7 +197,7 @@ def adamw8bit(
             `StateFormat`; in `update`, a state that `init` does not make.
         ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter; in `update`, a state
             of other parameters, rules or formats.
-        NotImplementedError: an implementation that is still to be built.
+        NotImplementedError: in `update`, an implementation that the platform or the mesh does not have.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}
@@ -189,7 +208,7 @@ def adamw8bit(
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(
         engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options),
         learning_rate,

@@ -34,12 +34,12 @@ class ScaleByAdemamix8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
-def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square):
+def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square, rounded):
     """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t, `b3_rest` 1 - b3."""
     m1 = (1 - b1) * g + b1 * m1
     m2 = b3_rest * g + b3 * m2
     v = (1 - b2) * square(g) + b2 * v
-    return (over(m1, c1) + alpha * m2) / (jnp.sqrt(over(v, c2) + eps_root) + eps), (m1, m2, v)
+    return (over(m1, c1, rounded) + alpha * m2) / (jnp.sqrt(over(v, c2, rounded) + eps_root) + eps), (m1, m2, v)
 
 
 def engine(
@@ -80,6 +80,7 @@ def scale_by_ademamix8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.contrib.scale_by_ademamix` in one byte each; see `ademamix8bit` for the arguments.
@@ -94,7 +95,7 @@ def scale_by_ademamix8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_ademamix8bit(), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return scale_by(engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options))
 
 
@@ -113,6 +114,7 @@ def ademamix8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.contrib.ademamix` with its moments in one byte each: 3.05 to 3.38 bytes a parameter in place of 12.
@@ -144,7 +146,11 @@ def ademamix8bit(
         mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
 
     Raises:
@@ -156,7 +162,7 @@ def ademamix8bit(
     >>> tx.init(params)[0].m2["kernel"].dtype
     dtype('int8')
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(
         engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options),
         learning_rate,

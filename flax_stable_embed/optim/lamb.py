@@ -39,6 +39,7 @@ def scale_by_lamb8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LAMB's direction, all but the learning rate; see `lamb8bit` for the arguments.
@@ -54,7 +55,7 @@ def scale_by_lamb8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lamb8bit(weight_decay=0.01), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     tail = _tail(weight_decay, mask, max_unorm)
     return scale_by(engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"), tail)
 
@@ -72,6 +73,7 @@ def lamb8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.lamb` with its moments in one byte each, stored as `adamw8bit` stores them.
@@ -101,7 +103,11 @@ def lamb8bit(
             parameter (1.0 there); 0 is no limit, and None the trust ratio. A parameter of length 0 is not clipped.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
 
     Raises:
@@ -114,7 +120,7 @@ def lamb8bit(
     >>> round(float(params["kernel"][0, 0]), 4)  # moved by half of its length
     0.5
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(
         engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"),
         learning_rate,

@@ -63,6 +63,7 @@ def scale_by_lars8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LARS' direction, all but the learning rate; see `lars8bit` for the arguments.
@@ -78,7 +79,7 @@ def scale_by_lars8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lars8bit(weight_decay=1e-4), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     ratio = trust_coefficient, eps, trust_ratio_mask
     decay = weight_decay, weight_decay_mask
     return scale_by(*_parts("directions", *decay, *ratio, momentum, nesterov, max_unorm, *options))
@@ -98,6 +99,7 @@ def lars8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.lars` with its trace in one byte each: 1.02 to 1.13 bytes of state a parameter.
@@ -129,7 +131,11 @@ def lars8bit(
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
             `b1` is the momentum.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and trace.
 
     Raises:
@@ -142,7 +148,7 @@ def lars8bit(
     >>> round(float(params["kernel"][0, 0]), 4)  # moved by a quarter of its length
     0.75
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     ratio = trust_coefficient, eps, trust_ratio_mask
     decay = weight_decay, weight_decay_mask
     method, tail = _parts("steps", *decay, *ratio, momentum, nesterov, max_unorm, *options)

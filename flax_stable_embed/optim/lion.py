@@ -7,11 +7,11 @@ Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675). Storage: Dettmers et al. 2022
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import optax
 from jax import Array
 
 from ..ops.blockwise.implementations import Implementation
+from ._arithmetic import sign
 from ._engine import Engine, Tail
 from ._method import Method, MomentName, check_numbers, refuse_dtype
 from ._rules import StateFormat
@@ -29,7 +29,7 @@ class ScaleByLion8bitState(NamedTuple):
 
 def lion(g, m, *, b1, b2):
     """The rule, operation by operation as optax writes it."""
-    return jnp.sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
+    return sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
 
 
 def engine(b1, b2, mu_dtype, *options) -> Engine:
@@ -52,6 +52,7 @@ def scale_by_lion8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.scale_by_lion` with its moment in one byte each; see `lion8bit` for the arguments.
@@ -66,7 +67,7 @@ def scale_by_lion8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
     """
-    return scale_by(engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite))
+    return scale_by(engine(b1, b2, mu_dtype, rules, state_format, implementation, partition_specs, skip_nonfinite))
 
 
 def lion8bit(
@@ -80,6 +81,7 @@ def lion8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.lion` with its moment in one byte each: 1.02 to 1.13 bytes of state a parameter.
@@ -105,7 +107,11 @@ def lion8bit(
         mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moment.
 
     Raises:
@@ -119,7 +125,7 @@ def lion8bit(
     dtype('int8')
     """
     return optimizer(
-        engine(b1, b2, mu_dtype, rules, state_format, implementation, skip_nonfinite),
+        engine(b1, b2, mu_dtype, rules, state_format, implementation, partition_specs, skip_nonfinite),
         learning_rate,
         tail=Tail(weight_decay=weight_decay, mask=mask),
         members=("method", "decay", "rate"),

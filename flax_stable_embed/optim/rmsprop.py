@@ -43,10 +43,10 @@ def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, neste
     """
     others = list(others)
     new = [(1 - decay) * square(g) + decay * v]
-    variance = new[0] if c is None else over(new[0], c)
+    variance = new[0] if c is None else over(new[0], c, rounded)
     if centered:
         new.append((1 - decay) * g + decay * others.pop(0))
-        variance = variance - abs_square(new[1] if c is None else over(new[1], c))
+        variance = variance - abs_square(new[1] if c is None else over(new[1], c, rounded))
         if rounded:
             variance = jnp.maximum(variance, 0.0)
     u = (inverse_root(variance + eps, rounded) if eps_in_sqrt else 1 / (jnp.sqrt(variance) + eps)) * g
@@ -107,6 +107,7 @@ def scale_by_rmsprop8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.scale_by_rms`, or centered `optax.scale_by_stddev`, in one byte each; see `rmsprop8bit`.
@@ -121,7 +122,7 @@ def scale_by_rmsprop8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_rmsprop8bit(), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return scale_by(engine(decay, eps, initial_scale, eps_in_sqrt, centered, None, False, bias_correction, *options))
 
 
@@ -139,6 +140,7 @@ def rmsprop8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.rmsprop` with its moments in one byte each: 1.02 to 1.13 bytes a parameter for each of them.
@@ -169,7 +171,11 @@ def rmsprop8bit(
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
             `b1` is the momentum and `b2` the decay.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
 
     Raises:
@@ -181,6 +187,6 @@ def rmsprop8bit(
     >>> state.nu["kernel"].dtype, state.mu["kernel"].dtype, state.trace["kernel"].dtype
     (dtype('uint8'), dtype('int8'), dtype('int8'))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     method = engine(decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction, *options)
     return optimizer(method, learning_rate, members=("method", "rate", KEEPS_NOTHING))

@@ -61,6 +61,7 @@ def scale_by_sgd8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.trace` with one byte each; see `sgd8bit` for the arguments.
@@ -75,7 +76,7 @@ def scale_by_sgd8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_sgd8bit(momentum=0.9), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return scale_by(engine(momentum, nesterov, accumulator_dtype, *options))
 
 
@@ -88,6 +89,7 @@ def sgd8bit(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""`optax.sgd` with its momentum in one byte each: 1.02 to 1.13 bytes of state a parameter.
@@ -111,7 +113,11 @@ def sgd8bit(
         rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
             `b1` is the momentum.
         state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and trace.
 
     Raises:
@@ -123,5 +129,5 @@ def sgd8bit(
     >>> tx.init(params)[0].trace["kernel"].dtype
     dtype('int8')
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     return optimizer(engine(momentum, nesterov, accumulator_dtype, *options, sums="gradients"), learning_rate)

@@ -5,17 +5,9 @@ import os
 
 import pytest
 
-# Quiet, offline, and at peace with other processes that load libtpu: read when it is loaded.
-os.environ.update(
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    TPU_LOG_DIR="disabled",
-    TPU_STDERR_LOG_LEVEL="3",
-    TPU_MIN_LOG_LEVEL="3",
-)
+from benchmarks.compiled import QUIET
+
+os.environ.update(QUIET)  # read when libtpu is loaded
 
 
 @pytest.fixture(scope="session")

@@ -316,12 +316,6 @@ def test_bad_arguments_are_named_and_shown(arguments, message):
             factory(**arguments)
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
-def test_kernels_that_are_to_come_say_so(name):
-    with pytest.raises(NotImplementedError, match=name):
-        fse.adamw8bit(1e-3, implementation=name)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

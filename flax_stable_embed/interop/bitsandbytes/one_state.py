@@ -26,6 +26,7 @@ def sgd8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `SGD8bit`: momentum without dampening and without Nesterov, which it takes and ignores.
@@ -38,7 +39,8 @@ def sgd8bit(
     Args:
         momentum: decay rate of the trace.
         weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+            `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -50,7 +52,7 @@ def sgd8bit(
     >>> round(float(params["kernel"][0, 0]), 4)
     0.85
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = sgd_engine(momentum, False, None, *options, sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
@@ -64,6 +66,7 @@ def lars8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `LARS8bit`: SGD, its step clipped where the trace is in 32 bits.
@@ -85,7 +88,8 @@ def lars8bit(
         momentum: decay rate of the trace.
         weight_decay: a number or a schedule, added to the gradient.
         max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
-        learning_rate, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+            `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -97,7 +101,7 @@ def lars8bit(
     >>> [round(float(x.ravel()[0]), 4) for x in (params["kernel"], params["bias"])]
     [0.9, 0.998]
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = sgd_engine(momentum, False, None, *options, name="lars", sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True, max_unorm=max_unorm)
 
@@ -111,6 +115,7 @@ def rmsprop8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `RMSprop8bit`: eps outside the square root, no momentum, not centered.
@@ -128,7 +133,8 @@ def rmsprop8bit(
         decay: decay rate of the second moment; bitsandbytes' `alpha`.
         eps: added outside the square root.
         weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+            `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -140,7 +146,7 @@ def rmsprop8bit(
     >>> round(float(params["kernel"][0, 0]), 4), state[0].nu["kernel"].dtype
     (0.9, dtype('uint8'))
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = rmsprop_engine(decay, eps, 0.0, False, False, None, False, False, *options)
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
@@ -153,6 +159,7 @@ def adagrad8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `Adagrad8bit`: the sum begins from 0, eps is outside the square root.
@@ -168,7 +175,8 @@ def adagrad8bit(
     Args:
         eps: added outside the square root.
         weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+            `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -180,7 +188,7 @@ def adagrad8bit(
     >>> round(float(params["kernel"][0, 0]), 4), float(state[0].sum_of_squares_absmax["kernel"][0, 0])
     (0.99, 1.0)
     """
-    engine = adagrad_engine(0.0, eps, False, rules, state_format, implementation, skip_nonfinite)
+    engine = adagrad_engine(0.0, eps, False, rules, state_format, implementation, partition_specs, skip_nonfinite)
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
 
@@ -193,6 +201,7 @@ def lion8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `Lion8bit`.
@@ -208,7 +217,8 @@ def lion8bit(
     Args:
         b1: weight of the moment in the direction.
         b2: decay rate of the moment.
-        learning_rate, weight_decay, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, weight_decay, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+            `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -218,5 +228,5 @@ def lion8bit(
     >>> tx.init({"kernel": jnp.ones((64, 512))})[0].mu_absmax["kernel"].shape
     (64, 2)
     """
-    engine = lion_engine(b1, b2, None, rules, state_format, implementation, skip_nonfinite)
+    engine = lion_engine(b1, b2, None, rules, state_format, implementation, partition_specs, skip_nonfinite)
     return decayed(engine, learning_rate, weight_decay)

@@ -32,6 +32,7 @@ def adam8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `Adam8bit`: its `AdamW8bit` without decay; a decay that is given is decoupled here too.
@@ -44,7 +45,7 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.adam8bit(1e-3)
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = adam_engine(b1, b2, eps, 0.0, None, False, *options, correction=correction)
     return decayed(engine, learning_rate, weight_decay)
 
@@ -59,6 +60,7 @@ def adamw8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `AdamW8bit`: formula, defaults, map and blocks.
@@ -83,12 +85,16 @@ def adamw8bit(
         weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
         rules: which parameters are stored how, and hyper-parameters of their own: see `fse.adamw8bit` and `fse.Rule`.
         state_format: codec, rounding and blocks, see `fse.StateFormat`.
-        implementation: None runs everywhere; "xla" names what it runs.
+        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
+            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
+        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
+            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
+            types say it.
         skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments, as on CUDA.
 
     Raises:
         ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter.
-        NotImplementedError: an implementation that is still to be built.
+        NotImplementedError: in `update`, an implementation that the platform or the mesh does not have.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}
@@ -121,6 +127,7 @@ def lamb8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `LAMB8bit`: Adam, its step clipped where moments are in 32 bits.
@@ -140,7 +147,8 @@ def lamb8bit(
 
     Args:
         max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
-        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, partition_specs,
+            skip_nonfinite: see `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -152,7 +160,7 @@ def lamb8bit(
     >>> [round(float(x.ravel()[0]), 4) for x in (params["kernel"], params["bias"])]
     [0.9, 0.45]
     """
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = adam_engine(b1, b2, eps, 0.0, None, False, *options, correction=correction, name="lamb")
     return decayed(engine, learning_rate, weight_decay, max_unorm=max_unorm)
 
@@ -171,6 +179,7 @@ def ademamix8bit(
     rules: Any = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
+    partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""bitsandbytes' `AdEMAMix8bit`, with its schedules of alpha and b3.
@@ -192,7 +201,8 @@ def ademamix8bit(
         alpha: weight of the slow mean.
         t_alpha: steps in which alpha grows from 0 to its value, linearly; None or 0 for at once.
         t_beta3: steps in which b3 grows from b1 to its value, linearly in half-lives; None or 0 for at once.
-        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, skip_nonfinite: see `adamw8bit`.
+        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, partition_specs,
+            skip_nonfinite: see `adamw8bit`.
 
     Raises:
         TypeError: `t_alpha`, `t_beta3`, or a `b3` that grows, which is no number.
@@ -209,7 +219,7 @@ def ademamix8bit(
         check_numbers(b3=b3)
         _check_between(b1=b1, b3=b3)
     alpha_now = alpha if _is_off(t_alpha) else lambda before: alpha * jnp.minimum(1.0, (before + 1) / t_alpha)
-    options = rules, state_format, implementation, skip_nonfinite
+    options = rules, state_format, implementation, partition_specs, skip_nonfinite
     engine = ademamix_engine(
         b1, b2, b3, alpha_now, eps, 0.0, None, *options, correction=correction, growing_b3=growing_b3
     )

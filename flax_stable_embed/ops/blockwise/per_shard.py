@@ -50,14 +50,10 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
     def partition(mesh, arguments, results):
         operands = tree.unflatten(arguments)
         shape = operands.codes[0].shape
-        spec = _whole_blocks(_spec_of(operands.codes[0]), mesh, shape, step.blocks)
-        ways = [prod(mesh.shape[name] for name in names) for names in spec]
+        spec = whole_blocks(specs_of(operands.codes[0].sharding, len(shape)), mesh, shape, step.blocks)
 
         def run(*flat):
-            origin = tuple(
-                lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, ways)
-            )
-            return local(step, tree.unflatten(flat), origin, shape)
+            return local(step, tree.unflatten(flat), place_of_shard(spec, mesh, shape), shape)
 
         sharded, scalar = (NamedSharding(mesh, PartitionSpec(*s)) for s in ([names or None for names in spec], ()))
 
@@ -76,11 +72,20 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
         call.def_partition(partition, sharding_rule=rule)
         return call
 
-    @custom_vmap
-    def batched(*flat):
+    def call(*flat):
         # Under an Explicit mesh the types carry shardings, which the reference keeps and a loop over pieces would not.
         explicit = any(explicit_sharding(x) is not None for x in flat)
         return partitioned(reference if explicit else replace(reference, implementation=local))(*flat)
+
+    return with_transformations(call, reference)
+
+
+def with_transformations(call: Callable, reference: FlatStep) -> Callable:
+    """`call`, but under vmap and where it is differentiated, which it does not know, the reference."""
+
+    @custom_vmap
+    def batched(*flat):
+        return call(*flat)
 
     @batched.def_vmap
     def _(axis_size, in_batched, *flat):
@@ -95,14 +100,20 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
     return differentiable
 
 
-def _spec_of(x) -> list[tuple[str, ...]]:
-    """The mesh axes that cut each axis of `x`; none where XLA does not tell."""
-    spec = getattr(x.sharding, "spec", None) or ()
+def specs_of(sharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each axis of an array; none where XLA does not tell."""
+    spec = getattr(sharding, "spec", None) or ()
     spec = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
-    return spec + [()] * (len(x.shape) - len(spec))
+    return spec + [()] * (ndim - len(spec))
 
 
-def _whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
+def place_of_shard(spec: list[tuple[str, ...]], mesh, shape: tuple[int, ...]) -> tuple:
+    """Where a device's own piece begins in an array of `shape`, along each axis."""
+    ways = [prod(mesh.shape[name] for name in names) for names in spec]
+    return tuple(lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, ways))
+
+
+def whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
     """`spec` without the cuts that would leave unequal pieces or straddle a block."""
     unit = [blocks.size if axis == blocks.axis else 1 for axis in range(len(shape))]
     return [

@@ -7,9 +7,10 @@ What is not finite stays its own affair: NaN and infinities get the code of zero
 Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -151,18 +152,26 @@ def _dequantize(codes, absmax, *, blocks: Blocks, codec: str, signed: bool):
 
 def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None) -> tuple[Array, Array]:
     """Codes and scales of float32 blocks: `x` is split, so that axis `axis + 1` is the inside of a block."""
-    magnitude = lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)  # maximum keeps NaN
+    magnitude = _magnitude(x, code)
     absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=axis + 1, initial=0.0)  # NaN compares false
     absmax = jnp.where(absmax >= TINY, absmax, 0.0)
-    live = (magnitude >= TINY) & (
-        magnitude < jnp.inf
-    )  # shared with the line above it would be one more array in memory
+    return codes_of(x, jnp.expand_dims(absmax, axis + 1), code, uniform), absmax
+
+
+def codes_of(x: Array, absmax: Array, code: Code, uniform: Array | None = None) -> Array:
+    """Codes of float32 numbers whose scale is known."""
+    magnitude = _magnitude(x, code)
+    live = (magnitude >= TINY) & (magnitude < jnp.inf)
     # A true division: by a plain broadcast XLA would multiply with the reciprocal, which rounds differently.
-    scale = jnp.where(live, jnp.expand_dims(absmax, axis + 1), 1.0)
+    scale = jnp.where(live, absmax, 1.0)
     n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
     if code.bottom:
         n = jnp.where(x < 0, -n, n)
-    return encode(n, code, uniform), absmax
+    return encode(n, code, uniform)
+
+
+def _magnitude(x: Array, code: Code) -> Array:
+    return lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)  # maximum keeps NaN
 
 
 def dequantize_view(codes: Array, absmax: Array, axis: int, code: Code) -> Array:
@@ -206,6 +215,34 @@ def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:
 def random_bits(path: str, count: Array, like: Array) -> Array:
     """Random uint32 for every element of the array `like` at this step, which lie on devices as it does."""
     return placed_like(hashed_bits(linear_index(like.shape), array_key(path, count)), like)
+
+
+def positions(
+    at: Sequence[Any], lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], origin, shape
+) -> Array:
+    """Row-major positions, uint32 (modulo 2^32), in an array of `shape` of the elements of a piece of it.
+
+    The array of extents `local` lies at `origin` in it (empty: at its beginning). Of its axes, those in one of `groups`
+    count as one; along each of these the piece starts at `at` and has a length, or is a single element and has no axis
+    (None).
+    """
+    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    kept = [n for n in lengths if n is not None]
+    total, axis = jnp.zeros(kept, jnp.int32), 0  # sums and products of int32 wrap like those of uint32
+    for start, length, dims in zip(at, lengths, groups):
+        flat, share = jnp.asarray(start).astype(jnp.int32), jnp.int32(0)
+        if length is not None:
+            flat = flat + lax.broadcasted_iota(jnp.int32, [length if k == axis else 1 for k in range(len(kept))], axis)
+            axis += 1
+        for dim in reversed(dims):
+            index = flat if dim == dims[0] else lax.rem(flat, np.int32(local[dim]))
+            index = index + origin[dim].astype(jnp.int32) if len(origin) else index
+            share, flat = (
+                share + index * np.uint32(strides[dim] % 2**32).view(np.int32),
+                lax.div(flat, np.int32(local[dim])),
+            )
+        total = total + share
+    return lax.bitcast_convert_type(total, jnp.uint32)
 
 
 def linear_index(shape: tuple[int, ...]) -> Array:

@@ -8,9 +8,9 @@ rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is s
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,6 +103,12 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
         # A second moment of a whole row has left such elements out by itself.
         new = tuple(jnp.where(finite, x, old) if x.shape == g.shape else x for x, old in zip(new, moments))
     return (widest(p, p_in) + u if step.fused else u).astype(step.dtype), new
+
+
+def without_overflow(moments: Sequence[Array]) -> tuple[Array, ...]:
+    """Zero in all moments where one is not finite: alone, g^2 overflows first, and m / sqrt(0) would follow."""
+    finite = reduce(jnp.logical_and, map(jnp.isfinite, moments))
+    return tuple(jnp.where(finite, x, 0.0) for x in moments)
 
 
 def widest(p: Any, wide: Any) -> Array:

@@ -8,10 +8,9 @@ What limits it on CPU: arithmetic (the codecs), not memory; XLA splits each chun
 
 import dataclasses
 import itertools
-from functools import partial, reduce
+from functools import partial
 from math import prod
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -19,26 +18,10 @@ from jax import Array, lax
 from .._sharding import placed_like
 from .blocks import Blocks
 from .codecs import hashed_uniform
-from .per_shard import FlatStep, per_shard
-from .quantize import dequantize_view, linear_index, merge, quantize_view, split
-from .step import Operands, Step, apply_rule
+from .quantize import dequantize_view, linear_index, merge, positions, quantize_view, split
+from .step import Operands, Step, apply_rule, without_overflow
 
 PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
-
-
-def step(step: Step, operands: Operands):
-    """The step for the platform that the program is lowered for: chunks on CPU, the reference elsewhere."""
-    if operands.g.shape:
-        return _step(step, operands)
-    g, p, codes, absmax = jax.tree.map(lambda x: x.reshape(1), operands[:4])
-    return jax.tree.map(lambda x: x.reshape(()), _step(step, operands._replace(g=g, p=p, codes=codes, absmax=absmax)))
-
-
-@partial(jax.jit, static_argnums=0)
-def _step(step: Step, operands: Operands):
-    flat, tree = jax.tree.flatten(operands)
-    reference = FlatStep(plain, step, tree, operands.g.shape)
-    return lax.platform_dependent(*flat, cpu=per_shard(chunked, reference), default=reference)
 
 
 def plain(step: Step, operands: Operands, index: Array | None = None):
@@ -50,7 +33,7 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     )
     p = None if operands.p is None else split(operands.p, blocks)
     out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
-    new = _forget_overflow(new)
+    new = without_overflow(new)
     uniform = None
     if operands.key is not None:
         index = linear_index(shape) if index is None else index
@@ -62,12 +45,6 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
-
-
-def _forget_overflow(moments: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Zero in all moments where one is not finite: alone, g^2 overflows first, and m / sqrt(0) would follow."""
-    finite = reduce(jnp.logical_and, map(jnp.isfinite, moments))
-    return tuple(jnp.where(finite, x, 0.0) for x in moments)
 
 
 def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
@@ -82,6 +59,7 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
     if not operands.g.size:
         return plain(step, operands)
     view = _merged(local, axis)
+    groups = range(axis), range(axis, axis + 1), range(axis + 1, len(local))
     scales = (view[0], step.blocks.count(local), *view[2:])
     merged_step = dataclasses.replace(step, blocks=Blocks(1, size))
     whole = operands._replace(
@@ -94,7 +72,7 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
     out = whole.p if step.fused else whole.g if in_place else jnp.zeros(view, step.dtype)
 
     def compute(piece: Operands, at):
-        index = _positions(at, piece.g.shape, local, axis, origin, shape or local) if step.stochastic else None
+        index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
         return plain(merged_step, piece, index)
 
     def one(at, lengths, carry):
@@ -109,19 +87,6 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
     out, codes, absmax = _loop(view, size, one, (out, whole.codes, whole.absmax))
     scales = step.blocks.absmax_shape(local)
     return out.reshape(local), tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
-
-
-def _positions(at, lengths, local: tuple[int, ...], axis: int, origin: tuple, shape: tuple[int, ...]) -> Array:
-    """Global row-major positions of a piece: the array is the part `local` at `origin` of a global array of `shape`."""
-    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
-    total = jnp.zeros(lengths, jnp.uint32)
-    for k, (start, dims) in enumerate(zip(at, (range(axis), (axis,), range(axis + 1, len(local))))):
-        flat, share = lax.iota(jnp.uint32, lengths[k]) + start.astype(jnp.uint32), jnp.uint32(0)
-        for dim in reversed(dims):  # `flat` runs over these axes, merged
-            index = flat % np.uint32(local[dim]) + (origin[dim].astype(jnp.uint32) if origin else np.uint32(0))
-            share, flat = share + index * np.uint32(strides[dim] % 2**32), flat // np.uint32(local[dim])
-        total = total + (lax.broadcast_in_dim(share, lengths, (k,)) if dims else np.uint32(0))
-    return total
 
 
 def _slice(operands: Operands, at, lengths, size) -> Operands:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_stable_embed.ops.blockwise import xla
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
+from flax_stable_embed.ops.blockwise.implementations import step_blockwise
 from flax_stable_embed.ops.blockwise.step import Moment, Operands, Step
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -83,7 +84,7 @@ def test_every_codec_runs_in_chunks(codec, small_pieces):
 
 def test_a_scalar_is_one_block():
     step = a_step((), fused=True)
-    out, codes, absmax = xla.step(step, operands_of(step, ()))
+    out, codes, absmax = step_blockwise(step, operands_of(step, ()))
     assert (out.shape, codes[0].shape, absmax[0].shape) == ((), (), ())
     assert absmax[0] > 0
 
@@ -107,7 +108,7 @@ def memory_of_tuple(step):
 
 def compiled(place, step, operands):
     arrays = operands.g, operands.p, operands.codes, operands.absmax
-    function = jax.jit(lambda *arrays: xla.step(step, place(*arrays)), donate_argnums=(1, 2, 3))
+    function = jax.jit(lambda *arrays: step_blockwise(step, place(*arrays)), donate_argnums=(1, 2, 3))
     return function.lower(*arrays).compile().memory_analysis()
 
 
@@ -118,7 +119,7 @@ def test_update_has_at_most_the_updates_themselves():
 
     @partial(jax.jit, donate_argnums=(1, 2, 3))
     def update_and_apply(g, p, codes, absmax):
-        u, codes, absmax = xla.step(step, operands._replace(g=g, p=p, codes=codes, absmax=absmax))
+        u, codes, absmax = step_blockwise(step, operands._replace(g=g, p=p, codes=codes, absmax=absmax))
         return p + u, codes, absmax
 
     memory = update_and_apply.lower(operands.g, operands.p, operands.codes, operands.absmax).compile().memory_analysis()
@@ -132,7 +133,7 @@ def test_a_gradient_made_in_the_same_program_is_overwritten_by_the_update():
 
     @partial(jax.jit, donate_argnums=(1, 2, 3))
     def train(x, p, codes, absmax):
-        u, codes, absmax = xla.step(step, operands._replace(g=jnp.sin(x), p=p, codes=codes, absmax=absmax))
+        u, codes, absmax = step_blockwise(step, operands._replace(g=jnp.sin(x), p=p, codes=codes, absmax=absmax))
         return p + u, codes, absmax
 
     memory = train.lower(operands.g, operands.p, operands.codes, operands.absmax).compile().memory_analysis()
@@ -191,7 +192,7 @@ def specs_for(names, ndim):
 def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_pieces):
     step = a_step(shape, fused=True, stochastic=True)
     operands = operands_of(step, shape)
-    want = run(jax.jit(xla.step, static_argnums=0), step, operands)
+    want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
     mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
     tried = 0
     for spec in specs_for(names, len(shape)):
@@ -199,7 +200,7 @@ def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, s
             continue
         with jax.set_mesh(mesh):
             there = placed(operands, mesh, spec)
-            function = jax.jit(xla.step, static_argnums=0)
+            function = jax.jit(step_blockwise, static_argnums=0)
             got = run(function, step, there)
             assert not COLLECTIVE.findall(function.lower(step, there).compile().as_text())
             for a, b in zip((got[0], *got[1]), (there.p, *there.codes)):
@@ -215,10 +216,10 @@ def test_a_block_across_two_shards_gives_the_same_bits(kind):
     shape, blocks = (512, 64), Blocks(0, 256)  # four ways: 128 rows a shard
     step = a_step(shape, blocks=blocks, fused=True, stochastic=True)
     operands = operands_of(step, shape)
-    want = run(jax.jit(xla.step, static_argnums=0), step, operands)
+    want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
     mesh = jax.make_mesh((4,), ("a",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        got = run(jax.jit(xla.step, static_argnums=0), step, placed(operands, mesh, ("a", None)))
+        got = run(jax.jit(step_blockwise, static_argnums=0), step, placed(operands, mesh, ("a", None)))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_array_equal(a, b)
 
@@ -227,8 +228,8 @@ def test_it_runs_in_shard_map_scan_cond_and_remat():
     shape = (256, 64)
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)
-    want = run(jax.jit(xla.step, static_argnums=0), step, operands, steps=2)
-    function = partial(xla.step, step)
+    want = run(jax.jit(step_blockwise, static_argnums=0), step, operands, steps=2)
+    function = partial(step_blockwise, step)
 
     def body(carry, scale):
         out, codes, absmax = function(carry._replace(g=carry.g * scale))
@@ -252,12 +253,12 @@ def test_vmap_and_derivatives_take_the_reference():
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), operands)
-    many = jax.jit(jax.vmap(partial(xla.step, step)))(stacked)
-    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(xla.step(step, operands))):
+    many = jax.jit(jax.vmap(partial(step_blockwise, step)))(stacked)
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(step_blockwise(step, operands))):
         np.testing.assert_array_equal(a[1], b)
 
     def after(step_size):
-        return xla.step(step, operands._replace(hyper=operands.hyper | {"step_size": step_size}))[0].sum()
+        return step_blockwise(step, operands._replace(hyper=operands.hyper | {"step_size": step_size}))[0].sum()
 
     with_decay, _ = adam_like(operands.g, 0.0, 0.0, b1=0.9, b2=0.99)
     expected = (with_decay + 0.1 * operands.p).sum()

@@ -1,0 +1,254 @@
+"""What compilers for TPU and GPU make of a step of AdamW on one array, on a machine without either: nothing runs.
+
+    python -m benchmarks.compiled            writes results/compiled.json, prints the table
+    python -m benchmarks.compiled --quick    one chip and the kernel alone; writes no file
+
+For TPU it needs the extra `tpu`, for GPU the extra `cuda`; rows of chips whose compiler is not installed stay as they
+were. Counted from the compiled program, exactly:
+    bytes       that its operations read from and write to the chip's memory, a parameter
+    temporaries bytes of memory that it needs besides parameters, gradients and state, a parameter
+    bundles     instructions that a kernel for TPU issues for 1024 parameters, one a cycle if nothing is waited for
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import flax_stable_embed as fse
+from flax_stable_embed.ops.blockwise import pallas_tpu
+from flax_stable_embed.ops.blockwise.blocks import Blocks
+
+from . import report
+
+# Quiet, offline, and at peace with other processes that load libtpu, which reads it when it is loaded.
+QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+# The chip's memory bandwidth (Google Cloud's documentation of TPU versions) by its clock, which is not published: what
+# its peak of operations says.
+BYTES_A_CYCLE = {"v5e": 819e9 / 1.5e9, "v6e": 1640e9 / 1.75e9}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+GPU = "H200"
+
+
+class Case(NamedTuple):
+    """A step: of which optimizer, on which array."""
+
+    shape: tuple[int, ...] = (4096, 4096)
+    codec: str | None = "root"  # None: optax.adamw
+    implementation: str | None = None
+    rounding: str = "nearest"
+    dtype: Any = jnp.float32
+    along_rows: bool = False
+
+    @property
+    def optimizer(self) -> Any:
+        if self.codec is None:
+            return optax.adamw(1e-3)
+        state_format = fse.StateFormat(self.codec, self.rounding, block_axis=-1 if self.along_rows else None)
+        return fse.adamw8bit(1e-3, state_format=state_format, implementation=self.implementation)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Where the blocks of its moments lie."""
+        params = {"kernel": jax.ShapeDtypeStruct(self.shape, self.dtype)}
+        absmax = jax.eval_shape(self.optimizer.init, params)[0].mu_absmax["kernel"].shape
+        axis = next(k for k, (n, d) in enumerate(zip(absmax, self.shape)) if n != d)
+        return Blocks(axis, self.shape[axis] // absmax[axis])
+
+
+CASES = {
+    "`optax.adamw`, updates": Case(codec=None),
+    "`adamw8bit`, `xla`": Case(implementation="xla"),
+    "`adamw8bit`": Case(),
+    "`adamw8bit`, stochastic": Case(rounding="stochastic"),
+    "`adamw8bit`, bfloat16 parameters and gradients": Case(dtype=jnp.bfloat16),
+    "`adamw8bit`, blocks along rows": Case((32768, 1024), along_rows=True),
+    "`adamw8bit`, `dynamic`": Case(codec="dynamic"),
+    "`adamw8bit`, `linear`": Case(codec="linear"),
+}
+QUICK = ("`adamw8bit`",)
+
+
+def compiled_step(case: Case, device: Any) -> Any:
+    """The step as the compiler leaves it: parameters and state in place, on one chip."""
+    tx, sharding = case.optimizer, jax.sharding.SingleDeviceSharding(device)
+    params = {"kernel": jax.ShapeDtypeStruct(case.shape, case.dtype)}
+    args = params, jax.eval_shape(tx.init, params), params
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+
+    def step(grads, state, params):
+        if case.codec is not None:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()
+
+
+SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8, "f64": 8}
+NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]\{([^}]*)\}")
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes that the operations of a compiled program read from and write to the chip's memory, not its scratch."""
+    entry = text[text.index("\nENTRY ") :]
+    sizes, total = {}, 0
+    for line in entry.splitlines()[1:]:
+        found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)", line)
+        if not found:
+            continue
+        name, result, operation, rest = found.groups()
+        sizes[name] = sum(
+            prod(int(n) for n in extents.split(",") if n) * SIZES.get(dtype, 0)
+            for dtype, extents, layout in ARRAY.findall(result)
+            if "S(" not in layout
+        )
+        if operation in NO_WORK or operation.endswith("-start"):
+            continue
+        operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
+        total += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
+    return total
+
+
+def devices_of(chip: str, count: int = 1) -> Any:
+    """Devices to compile for (of GPUs, how many); None where the compiler is not installed."""
+    from jax.experimental import topologies
+
+    if chip == GPU:
+        if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
+            return None
+        config = (report.HOME / "h200.txtpb").read_text()
+        options = {"target_config": config, "topology": f"1x1x{count}"}
+        return topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices
+    if find_spec("libtpu") is None:
+        return None
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+
+
+@contextmanager
+def dumped() -> Iterator[Path]:
+    """A folder for what the compiler dumps of its kernels; before libtpu is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_.*"
+        os.environ.update(QUIET, LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} {flags}")
+        yield Path(folder)
+
+
+def bundles_of_kernel(folder: Path, case: Case) -> float | None:
+    """Instructions that the kernel issues for 1024 parameters: of each loop, times its turns."""
+    files = list(folder.glob("*_8bit*final_bundles.txt"))
+    files = [file for file in files if "schedule" not in file.name]
+    if not files:
+        return None
+    plan = pallas_tpu.tiling(case.shape, *case.blocks)
+    turns = plan.inner[0] // pallas_tpu.ROWS if case.along_rows else plan.count
+    depths = [
+        len(found[1]) for found in re.finditer(r"^\s*0x[0-9a-f]+\s.*?:\s*(>*)", files[0].read_text(), re.MULTILINE)
+    ]
+    of_tile = sum(turns if depth > 1 else 1 for depth in depths if depth)
+    return of_tile / (prod(plan.inner) / 1024)
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything; quick: the kernel for one chip."""
+    rows = []
+    with dumped() as folder:
+        results = {"environment": report.environment("python -m benchmarks.compiled")}
+        for chip in ("v5e",) if quick else (*TOPOLOGIES, GPU):
+            devices = devices_of(chip)
+            for name in QUICK if quick else CASES:
+                if devices is not None:
+                    rows.append({"chip": chip, "step": name} | measured(CASES[name], chip, devices[0], folder))
+        if not quick and FILE.exists():
+            made = {row["chip"] for row in rows}
+            rows += [row for row in json.loads(FILE.read_text())["rows"] if row["chip"] not in made]
+    order = [*TOPOLOGIES, GPU]
+    return results | {"rows": sorted(rows, key=lambda row: order.index(row["chip"]))}
+
+
+def measured(case: Case, chip: str, device: Any, folder: Path) -> dict[str, Any]:
+    """What is counted of one step."""
+    for file in folder.iterdir():
+        file.unlink()
+    compiled = compiled_step(case, device)
+    n, text = prod(case.shape), compiled.as_text()
+    per_parameter, width = memory_bytes(text) / n, BYTES_A_CYCLE.get(chip)
+    return {
+        "shape": case.shape,
+        "bytes": per_parameter,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes / n,
+        "kernels": kernels(text),
+        "bundles": bundles_of_kernel(folder, case),
+        "cycles_of_memory": width and 1024 * per_parameter / width,
+        "compiler": version("jax-cuda13-plugin" if chip == GPU else "libtpu"),
+    }
+
+
+def kernels(text: str) -> int:
+    """How many kernels of Pallas a compiled program calls."""
+    return len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', text))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table: a line for each step, columns for each chip."""
+    chips = list(dict.fromkeys(row["chip"] for row in results["rows"]))
+    by_step: dict[str, dict[str, Any]] = {}
+    for row in results["rows"]:
+        by_step.setdefault(row["step"], {})[row["chip"]] = row
+    issue = [chip for chip in chips if chip in TOPOLOGIES]
+    columns = [f"{chip}: {what}" for what in ("bytes", "temporaries") for chip in chips]
+    columns += [f"{chip}: bundles" for chip in issue]
+    lines = [["a step", "array", *columns], ["---", "---", *["--:" for _ in columns]]]
+    for name, rows in by_step.items():
+        shape = " x ".join(f"{n:,}" for n in next(iter(rows.values()))["shape"])
+        counted = [f"{rows[chip][what]:.2f}" for what in ("bytes", "temporaries") for chip in chips]
+        issued = ["" if rows[chip]["bundles"] is None else _beside(rows[chip]) for chip in issue]
+        lines.append([name, shape, *counted, *issued])
+    env = results["environment"]
+    compilers = ", ".join(f"{chip}: {row['compiler']}" for chip, row in next(iter(by_step.values())).items())
+    about = (
+        f"`{env['command']}` at {env['commit']}: what compilers say ({compilers}), nothing has run. Bytes and "
+        "temporaries for one parameter; bundles of instructions of a kernel for TPU for 1024 parameters (in brackets "
+        "the cycles in which memory moves their bytes: the larger of the two bounds the step)."
+    )
+    return about + "\n\n" + report.table(lines)
+
+
+def _beside(row: dict[str, Any]) -> str:
+    return f"{row['bundles']:.1f}" + (f" ({row['cycles_of_memory']:.1f})" if row["cycles_of_memory"] else "")
+
+
+FILE = report.HOME / "results" / "compiled.json"
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    command = "python -m benchmarks.compiled"
+    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""The codecs with few instructions, for kernels, whose time they would otherwise take.
+
+Codes follow the formats of `codecs.py`. What differs is arithmetic: products with a scale's reciprocal in the place of
+divisions, a fourth root by logarithm, straight lines for the decades of `dynamic`. So a code can differ by one where a
+number lies within a few ulp of the boundary of two.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .codecs import TINY, Code
+from .quantize import codes_of
+from .step import Moment
+
+
+class Arithmetic(NamedTuple):
+    """A codec in few instructions.
+
+    decode: codes and scales to numbers; prepare: the scale of a block to what `encode` needs of it; encode: numbers and
+    that to codes, with random numbers where the moment is rounded by them.
+    """
+
+    decode: Callable[[Array, Array], Array]
+    prepare: Callable[[Array], Array]
+    encode: Callable[[Array, Array, Array | None], Array]
+
+
+def arithmetic_of(moment: Moment) -> Arithmetic:
+    """That of one moment. Stochastic rounding needs both neighbours of a number, for which the reference serves."""
+    code = moment.code
+    found = {"root": _root, "dynamic": _dynamic, "linear": _linear}[moment.codec](code)
+    if not moment.stochastic:
+        return found
+    return found._replace(prepare=lambda absmax: absmax, encode=lambda x, absmax, u: codes_of(x, absmax, code, u))
+
+
+def _root(code: Code) -> Arithmetic:
+    top = np.float32(code.top)
+
+    def decode_signed(codes, absmax):
+        level = codes.astype(jnp.float32)
+        return level * lax.abs(level) * (absmax * np.float32(1 / top**2))
+
+    def encode_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
+        return _low_byte(x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor, code)
+
+    def decode_unsigned(codes, absmax):
+        square = jnp.square(codes.astype(jnp.float32))
+        return square * square * (absmax * np.float32(1 / top**4))
+
+    def encode_unsigned(x, factor, _):  # factor = 1 / absmax; a fourth root by logarithm, of which 1 ulp is 1e-6 levels
+        level = lax.exp2(lax.log(x * factor) * _QUARTER_LOG2 + np.log2(top))
+        return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
+
+    if code.bottom:
+        return Arithmetic(decode_signed, lambda absmax: _live(absmax, lambda s: top * lax.rsqrt(s)), encode_signed)
+    return Arithmetic(decode_unsigned, lambda absmax: _live(absmax, lambda s: 1 / s), encode_unsigned)
+
+
+_QUARTER_LOG2 = np.float32(0.25 / np.log(2))
+
+
+def _linear(code: Code) -> Arithmetic:
+    top = np.float32(code.top)
+
+    def decode(codes, absmax):
+        return codes.astype(jnp.float32) * (absmax * np.float32(1 / top))
+
+    def encode(x, factor, _):
+        x = x if code.bottom else jnp.maximum(x, 0.0)
+        return _low_byte(x * factor * top, code)
+
+    return Arithmetic(decode, lambda absmax: _live(absmax, lambda s: 1 / s), encode)
+
+
+def _dynamic(code: Code) -> Arithmetic:
+    """Inside of a decade levels are evenly spaced, and denser from decade to decade: the level of a number is the least
+    of seven straight lines, and the number of a level the largest of the lines that invert them.
+
+    Between two levels the boundary is halfway, a whole number on these lines, but to the first level of a decade, whose
+    neighbour lies closer below, and to the level that stands for 1.
+    """
+    shift = 0 if code.bottom else 1
+    decades = range(shift, shift + 7)
+    unit = {d: 10.0 ** (d - shift - 6) for d in decades}  # the upper end of decade d
+    to_level = [(2**d / 0.9 / unit[d], 2**d * (1 - 1 / 9) - shift) for d in decades]
+    to_number = [(0.9 * unit[d] / 2**d, unit[d] * (0.1 + 0.9 * ((0.5 + shift) / 2**d - 1))) for d in decades]
+    lowest = 0.5 * unit[shift] * (0.1 + 0.45 / 2**shift)  # halfway from zero to the first level
+    first = to_level[0][0] * lowest + to_level[0][1]
+    last = code.top - 0.25
+
+    def decode(codes, absmax):
+        level = codes.astype(jnp.int32).astype(jnp.float32) - np.float32(code.zero)
+        magnitude = lax.abs(level)
+        n = _best(jnp.maximum, magnitude, to_number)
+        n = jnp.where(magnitude == 0, 0.0, jnp.where(magnitude == code.top, 1.0, n)) * absmax
+        return jnp.where(level < 0, -n, n) if code.bottom else n
+
+    def encode(x, factor, _):  # factor = 1 / absmax
+        n = (lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)) * factor
+        line = _best(jnp.minimum, n, to_level)
+        whole = line + np.float32(shift)
+        power = lax.bitcast_convert_type(whole, jnp.int32) & np.int32(-(2**23))
+        start = whole - lax.bitcast_convert_type(power, jnp.float32) < 0.2
+        level = lax.bitcast_convert_type(line - jnp.where(start, 1.5, 0.5) + _ROUNDER, jnp.int32)
+        level = level - _ROUNDER.view(np.int32)
+        level = jnp.where(line < 2, (line > first).astype(jnp.int32), level)
+        level = jnp.where(line > last, code.top, level)
+        if code.bottom:
+            level = jnp.where(x < 0, -jnp.minimum(level, code.bottom), level)
+        return (level + code.zero).astype(code.dtype)
+
+    return Arithmetic(decode, lambda absmax: _live(absmax, lambda s: 1 / s), encode)
+
+
+def _best(choose: Callable, x: Array, lines: list[tuple[float, float]]) -> Array:
+    """The largest or the least of straight lines (slope, intercept) at x."""
+    values = [x * np.float32(slope) + np.float32(intercept) for slope, intercept in lines]
+    return reduce(choose, values)
+
+
+def _live(absmax: Array, f: Callable[[Array], Array]) -> Array:
+    """`f` of the scales above zero, and zero for the others."""
+    return jnp.where(absmax > 0, f(jnp.maximum(absmax, TINY)), 0.0)
+
+
+def _low_byte(level: Array, code: Code) -> Array:
+    """A level as a byte, rounded half to even: as the last bits of a float of 2^23."""
+    return lax.bitcast_convert_type(level + _ROUNDER, jnp.int32).astype(code.dtype)
+
+
+_ROUNDER = np.float32(1.5 * 2**23)
+
+
+def without_overflow(new: tuple[Array, ...]) -> list[Array]:
+    """`step.without_overflow` with one test for all moments: of the sum of their magnitudes."""
+    finite = sum(map(lax.abs, new)) < jnp.inf
+    return [jnp.where(finite, x, 0.0) for x in new]
+
+
+def magnitude_of(x: Array, moment: Moment) -> Array:
+    """What counts for the scale."""
+    return lax.abs(x) if moment.code.bottom else x

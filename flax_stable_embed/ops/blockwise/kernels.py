@@ -1,0 +1,229 @@
+"""Where the kernels run: on one device's own array, since XLA cannot cut them.
+
+On one device, and inside of a `jax.shard_map` over all axes, a kernel runs as it is. Under a mesh with Explicit axes
+alone types say how an array is cut, and under others `partition_specs` does: then it runs in a `shard_map` of our own.
+Where nothing says it, `per_shard.py` runs `pallas_gpu` on every device's piece; TPU's compiler has no custom
+partitioner, so that the reference runs there.
+
+Which of these holds is known when a program is lowered, and so is its platform: the choice is a primitive of its own.
+No kernel language is imported before one is lowered.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from .._sharding import explicit_sharding, placed_like
+from .blocks import Blocks
+from .per_shard import FlatStep, per_shard, place_of_shard, specs_of, whole_blocks, with_transformations
+from .step import Operands, Step
+
+Name = Literal["pallas_tpu", "pallas_gpu"]
+Spec = PartitionSpec | NamedSharding
+
+PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+LANES, ROWS = 128, 32  # of a register of bytes on TPU
+LONGEST = 4096  # a block that one program's threads on GPU can hold
+
+
+def refusal(name: Name, blocks: Blocks, shape: tuple[int, ...]) -> str | None:
+    """Why a kernel cannot take an array of this shape with these blocks; None if it can."""
+    axis, size = blocks
+    if not prod(shape):
+        return "it is empty"
+    if name == "pallas_gpu":
+        return None if size <= LONGEST else f"its blocks of {size} are longer than {LONGEST}"
+    if len(shape) < 2:
+        fits = shape and shape[0] % size == 0 and size % LANES == 0
+        return None if fits else f"{shape or 'a scalar'} is not cut evenly into blocks of {LANES} or more"
+    if axis == len(shape) - 1:
+        fits = size >= shape[-1] or size % LANES == 0
+        return None if fits else f"its blocks of {size} along the last axis do not fill {LANES} lanes"
+    return None if size % ROWS == 0 else f"its blocks of {size} do not fill {ROWS} rows"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a hashable function of flat operands, and of the place of their array in the whole one of `shape`.
+
+    required: it was asked for by name, so that it runs or raises.
+    """
+
+    name: Name
+    reference: FlatStep
+    shape: tuple[int, ...]
+    required: bool
+
+    def split(self, flat: Any) -> tuple[Operands, tuple]:
+        """Operands and place."""
+        n = self.reference.tree.num_leaves
+        return self.reference.tree.unflatten(flat[:n]), tuple(flat[n:])
+
+    def outputs(self, *avals: Any) -> list[Any]:
+        """The types of output, codes and scales."""
+        operands: Any = self.split(avals)[0]
+        return [operands.codes[0].update(dtype=self.reference.step.dtype), *operands.codes, *operands.absmax]
+
+
+_step_by_kernel = Primitive("step_by_kernel")
+_step_by_kernel.multiple_results = True
+_step_by_kernel.def_abstract_eval(lambda *avals, kernel: kernel.outputs(*avals))
+
+
+def _bind(reference: FlatStep, kernel: Kernel, *flat: Any):
+    out, *stored = _step_by_kernel.bind(*flat, kernel=kernel)
+    n = len(reference.step.moments)
+    return out, tuple(stored[:n]), tuple(stored[n:])
+
+
+def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
+    _check_platform("pallas_tpu", kernel, context)
+
+    def run(*flat):
+        from . import pallas_tpu
+
+        operands, origin = kernel.split(flat)
+        return jax.tree.leaves(pallas_tpu.run(kernel.reference.step, operands, origin, kernel.shape))
+
+    def reference(*flat):
+        return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
+
+    alone = _is_for_one_device(context.module_context.axis_context)
+    if kernel.required and not alone:
+        raise NotImplementedError(
+            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are cut: use "
+            "a mesh with Explicit axes, or give `partition_specs` (of PartitionSpec under jax.set_mesh, or of "
+            "NamedSharding), or implementation=None, which takes 'xla' here."
+        )
+    return mlir.lower_fun(run if alone else reference, multiple_results=True)(context, *flat)
+
+
+def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
+    _check_platform("pallas_gpu", kernel, context)
+
+    def run(*flat):
+        from . import pallas_gpu
+
+        operands, origin = kernel.split(flat)
+        return jax.tree.leaves(pallas_gpu.run(kernel.reference.step, operands, origin, kernel.shape))
+
+    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
+
+
+def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
+    _check_platform(None, kernel, context)
+    return flat  # not reached
+
+
+def _check_platform(has: Name | None, kernel: Kernel, context: Any) -> None:
+    if kernel.name != has:
+        needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
+        raise NotImplementedError(
+            f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(context.module_context.platforms)}. "
+            "Use None, which takes what there is."
+        )
+
+
+mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
+mlir.register_lowering(_step_by_kernel, _lower_for_cuda, platform="cuda")
+mlir.register_lowering(_step_by_kernel, _lower_elsewhere)
+
+
+def _is_for_one_device(axis_context: Any) -> bool:
+    """Whether a program with this context is one device's own: all there is, or a part that is written by hand."""
+    if hasattr(axis_context, "num_devices"):
+        return axis_context.num_devices == 1
+    if hasattr(axis_context, "manual_axes"):
+        mesh = axis_context.mesh
+        by_hand = set(axis_context.manual_axes) | set(mesh.manual_axes)
+        return mesh.size == 1 or by_hand == set(mesh.axis_names)
+    return True  # pmap
+
+
+def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):
+    """The step by a kernel, as a function of flat operands; under vmap and where it is differentiated, the reference.
+
+    Args:
+        name: which kernel.
+        reference: what it computes.
+        spec: how the parameter is cut; None where its type says it, or nothing.
+        required: it was asked for by name.
+    """
+
+    def call(*flat):
+        shape, blocks = reference.shape, reference.step.blocks
+        sharding = sharding_of(reference.tree.unflatten(flat).codes[0], spec)
+        if sharding is None and name == "pallas_gpu":
+            return per_shard(_OnOneGpu(reference, required), reference)(*flat)
+        if sharding is None:
+            return _bind(reference, Kernel(name, reference, shape, required), *flat)
+        cuts = specs_of(sharding, len(shape))
+        if whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts:
+            return _on_every_device(name, reference, sharding, cuts, required)(*flat)
+        if required:
+            raise NotImplementedError(
+                f"`implementation={name!r}`: {sharding.spec} cuts blocks of {blocks.size} along axis {blocks.axis} "
+                f"of an array of shape {shape}. Set StateFormat(shards=...) to the ways it is cut."
+            )
+        return reference(*flat)
+
+    return with_transformations(call, reference)
+
+
+@dataclass(frozen=True)
+class _OnOneGpu:
+    """The kernel for GPU as an implementation that `per_shard` takes."""
+
+    reference: FlatStep
+    required: bool
+
+    def __call__(self, step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
+        local = operands.g.shape
+        piece = replace(self.reference, shape=local)
+        kernel = Kernel("pallas_gpu", piece, shape or local, self.required)
+        return _bind(piece, kernel, *jax.tree.leaves(operands), *map(jnp.int32, origin))
+
+
+def sharding_of(x: jax.Array, spec: Spec | None) -> NamedSharding | None:
+    """How an array is cut, where its type, or `spec` and a mesh, say it for all axes of a mesh of several devices."""
+    sharding = explicit_sharding(x)
+    if sharding is None and spec is not None:
+        if isinstance(spec, NamedSharding):
+            sharding = spec
+        elif not (mesh := jax.sharding.get_abstract_mesh()).empty:
+            sharding = NamedSharding(mesh, spec)
+    elif sharding is not None and any(kind is not AxisType.Explicit for kind in sharding.mesh.axis_types):
+        sharding = None
+    if sharding is None or sharding.mesh.size == 1 or AxisType.Manual in sharding.mesh.axis_types:
+        return None
+    return sharding
+
+
+def _on_every_device(
+    name: Name, reference: FlatStep, sharding: NamedSharding, cuts: list[tuple[str, ...]], required: bool
+):
+    """The kernel on every device's own piece, which knows where it lies."""
+    shape, mesh = reference.shape, sharding.mesh
+    cut = PartitionSpec(*[names or None for names in cuts])
+    local = tuple(d // prod(mesh.shape[name] for name in names) for d, names in zip(shape, cuts))
+    piece = FlatStep(reference.implementation, reference.step, reference.tree, local)
+
+    def run(*flat):
+        origin = map(jnp.int32, place_of_shard(cuts, mesh, shape))
+        return _bind(reference, Kernel(name, piece, shape, required), *flat, *origin)
+
+    def call(*flat):
+        n, codes = len(reference.step.moments), reference.tree.unflatten(flat).codes[0]
+        specs = tuple(cut if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
+        where = None if isinstance(mesh, AbstractMesh) else mesh
+        options = {"in_specs": specs, "out_specs": (cut, (cut,) * n, (cut,) * n), "check_vma": False}
+        placed = [placed_like(x, codes) if jnp.ndim(x) == len(shape) else x for x in flat]
+        return jax.shard_map(run, mesh=where, **options)(*placed)
+
+    return call

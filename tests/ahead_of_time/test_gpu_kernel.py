@@ -1,0 +1,64 @@
+"""What the CUDA compiler makes of the kernel: one for each array, every array read once and written once, in place."""
+
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import flax_stable_embed as fse
+from benchmarks import compiled as counted
+from tests import cases
+
+SMALL = fse.StateFormat(min_size=0)
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    """Eight GPUs that nobody has."""
+    if (devices := counted.devices_of(counted.GPU, count=8)) is None:
+        pytest.skip("the CUDA plugin is not installed: `make test EXTRAS=cuda`, in an environment of its own")
+    return devices
+
+
+def compiled_on(devices, tx, params, place):
+    args = jax.tree.map(place, (params, jax.eval_shape(tx.init, params), params))
+    return jax.jit(lambda g, s, p: fse.fused_update(tx, g, s, p), donate_argnums=(1, 2)).lower(*args).compile()
+
+
+@pytest.mark.parametrize("name", [name for name in counted.CASES if "optax" not in name and "xla" not in name])
+def test_a_step_moves_what_it_must_and_needs_no_memory(gpus, name):
+    case = counted.CASES[name]
+    compiled = counted.compiled_step(case, gpus[0])
+    n, wide = prod(case.shape), jnp.dtype(case.dtype).itemsize
+    assert counted.kernels(compiled.as_text()) == 1
+    assert counted.memory_bytes(compiled.as_text()) / n <= 3 * wide + 4 + 0.6
+    assert compiled.memory_analysis().temp_size_in_bytes / n < 0.001
+
+
+@pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)
+def test_every_optimizer_is_one_kernel_for_each_array(gpus, case):
+    params = {f"kernel_{k}": jax.ShapeDtypeStruct((300, 200 * (k + 1)), jnp.float32) for k in range(2)}
+    tx = case.ours(**case.hyper, state_format=SMALL, implementation="pallas_gpu")
+    here = jax.sharding.SingleDeviceSharding(gpus[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    assert counted.kernels(compiled_on(gpus, tx, params, place).as_text()) == 2
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+def test_every_gpu_of_a_mesh_runs_it_on_its_own_piece(gpus, kind):
+    mesh = Mesh(np.array(gpus).reshape(4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+    def place(x):
+        cut = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, cut))
+
+    params = {"kernel": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)}
+    with jax.set_mesh(mesh):
+        compiled = compiled_on(gpus, fse.adamw8bit(1e-3), params, place)
+    text = compiled.as_text()
+    assert counted.kernels(text) == 1
+    assert not [word for word in ("all-gather", "all-reduce", "all-to-all", "permute") if f" {word}" in text]
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 4 * 1024 * 2048 / 8
