@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 from jax import lax
 
+from .._sharding import varying_like
 from . import kernels, xla
 from .blocks import Blocks
 from .kernels import Spec as Spec
@@ -37,15 +38,17 @@ def step_blockwise(
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def _step(step: Step, operands: Operands, implementation: Implementation | None, spec: Spec | None):
     flat, tree = jax.tree.flatten(operands)
+    flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary wherever an operand does
     shape = operands.g.shape
     reference = FlatStep(xla.plain, step, tree, shape)
+    dtypes = {x.dtype for x in (operands.g, operands.p, step) if x is not None}
     if implementation == "pallas_tpu" or implementation == "pallas_gpu":
-        if why := kernels.refusal(implementation, step.blocks, shape):
+        if why := kernels.refusal(implementation, step.blocks, shape, *dtypes):
             raise ValueError(refused(implementation, shape, why))
         return kernels.kernel_step(implementation, reference, spec, required=True)(*flat)
     by_platform = {"cpu": per_shard(xla.chunked, reference)}
     for platform, name in kernels.PLATFORMS.items():
-        if implementation is None and kernels.refusal(name, step.blocks, shape) is None:
+        if implementation is None and kernels.refusal(name, step.blocks, shape, *dtypes) is None:
             by_platform[platform] = kernels.kernel_step(name, reference, spec, required=False)
     return lax.platform_dependent(*flat, **by_platform, default=reference)
 
@@ -73,13 +76,17 @@ def what_runs(
         ValueError: a named implementation that cannot take this array.
     """
     name: Implementation = implementation or kernels.PLATFORMS.get(_platform(), "xla")
-    why = None if name == "xla" else kernels.refusal(name, blocks, parameter.shape)
+    why = None if name == "xla" else kernels.refusal(name, blocks, parameter.shape, parameter.dtype)
     if implementation and why:
         raise ValueError(f"Parameter {path!r}: {refused(name, parameter.shape, why)}")
     if implementation or name != "pallas_tpu":
         return f"xla: {why}" if why else name
-    if not why and jax.device_count() > 1 and kernels.sharding_of(parameter, spec) is None:
-        why = "no partition_specs"
+    if not why and jax.device_count() > 1:
+        sharding = kernels.sharding_of(parameter, spec)
+        if sharding is None:
+            why = "no partition_specs"
+        elif not kernels.is_cut_evenly(sharding, blocks, parameter.shape):
+            why = f"{sharding.spec} does not cut it into whole blocks"
     return f"xla: {why}" if why else name
 
 

@@ -44,22 +44,22 @@ def _root(code: Code) -> Arithmetic:
 
     def decode_signed(codes, absmax):
         level = codes.astype(jnp.float32)
-        return level * lax.abs(level) * (absmax * np.float32(1 / top**2))
+        return level * lax.abs(level) * (absmax * np.float32(1 / top**2))  # zero in blocks below 2e-34
 
     def encode_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
         return _low_byte(x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor, code)
 
     def decode_unsigned(codes, absmax):
-        square = jnp.square(codes.astype(jnp.float32))
-        return square * square * (absmax * np.float32(1 / top**4))
+        square = jnp.square(codes.astype(jnp.float32) * np.float32(1 / top))  # so that no small block underflows
+        return square * square * absmax
 
-    def encode_unsigned(x, factor, _):  # factor = 1 / absmax; a fourth root by logarithm, of which 1 ulp is 1e-6 levels
-        level = lax.exp2(lax.log(x * factor) * _QUARTER_LOG2 + np.log2(top))
+    def encode_unsigned(x, factor, _):  # factor = 4 / absmax; a fourth root by logarithm, of which 1 ulp is 1e-6 levels
+        level = lax.exp2(lax.log(x * factor) * _QUARTER_LOG2 + np.float32(np.log2(top) - 0.5))
         return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
 
     if code.bottom:
         return Arithmetic(decode_signed, lambda absmax: _live(absmax, lambda s: top * lax.rsqrt(s)), encode_signed)
-    return Arithmetic(decode_unsigned, lambda absmax: _live(absmax, lambda s: 1 / s), encode_unsigned)
+    return Arithmetic(decode_unsigned, _reciprocal, encode_unsigned)
 
 
 _QUARTER_LOG2 = np.float32(0.25 / np.log(2))
@@ -69,13 +69,13 @@ def _linear(code: Code) -> Arithmetic:
     top = np.float32(code.top)
 
     def decode(codes, absmax):
-        return codes.astype(jnp.float32) * (absmax * np.float32(1 / top))
+        return codes.astype(jnp.float32) * np.float32(1 / top) * absmax
 
     def encode(x, factor, _):
         x = x if code.bottom else jnp.maximum(x, 0.0)
-        return _low_byte(x * factor * top, code)
+        return _low_byte(x * factor * np.float32(top / 4), code)
 
-    return Arithmetic(decode, lambda absmax: _live(absmax, lambda s: 1 / s), encode)
+    return Arithmetic(decode, _reciprocal, encode)
 
 
 def _dynamic(code: Code) -> Arithmetic:
@@ -88,10 +88,10 @@ def _dynamic(code: Code) -> Arithmetic:
     shift = 0 if code.bottom else 1
     decades = range(shift, shift + 7)
     unit = {d: 10.0 ** (d - shift - 6) for d in decades}  # the upper end of decade d
-    to_level = [(2**d / 0.9 / unit[d], 2**d * (1 - 1 / 9) - shift) for d in decades]
+    to_level = [(2**d / 0.9 / unit[d] / 4, 2**d * (1 - 1 / 9) - shift) for d in decades]
     to_number = [(0.9 * unit[d] / 2**d, unit[d] * (0.1 + 0.9 * ((0.5 + shift) / 2**d - 1))) for d in decades]
     lowest = 0.5 * unit[shift] * (0.1 + 0.45 / 2**shift)  # halfway from zero to the first level
-    first = to_level[0][0] * lowest + to_level[0][1]
+    first = 4 * to_level[0][0] * lowest + to_level[0][1]
     last = code.top - 0.25
 
     def decode(codes, absmax):
@@ -101,21 +101,25 @@ def _dynamic(code: Code) -> Arithmetic:
         n = jnp.where(magnitude == 0, 0.0, jnp.where(magnitude == code.top, 1.0, n)) * absmax
         return jnp.where(level < 0, -n, n) if code.bottom else n
 
-    def encode(x, factor, _):  # factor = 1 / absmax
+    def encode(x, factor, _):  # factor = 4 / absmax
         n = (lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)) * factor
         line = _best(jnp.minimum, n, to_level)
         whole = line + np.float32(shift)
         power = lax.bitcast_convert_type(whole, jnp.int32) & np.int32(-(2**23))
         start = whole - lax.bitcast_convert_type(power, jnp.float32) < 0.2
-        level = lax.bitcast_convert_type(line - jnp.where(start, 1.5, 0.5) + _ROUNDER, jnp.int32)
-        level = level - _ROUNDER.view(np.int32)
+        level = _rounded(line - jnp.where(start, 1.5, 0.5))
         level = jnp.where(line < 2, (line > first).astype(jnp.int32), level)
         level = jnp.where(line > last, code.top, level)
         if code.bottom:
             level = jnp.where(x < 0, -jnp.minimum(level, code.bottom), level)
         return (level + code.zero).astype(code.dtype)
 
-    return Arithmetic(decode, lambda absmax: _live(absmax, lambda s: 1 / s), encode)
+    return Arithmetic(decode, _reciprocal, encode)
+
+
+def _reciprocal(absmax: Array) -> Array:
+    """4 / absmax: of the largest floats, 1 / absmax would be too small for one. (Below 2^-125 it is cut at 2^127.)"""
+    return _live(absmax, lambda scale: jnp.minimum(4 / scale, np.float32(2.0**127)))
 
 
 def _best(choose: Callable, x: Array, lines: list[tuple[float, float]]) -> Array:
@@ -130,11 +134,16 @@ def _live(absmax: Array, f: Callable[[Array], Array]) -> Array:
 
 
 def _low_byte(level: Array, code: Code) -> Array:
-    """A level as a byte, rounded half to even: as the last bits of a float of 2^23."""
-    return lax.bitcast_convert_type(level + _ROUNDER, jnp.int32).astype(code.dtype)
+    """A level as a byte."""
+    return lax.bitcast_convert_type(level + ROUNDER, jnp.int32).astype(code.dtype)
 
 
-_ROUNDER = np.float32(1.5 * 2**23)
+def _rounded(level: Array) -> Array:
+    """A level as int32, rounded half to even: the last bits of a larger float."""
+    return lax.bitcast_convert_type(level + ROUNDER, jnp.int32) - ROUNDER.view(np.int32)
+
+
+ROUNDER = np.float32(1.5 * 2**23)  # of which the last byte is zero
 
 
 def without_overflow(new: tuple[Array, ...]) -> list[Array]:

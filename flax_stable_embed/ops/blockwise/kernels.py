@@ -29,23 +29,49 @@ Spec = PartitionSpec | NamedSharding
 
 PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 LANES, ROWS = 128, 32  # of a register of bytes on TPU
-LONGEST = 4096  # a block that one program's threads on GPU can hold
 
 
-def refusal(name: Name, blocks: Blocks, shape: tuple[int, ...]) -> str | None:
-    """Why a kernel cannot take an array of this shape with these blocks; None if it can."""
-    axis, size = blocks
+DTYPES: dict[Name, set[str]] = {
+    "pallas_tpu": {"float32", "bfloat16"},
+    "pallas_gpu": {"float32", "bfloat16", "float16"},
+}
+
+
+def refusal(name: Name, blocks: Blocks, shape: tuple[int, ...], *dtypes: Any) -> str | None:
+    """Why a kernel cannot take an array of this shape and these dtypes with these blocks; None if it can."""
     if not prod(shape):
         return "it is empty"
-    if name == "pallas_gpu":
-        return None if size <= LONGEST else f"its blocks of {size} are longer than {LONGEST}"
+    if unknown := [str(dtype) for dtype in map(jnp.dtype, dtypes) if str(dtype) not in DTYPES[name]]:
+        return f"it has the dtype {unknown[0]}, and the kernel takes {', '.join(sorted(DTYPES[name]))}"
+    return _refusal_on_gpu(blocks, shape) if name == "pallas_gpu" else _refusal_on_tpu(blocks, shape)
+
+
+def _refusal_on_gpu(blocks: Blocks, shape: tuple[int, ...]) -> str | None:
+    if prod(shape) >= 2**31:
+        return "it has 2^31 elements or more"
+    return None if blocks.size <= 4096 else f"its blocks of {blocks.size} are longer than 4096"
+
+
+def _refusal_on_tpu(blocks: Blocks, shape: tuple[int, ...]) -> str | None:
+    axis, size = blocks
     if len(shape) < 2:
         fits = shape and shape[0] % size == 0 and size % LANES == 0
-        return None if fits else f"{shape or 'a scalar'} is not cut evenly into blocks of {LANES} or more"
-    if axis == len(shape) - 1:
-        fits = size >= shape[-1] or size % LANES == 0
-        return None if fits else f"its blocks of {size} along the last axis do not fill {LANES} lanes"
-    return None if size % ROWS == 0 else f"its blocks of {size} do not fill {ROWS} rows"
+        longest = 8192
+        if not fits:
+            return f"{shape or 'a scalar'} is not cut evenly into blocks of {LANES} or more"
+    elif axis == len(shape) - 1:
+        longest = 8192
+        if size < shape[-1] and size % LANES:
+            return f"its blocks of {size} along the last axis do not fill {LANES} lanes"
+        if blocks.count(shape) > 16384:
+            return f"its last axis has {blocks.count(shape)} blocks, more than 16384"
+    else:
+        longest = 2048 if axis == len(shape) - 2 else 1024
+        if size % ROWS:
+            return f"its blocks of {size} do not fill {ROWS} rows"
+        if axis < len(shape) - 2 and shape[-2] % 8:
+            return f"its axis before the last, of {shape[-2]}, does not fill rows of 8"
+    return None if size <= longest else f"its blocks of {size} are longer than {longest}"
 
 
 @dataclass(frozen=True)
@@ -82,17 +108,22 @@ def _bind(reference: FlatStep, kernel: Kernel, *flat: Any):
     return out, tuple(stored[:n]), tuple(stored[n:])
 
 
+def _by_reference(context: Any, *flat: Any, kernel: Kernel):
+    def reference(*flat):
+        return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
+
+    return mlir.lower_fun(reference, multiple_results=True)(context, *flat)
+
+
 def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
-    _check_platform("pallas_tpu", kernel, context)
+    if kernel.name != "pallas_tpu":
+        return _lower_elsewhere(context, *flat, kernel=kernel)
 
     def run(*flat):
         from . import pallas_tpu
 
         operands, origin = kernel.split(flat)
         return jax.tree.leaves(pallas_tpu.run(kernel.reference.step, operands, origin, kernel.shape))
-
-    def reference(*flat):
-        return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
 
     alone = _is_for_one_device(context.module_context.axis_context)
     if kernel.required and not alone:
@@ -101,11 +132,14 @@ def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
             "a mesh with Explicit axes, or give `partition_specs` (of PartitionSpec under jax.set_mesh, or of "
             "NamedSharding), or implementation=None, which takes 'xla' here."
         )
-    return mlir.lower_fun(run if alone else reference, multiple_results=True)(context, *flat)
+    if not alone:
+        return _by_reference(context, *flat, kernel=kernel)
+    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
 
 
 def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
-    _check_platform("pallas_gpu", kernel, context)
+    if kernel.name != "pallas_gpu" or (not kernel.required and _is_too_old()):
+        return _lower_elsewhere(context, *flat, kernel=kernel)
 
     def run(*flat):
         from . import pallas_gpu
@@ -116,18 +150,22 @@ def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
     return mlir.lower_fun(run, multiple_results=True)(context, *flat)
 
 
+def _is_too_old() -> bool:
+    """Whether this process has a GPU that Triton does not compile for: older than Ampere."""
+    if jax.default_backend() != "gpu":
+        return False
+    return any(float(getattr(d, "compute_capability", 8.0)) < 8 for d in jax.local_devices())
+
+
 def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
-    _check_platform(None, kernel, context)
-    return flat  # not reached
-
-
-def _check_platform(has: Name | None, kernel: Kernel, context: Any) -> None:
-    if kernel.name != has:
-        needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
-        raise NotImplementedError(
-            f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(context.module_context.platforms)}. "
-            "Use None, which takes what there is."
-        )
+    """Also in programs for several platforms, whose parts for the others are lowered and then dropped."""
+    if not kernel.required:
+        return _by_reference(context, *flat, kernel=kernel)
+    needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
+    raise NotImplementedError(
+        f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(context.module_context.platforms)}. "
+        "Use None, which takes what there is."
+    )
 
 
 mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
@@ -163,13 +201,13 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
             return per_shard(_OnOneGpu(reference, required), reference)(*flat)
         if sharding is None:
             return _bind(reference, Kernel(name, reference, shape, required), *flat)
-        cuts = specs_of(sharding, len(shape))
-        if whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts:
-            return _on_every_device(name, reference, sharding, cuts, required)(*flat)
+        if is_cut_evenly(sharding, blocks, shape):
+            return _on_every_device(name, reference, sharding, specs_of(sharding, len(shape)), required)(*flat)
         if required:
             raise NotImplementedError(
-                f"`implementation={name!r}`: {sharding.spec} cuts blocks of {blocks.size} along axis {blocks.axis} "
-                f"of an array of shape {shape}. Set StateFormat(shards=...) to the ways it is cut."
+                f"`implementation={name!r}`: {sharding.spec} does not cut an array of {shape} evenly or cuts through "
+                f"its blocks of {blocks.size} along axis {blocks.axis}. Set StateFormat(shards=...) to the ways it is "
+                "cut, or take None."
             )
         return reference(*flat)
 
@@ -190,19 +228,33 @@ class _OnOneGpu:
         return _bind(piece, kernel, *jax.tree.leaves(operands), *map(jnp.int32, origin))
 
 
-def sharding_of(x: jax.Array, spec: Spec | None) -> NamedSharding | None:
+def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
     """How an array is cut, where its type, or `spec` and a mesh, say it for all axes of a mesh of several devices."""
+    context = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in context.axis_types:
+        return None
     sharding = explicit_sharding(x)
     if sharding is None and spec is not None:
-        if isinstance(spec, NamedSharding):
-            sharding = spec
-        elif not (mesh := jax.sharding.get_abstract_mesh()).empty:
-            sharding = NamedSharding(mesh, spec)
+        sharding = _named(spec, context, x.ndim)
     elif sharding is not None and any(kind is not AxisType.Explicit for kind in sharding.mesh.axis_types):
         sharding = None
-    if sharding is None or sharding.mesh.size == 1 or AxisType.Manual in sharding.mesh.axis_types:
+    return None if sharding is None or sharding.mesh.size == 1 else sharding
+
+
+def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
+    """A spec on the mesh of the context, or its own; None where it does not fit mesh or array."""
+    mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
+    if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):
         return None
-    return sharding
+    entries = [name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))]
+    fits = len(spec) <= ndim and all(name is None or name in mesh.axis_names for name in entries)
+    return NamedSharding(mesh, spec) if fits else None
+
+
+def is_cut_evenly(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
+    """Whether every device has whole blocks, and as many."""
+    cuts = specs_of(sharding, len(shape))
+    return whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts
 
 
 def _on_every_device(

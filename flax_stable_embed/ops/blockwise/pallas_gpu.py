@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -25,7 +26,7 @@ from .step import Operands, Step, apply_rule
 
 ELEMENTS = 4096  # in a tile, where a block is short enough
 PER_WARP = 32 * 16  # 16 elements for each thread: 80 registers for Adam with `root`, 140 with `dynamic`, none spilled
-COLUMNS = 32  # at least, beside each other, where there are as many: a sector of memory has 32 bytes
+COLUMNS = 32  # beside each other, where registers allow it: a sector of memory has 32 bytes
 
 
 class Tiling(NamedTuple):
@@ -62,8 +63,9 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
     before, extent, after = (prod(shape[k] for k in group) for group in groups)
     height = pl.next_power_of_2(size)
     along_rows = after == 1
-    least, beside = (1, before) if along_rows else (COLUMNS, after)
-    width = min(max(ELEMENTS // height, least), pl.next_power_of_2(beside))
+    few = ELEMENTS // height
+    wanted = few if along_rows else max(few, min(COLUMNS, 2 * few))
+    width = max(1, min(wanted, pl.next_power_of_2(before if along_rows else after)))
     view = (before, extent) if along_rows else (before, extent, after)
     return Tiling(view, tuple(groups[: len(view)]), -(-extent // size), size, height, width)
 
@@ -114,9 +116,10 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     g, p = next(given), next(given) if has_p else None
     codes, absmax, out, new_codes, new_absmax = several(), several(), next(given), several(), several()
     program = pl.program_id(0)
-    across, rest = lax.rem(program, plan.across), lax.div(program, plan.across)
-    block, before = lax.rem(rest, plan.blocks), lax.div(rest, plan.blocks)
-    start, beside = block * plan.size, across * plan.width
+    wide, blocks = np.int32(plan.across), np.int32(plan.blocks)
+    across, rest = lax.rem(program, wide), lax.div(program, wide)
+    block, before = lax.rem(rest, blocks), lax.div(rest, blocks)
+    start, beside = block * np.int32(plan.size), across * np.int32(plan.width)
     if plan.along_rows:
         tile, axis = (plan.width, plan.height), 1
         at = (pl.ds(beside, plan.width), pl.ds(start, plan.height))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -73,10 +74,10 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
     per_group = min(blocks, SUBLANES)
     if last == ndim - 1:
         count = max(k for k in (1, 2, 4, 8) if per_group % k == 0 and (k == 1 or k * size <= TILE_ROWS))
-        inner: tuple[int, ...] = (min(shape[-1], TILE_COLUMNS),)
+        inner: tuple[int, ...] = (min(shape[-1], TILE_COLUMNS if size <= TILE_ROWS else LANES),)
     else:
-        count = 1
-        inner = (min(shape[-2], ROWS if shape[-2] % ROWS == 0 or shape[-2] < ROWS else SUBLANES), min(shape[-1], LANES))
+        count, high = 1, size <= TILE_ROWS // 2 and (shape[-2] % ROWS == 0 or shape[-2] < ROWS)
+        inner = (min(shape[-2], ROWS if high else SUBLANES), min(shape[-1], LANES))
     tile = (None, count * size, *[None for _ in between], *inner)
     return Tiling(tuple(prod(shape[k] for k in group) for group in groups), groups, tile, 1, count)
 
@@ -110,7 +111,7 @@ def run(
 
     def scales_at(*ids):
         ids = list(at(*ids))
-        ids[plan.blocked] = lax.div(ids[plan.blocked] * plan.count, group) if across_rows else 0
+        ids[plan.blocked] = lax.div(ids[plan.blocked] * np.int32(plan.count), np.int32(group)) if across_rows else 0
         return tuple(ids)
 
     whole = pl.BlockSpec(plan.tile, at)
@@ -186,7 +187,7 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     hyper = {name: numbers[k] for k, name in enumerate(names)}
     ids = {k: pl.program_id(j) for j, k in enumerate(plan.order)}
     body = _blocks_across_rows if plan.blocked < len(plan.view) - 1 else _blocks_along_rows
-    starts = [ids[k] * (plan.tile[k] or 1) for k in range(len(plan.view))]
+    starts = [ids[k] * np.int32(plan.tile[k] or 1) for k in range(len(plan.view))]
 
     def uniform(offset, lengths):
         """Random numbers for a piece at `offset` of the tile."""
@@ -211,13 +212,13 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
     turn = ROWS if len(columns) == 1 else max(1, PIECE // prod(columns))
     turn = next(n for n in range(min(turn, size), 0, -1) if size % n == 0)
     turns = size // turn
-    loop = partial(lax.fori_loop, 0, turns, unroll=min(turns, 8))
+    loop = partial(lax.fori_loop, np.int32(0), np.int32(turns), unroll=min(turns, 8))
     short = local[step.blocks.axis] % size != 0
     ways = [arithmetic_of(moment) for moment in step.moments]
-    group, first_block = refs.absmax[0].shape[0], lax.div(start, size)
+    group, first_block = refs.absmax[0].shape[0], lax.div(start, np.int32(size))
 
     def one_block(k, _):
-        row = lax.rem(first_block + k, group)
+        row = lax.rem(first_block + k, np.int32(group))
         scale = [absmax[pl.ds(row, 1)] for absmax in refs.absmax]
 
         def at(i):
@@ -255,13 +256,13 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
 
         loop(second, None)
 
-    lax.fori_loop(0, plan.count, one_block, None)
+    lax.fori_loop(np.int32(0), np.int32(plan.count), one_block, None)
 
 
 def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
     height, width = plan.inner
     size = min(step.blocks.size, width)
-    turn, first_block = min(ROWS, height), lax.div(start, size)
+    turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
     ways = [arithmetic_of(moment) for moment in step.moments]
 
     def rows_at(i, _):
@@ -290,7 +291,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             # Tiles of the same rows come one after the other and each knows its own blocks.
             ref[rows] = jnp.where((block >= first_block) & (block < first_block + plan.count), s, ref[rows])
 
-    lax.fori_loop(0, height // turn, rows_at, None)
+    lax.fori_loop(np.int32(0), np.int32(height // turn), rows_at, None)
 
 
 def _part(ref: Any, at: Any) -> Any:

@@ -268,3 +268,90 @@ def test_describe_says_what_runs(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     rows = {row.path: row.implementation for row in fse.describe(fse.adamw8bit(0.01), params).rows}
     assert rows["kernel"] == "xla: no partition_specs"
+
+
+# --- what None must never fail for -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-15, 3e18])
+@pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
+@pytest.mark.one_in(4)
+def test_moments_of_every_size_keep_their_digits(size, codec):
+    step, operands = step_and_operands("rows, narrow", codec)
+    numbers = np.random.default_rng(0).standard_normal((2, *operands.g.shape)) * size
+    g, v = jnp.asarray(numbers[0], jnp.float32), jnp.asarray(numbers[1] ** 2, jnp.float32)
+    stored = [
+        quantize.quantize(x, signed=k.signed, codec=codec, block_size=step.blocks.size, axis=0)
+        for x, k in zip((g, v), step.moments)
+    ]
+    codes, absmax = zip(*stored)
+    for name in KERNELS:
+        (_, codes_k, absmax_k), (_, codes_r, absmax_r) = both(
+            name, step, operands._replace(g=g, codes=codes, absmax=absmax)
+        )
+        for a, b in zip(absmax_k, absmax_r):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        for a, b in zip(codes_k, codes_r):
+            apart = np.abs(np.asarray(a, np.int32) - np.asarray(b, np.int32))
+            assert apart.max() <= 1 and (apart > 0).sum() <= 2 + CODES_APART * apart.size
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_with_64_bits_numbers_are_still_of_32(name, interpreted):
+    with jax.enable_x64(True):
+        params = some_params()
+        options = {"state_format": fse.StateFormat(min_size=0), "implementation": name}
+        found = trained(fse.adamw8bit(0.01, **options), params, steps=1)
+        wide = {"kernel": params["kernel"].astype(jnp.float64)}
+        with pytest.raises(ValueError, match="it has the dtype float64, and the kernel takes bfloat16"):
+            fse.adamw8bit(0.01, **options).init(wide)
+    assert_trained_alike(found, trained(fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0)), params, steps=1))
+
+
+def test_a_program_for_several_platforms_has_the_kernel_for_one_of_them():
+    params = some_params()
+    tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0))
+    exported = jax.export.export(jax.jit(tx.update), platforms=["cpu", "tpu"])(params, tx.init(params), params)
+    assert exported.mlir_module().count("tpu_custom_call") >= 1
+    assert_trained_alike(
+        exported.call(params, tx.init(params), params), jax.jit(tx.update)(params, tx.init(params), params)
+    )
+
+
+def test_gradients_that_each_device_has_of_its_own_inside_of_shard_map():
+    mesh, params = jax.make_mesh((4,), ("x",), (AxisType.Auto,)), some_params()
+    tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0))
+    state, grads = tx.init(params), {"kernel": jnp.stack([k * params["kernel"] for k in range(1, 5)])}
+
+    def one(grads, state, params):
+        updates, _ = tx.update({"kernel": grads["kernel"][0]}, state, params)
+        return updates["kernel"][None]
+
+    specs = {"in_specs": (PartitionSpec("x"), PartitionSpec(), PartitionSpec()), "out_specs": PartitionSpec("x")}
+    found = jax.jit(jax.shard_map(one, mesh=mesh, **specs))(grads, state, params)
+    for k in range(4):
+        want = jax.jit(tx.update)({"kernel": grads["kernel"][k]}, state, params)[0]["kernel"]
+        np.testing.assert_allclose(found[k], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PartitionSpec("z"), PartitionSpec(None, None, "x"), PartitionSpec(PartitionSpec.UNCONSTRAINED, "x"), None],
+    ids=str,
+)
+def test_specs_that_say_nothing_of_the_mesh_leave_the_choice_to_the_compiler(spec):
+    params = some_params()
+    tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), partition_specs={"kernel": spec})
+    with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"), (AxisType.Auto,) * 2)):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert np.isfinite(optax.tree.norm(updates))
+
+
+def test_specs_are_of_no_matter_where_a_step_is_one_devices_own():
+    mesh, params = jax.make_mesh((4,), ("x",), (AxisType.Auto,)), some_params()
+    specs = {"kernel": NamedSharding(mesh, PartitionSpec("x"))}
+    tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), partition_specs=specs)
+    everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+    step = jax.shard_map(lambda g, s, p: tx.update(g, s, p)[0], mesh=mesh, **everywhere)
+    want = jax.jit(tx.update)(params, tx.init(params), params)[0]["kernel"]
+    np.testing.assert_allclose(jax.jit(step)(params, tx.init(params), params)["kernel"], want, rtol=1e-6)
