@@ -29,8 +29,6 @@ Spec = PartitionSpec | NamedSharding
 
 PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 LANES, ROWS = 128, 32  # of a register of bytes on TPU
-
-
 DTYPES: dict[Name, set[str]] = {
     "pallas_tpu": {"float32", "bfloat16"},
     "pallas_gpu": {"float32", "bfloat16", "float16"},
@@ -115,15 +113,17 @@ def _by_reference(context: Any, *flat: Any, kernel: Kernel):
     return mlir.lower_fun(reference, multiple_results=True)(context, *flat)
 
 
+def _by_kernel(module: Any, context: Any, *flat: Any, kernel: Kernel):
+    def run(*flat):
+        operands, origin = kernel.split(flat)
+        return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
+
+    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
+
+
 def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
     if kernel.name != "pallas_tpu":
         return _lower_elsewhere(context, *flat, kernel=kernel)
-
-    def run(*flat):
-        from . import pallas_tpu
-
-        operands, origin = kernel.split(flat)
-        return jax.tree.leaves(pallas_tpu.run(kernel.reference.step, operands, origin, kernel.shape))
 
     alone = _is_for_one_device(context.module_context.axis_context)
     if kernel.required and not alone:
@@ -134,20 +134,18 @@ def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
         )
     if not alone:
         return _by_reference(context, *flat, kernel=kernel)
-    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
+    from . import pallas_tpu
+
+    return _by_kernel(pallas_tpu, context, *flat, kernel=kernel)
 
 
 def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
     if kernel.name != "pallas_gpu" or (not kernel.required and _is_too_old()):
         return _lower_elsewhere(context, *flat, kernel=kernel)
 
-    def run(*flat):
-        from . import pallas_gpu
+    from . import pallas_gpu
 
-        operands, origin = kernel.split(flat)
-        return jax.tree.leaves(pallas_gpu.run(kernel.reference.step, operands, origin, kernel.shape))
-
-    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
+    return _by_kernel(pallas_gpu, context, *flat, kernel=kernel)
 
 
 def _is_too_old() -> bool:

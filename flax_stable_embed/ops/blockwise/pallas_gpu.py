@@ -19,13 +19,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .codecs import TINY, hashed_uniform
+from .codecs import TINY
 from .kernel_codecs import arithmetic_of, magnitude_of, without_overflow
-from .quantize import positions
+from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
 ELEMENTS = 4096  # in a tile, where a block is short enough
-PER_WARP = 32 * 16  # 16 elements for each thread: 80 registers for Adam with `root`, 140 with `dynamic`, none spilled
+PER_WARP = 32 * 16  # 16 elements for each thread: 86 registers for Adam with `root`, 94 with `dynamic`, none spilled
 COLUMNS = 32  # beside each other, where registers allow it: a sector of memory has 32 bytes
 
 
@@ -80,10 +80,7 @@ def run(
     arrays = [x.reshape(plan.view) for x in (operands.g, operands.p, *operands.codes) if x is not None]
     scales = [x.reshape(of_scales) for x in operands.absmax]
     names = sorted(operands.hyper)
-    numbers = jnp.stack([jnp.asarray(operands.hyper[name], jnp.float32) for name in names] or [jnp.float32(0)])
-    place = [jnp.asarray(x).astype(jnp.int32) for x in origin or (0,) * len(local)]
-    key = jnp.uint32(0) if operands.key is None else operands.key
-    integers = jnp.stack([lax.bitcast_convert_type(key, jnp.int32), *place])
+    numbers, integers = scalars_of(operands, origin)
 
     codes = arrays[-len(operands.codes) :]
     outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype)]
@@ -162,11 +159,9 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
         new = [jnp.where(inside, x, 0.0) for x in new]
     random = None
     if step.stochastic:
-        local, shape = shapes
         places = [beside, start] if plan.along_rows else [before, start, beside]
         lengths = [*tile] if plan.along_rows else [None, *tile]
-        index = positions(places, lengths, plan.groups, local, [integers[1 + k] for k in range(len(local))], shape)
-        random = hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))
+        random = uniform_of(integers, places, lengths, plan.groups, *shapes)
     for way, moment, x, code_ref, scale_ref in zip(ways, step.moments, new, new_codes, new_absmax):
         largest = jnp.max(magnitude_of(x, moment), axis=axis)
         largest = jnp.where(largest >= TINY, largest, 0.0)

@@ -24,10 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .blocks import Blocks
-from .codecs import TINY, hashed_uniform
+from .codecs import TINY
 from .kernel_codecs import arithmetic_of, magnitude_of, without_overflow
+from .kernel_scalars import scalars_of, uniform_of
 from .kernels import LANES, ROWS
-from .quantize import positions
 from .step import Operands, Step, apply_rule
 
 SUBLANES = 8  # of a float32 register; a register of bytes has ROWS, and loops go by as many
@@ -95,10 +95,7 @@ def run(
     arrays = [x.reshape(plan.view) for x in (operands.g, operands.p, *operands.codes) if x is not None]
     scales = [x.reshape(of_scales) for x in operands.absmax]
     names = sorted(operands.hyper)
-    numbers = jnp.stack([jnp.asarray(operands.hyper[name], jnp.float32) for name in names] or [jnp.float32(0)])
-    place = [jnp.asarray(x).astype(jnp.int32) for x in origin or (0,) * len(local)]
-    key = jnp.uint32(0) if operands.key is None else operands.key
-    integers = jnp.stack([lax.bitcast_convert_type(key, jnp.int32), *place])
+    numbers, integers = scalars_of(operands, origin)
 
     order = plan.order
     grid = tuple(pl.cdiv(plan.view[k], plan.tile[k] or 1) for k in order)
@@ -191,18 +188,9 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
 
     def uniform(offset, lengths):
         """Random numbers for a piece at `offset` of the tile."""
-        local, shape = shapes
         offset, lengths = list(offset), list(lengths)
         at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
-        index = positions(
-            at,
-            [n and lengths.pop(0) for n in plan.tile],
-            plan.groups,
-            local,
-            [integers[1 + k] for k in range(len(local))],
-            shape,
-        )
-        return hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))
+        return uniform_of(integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
 
     body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform)
 
