@@ -44,5 +44,24 @@ SHAPES = {
         Shape("scanned_mlp", (12, 1024, 4096), "GPT-2 medium, 12 scanned layers", "h/mlp/c_fc/kernel"),
     )
 }
+
+
+def tinyllama(layers: int = 22, width: int = 2048) -> dict[str, tuple[int, ...]]:
+    """The 201 parameters of TinyLlama 1.1B (arXiv:2401.02385), by path."""
+    inner, keys, vocabulary = 11 * width // 4, width // 8, 125 * width // 8
+    kernels = {"wq": (width, width), "wk": (width, keys), "wv": (width, keys), "wo": (width, width)}
+    kernels |= {"w1": (width, inner), "w2": (inner, width), "w3": (width, inner)}
+    shapes = {"embedding": (vocabulary, width), "norm/scale": (width,), "head/kernel": (width, vocabulary)}
+    for k in range(layers):
+        shapes |= {f"layer_{k}/{name}/kernel": shape for name, shape in kernels.items()}
+        shapes |= {f"layer_{k}/{name}/scale": (width,) for name in ("attention_norm", "mlp_norm")}
+    return shapes
+
+
+def many_small(count: int) -> dict[str, tuple[int, ...]]:
+    """Vectors of 64 to 4096 elements, in steps of 64."""
+    return {f"leaf_{k}": (64 * (1 + k % 64),) for k in range(count)}
+
+
 DEFAULT = ("bert_layernorm", "resnet50_stem", "gpt2_mlp", "square_4096", "gpt2_wte", "llama_7b_mlp")
 QUICK = ("bert_layernorm", "lora_up")

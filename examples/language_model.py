@@ -103,13 +103,12 @@ def make_optimizer(args) -> optax.GradientTransformation:
     """AdamW with warmup and cosine decay behind gradient clipping: fp32, or with moments in 8 bits."""
     warmup, peak = max(1, args.steps // 10), args.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=0.1 * peak)
+    clip = optax.clip_by_global_norm(1.0)
     if args.optimizer == "adamw":
-        adamw = optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed)
-    else:
-        rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
-        state_format = fse.StateFormat(codec=args.codec[0])
-        adamw = fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, rules=rules, state_format=state_format)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+        return optax.chain(clip, optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed))
+    rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
+    options = {"rules": rules, "state_format": fse.StateFormat(codec=args.codec[0])}
+    return fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options))
 
 
 def decayed(params):

@@ -2,13 +2,19 @@
 
 import jax
 from jax import Array
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
     """The sharding that the type of `x` says; None where it says nothing."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def explicit_mesh(*arrays: Array) -> Mesh | AbstractMesh | None:
+    """The mesh of which the types of these arrays say something; None where it has axes that are not Explicit."""
+    mesh = next(sharding.mesh for x in arrays if (sharding := explicit_sharding(x)) is not None)
+    return mesh if all(kind is AxisType.Explicit for kind in mesh.axis_types) else None
 
 
 def placed_like(x: Array, other: Array) -> Array:

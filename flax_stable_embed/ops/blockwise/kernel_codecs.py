@@ -30,17 +30,36 @@ class Arithmetic(NamedTuple):
     encode: Callable[[Array, Array, Array | None], Array]
 
 
-def arithmetic_of(moment: Moment) -> Arithmetic:
-    """That of one moment. Stochastic rounding needs both neighbours of a number, for which the reference serves."""
+FourthRoot = Callable[[Array, float], Array]  # x and a factor to x^(1/4) times the factor; 0 is anything finite
+
+
+def by_logarithm(x: Array, times: float) -> Array:
+    """A fourth root, of which 1 ulp of the logarithm is 1e-6 levels."""
+    return lax.exp2(lax.log(x) * np.float32(0.25 / np.log(2)) + np.float32(np.log2(times)))
+
+
+def by_square_roots(x: Array, times: float) -> Array:
+    """A fourth root as 1 / sqrt(1 / sqrt(x))."""
+    return lax.rsqrt(lax.rsqrt(x)) * np.float32(times)
+
+
+def arithmetic_of(moment: Moment, fourth_root: FourthRoot) -> Arithmetic:
+    """That of one moment, with the fourth root that costs least where it runs.
+
+    Stochastic rounding needs both neighbours of a number, for which the reference serves.
+    """
     code = moment.code
-    found = {"root": _root, "dynamic": _dynamic, "linear": _linear}[moment.codec](code)
+    if moment.codec == "root":
+        found = _root(code, fourth_root)
+    else:
+        found = _dynamic(code) if moment.codec == "dynamic" else _linear(code)
     if not moment.stochastic:
         return found
     return found._replace(prepare=lambda absmax: absmax, encode=lambda x, absmax, u: codes_of(x, absmax, code, u))
 
 
-def _root(code: Code) -> Arithmetic:
-    top = np.float32(code.top)
+def _root(code: Code, fourth_root: FourthRoot) -> Arithmetic:
+    top = float(code.top)
 
     def decode_signed(codes, absmax):
         level = codes.astype(jnp.float32)
@@ -53,16 +72,13 @@ def _root(code: Code) -> Arithmetic:
         square = jnp.square(codes.astype(jnp.float32) * np.float32(1 / top))  # so that no small block underflows
         return square * square * absmax
 
-    def encode_unsigned(x, factor, _):  # factor = 4 / absmax; a fourth root by logarithm, of which 1 ulp is 1e-6 levels
-        level = lax.exp2(lax.log(x * factor) * _QUARTER_LOG2 + np.float32(np.log2(top) - 0.5))
+    def encode_unsigned(x, factor, _):  # factor = 4 / absmax
+        level = fourth_root(x * factor, top / 2**0.5)
         return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
 
     if code.bottom:
         return Arithmetic(decode_signed, lambda absmax: _live(absmax, lambda s: top * lax.rsqrt(s)), encode_signed)
     return Arithmetic(decode_unsigned, _reciprocal, encode_unsigned)
-
-
-_QUARTER_LOG2 = np.float32(0.25 / np.log(2))
 
 
 def _linear(code: Code) -> Arithmetic:

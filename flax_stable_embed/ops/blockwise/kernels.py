@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .._sharding import explicit_sharding, placed_like
+from .._sharding import explicit_sharding
 from .blocks import Blocks
-from .per_shard import FlatStep, per_shard, place_of_shard, specs_of, whole_blocks, with_transformations
+from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
 from .step import Operands, Step
 
 Name = Literal["pallas_tpu", "pallas_gpu"]
@@ -98,12 +98,6 @@ class Kernel:
 _step_by_kernel = Primitive("step_by_kernel")
 _step_by_kernel.multiple_results = True
 _step_by_kernel.def_abstract_eval(lambda *avals, kernel: kernel.outputs(*avals))
-
-
-def _bind(reference: FlatStep, kernel: Kernel, *flat: Any):
-    out, *stored = _step_by_kernel.bind(*flat, kernel=kernel)
-    n = len(reference.step.moments)
-    return out, tuple(stored[:n]), tuple(stored[n:])
 
 
 def _by_reference(context: Any, *flat: Any, kernel: Kernel):
@@ -194,13 +188,13 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
 
     def call(*flat):
         shape, blocks = reference.shape, reference.step.blocks
-        sharding = sharding_of(reference.tree.unflatten(flat).codes[0], spec)
-        if sharding is None and name == "pallas_gpu":
-            return per_shard(_OnOneGpu(reference, required), reference)(*flat)
+        local = _OnOneDevice(name, reference, required)
+        operands = reference.tree.unflatten(flat)
+        sharding = sharding_of(operands.codes[0], spec)
         if sharding is None:
-            return _bind(reference, Kernel(name, reference, shape, required), *flat)
+            return per_shard(local, reference)(*flat) if name == "pallas_gpu" else local(reference.step, operands)
         if is_cut_evenly(sharding, blocks, shape):
-            return _on_every_device(name, reference, sharding, specs_of(sharding, len(shape)), required)(*flat)
+            return on_every_device(local, reference, sharding.mesh, specs_of(sharding, len(shape)))(*flat)
         if required:
             raise NotImplementedError(
                 f"`implementation={name!r}`: {sharding.spec} does not cut an array of {shape} evenly or cuts through "
@@ -213,17 +207,19 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
 
 
 @dataclass(frozen=True)
-class _OnOneGpu:
-    """The kernel for GPU as an implementation that `per_shard` takes."""
+class _OnOneDevice:
+    """A kernel as an implementation for one device's own array, which lies at `origin` of one of `shape`."""
 
+    name: Name
     reference: FlatStep
     required: bool
 
     def __call__(self, step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
         local = operands.g.shape
-        piece = replace(self.reference, shape=local)
-        kernel = Kernel("pallas_gpu", piece, shape or local, self.required)
-        return _bind(piece, kernel, *jax.tree.leaves(operands), *map(jnp.int32, origin))
+        kernel = Kernel(self.name, replace(self.reference, shape=local), shape or local, self.required)
+        out, *stored = _step_by_kernel.bind(*jax.tree.leaves(operands), *map(jnp.int32, origin), kernel=kernel)
+        n = len(step.moments)
+        return out, tuple(stored[:n]), tuple(stored[n:])
 
 
 def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
@@ -253,27 +249,3 @@ def is_cut_evenly(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...
     """Whether every device has whole blocks, and as many."""
     cuts = specs_of(sharding, len(shape))
     return whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts
-
-
-def _on_every_device(
-    name: Name, reference: FlatStep, sharding: NamedSharding, cuts: list[tuple[str, ...]], required: bool
-):
-    """The kernel on every device's own piece, which knows where it lies."""
-    shape, mesh = reference.shape, sharding.mesh
-    cut = PartitionSpec(*[names or None for names in cuts])
-    local = tuple(d // prod(mesh.shape[name] for name in names) for d, names in zip(shape, cuts))
-    piece = FlatStep(reference.implementation, reference.step, reference.tree, local)
-
-    def run(*flat):
-        origin = map(jnp.int32, place_of_shard(cuts, mesh, shape))
-        return _bind(reference, Kernel(name, piece, shape, required), *flat, *origin)
-
-    def call(*flat):
-        n, codes = len(reference.step.moments), reference.tree.unflatten(flat).codes[0]
-        specs = tuple(cut if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
-        where = None if isinstance(mesh, AbstractMesh) else mesh
-        options = {"in_specs": specs, "out_specs": (cut, (cut,) * n, (cut,) * n), "check_vma": False}
-        placed = [placed_like(x, codes) if jnp.ndim(x) == len(shape) else x for x in flat]
-        return jax.shard_map(run, mesh=where, **options)(*placed)
-
-    return call

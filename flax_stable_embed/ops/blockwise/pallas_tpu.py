@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .blocks import Blocks
 from .codecs import TINY
-from .kernel_codecs import arithmetic_of, magnitude_of, without_overflow
+from .kernel_codecs import arithmetic_of, by_logarithm, magnitude_of, without_overflow
 from .kernel_scalars import scalars_of, uniform_of
 from .kernels import LANES, ROWS
 from .step import Operands, Step, apply_rule
@@ -202,7 +202,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
     turns = size // turn
     loop = partial(lax.fori_loop, np.int32(0), np.int32(turns), unroll=min(turns, 8))
     short = local[step.blocks.axis] % size != 0
-    ways = [arithmetic_of(moment) for moment in step.moments]
+    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
     group, first_block = refs.absmax[0].shape[0], lax.div(start, np.int32(size))
 
     def one_block(k, _):
@@ -251,7 +251,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
     height, width = plan.inner
     size = min(step.blocks.size, width)
     turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
-    ways = [arithmetic_of(moment) for moment in step.moments]
+    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
 
     def rows_at(i, _):
         rows = pl.ds(i * turn, turn)

@@ -1,8 +1,9 @@
 """Runs a step that is written for one device's own array on every device of a mesh, with nothing gathered.
 
-A `custom_partitioning` with a sharding rule works under Auto and Explicit meshes, in scan and cond, and asks the user
-for no mesh. Every device gets its piece of the parameter, whole blocks and their scales, and the piece's place in the
-whole, which the stochastic hash needs. Where a block would straddle two shards the blocked axis is gathered first.
+A `custom_partitioning` with a sharding rule works under meshes with Auto axes, in scan and cond, and asks the user for
+no mesh; under those with Explicit axes types say how arrays are cut, and a `shard_map` follows them. Every device gets
+its piece of the parameter, whole blocks and their scales, and the piece's place in the whole, which the stochastic hash
+needs. Where a block would straddle two shards the blocked axis is gathered first.
 A custom partitioner knows neither vmap nor differentiation: there the reference takes over.
 """
 
@@ -22,9 +23,9 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from .._sharding import explicit_sharding
+from .._sharding import explicit_mesh, explicit_sharding, placed_like
 from .blocks import Blocks
 from .step import Step
 
@@ -73,11 +74,38 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
         return call
 
     def call(*flat):
-        # Under an Explicit mesh the types carry shardings, which the reference keeps and a loop over pieces would not.
-        explicit = any(explicit_sharding(x) is not None for x in flat)
-        return partitioned(reference if explicit else replace(reference, implementation=local))(*flat)
+        if all(explicit_sharding(x) is None for x in flat):
+            return partitioned(replace(reference, implementation=local))(*flat)
+        mesh = explicit_mesh(*flat)
+        if mesh is None:  # some axes are not Explicit: only the compiler can say how it cuts them
+            return reference(*flat)
+        sharding = explicit_sharding(tree.unflatten(flat).codes[0])
+        cuts = whole_blocks(specs_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
+        return on_every_device(local, reference, mesh, cuts)(*flat)
 
     return with_transformations(call, reference)
+
+
+def on_every_device(local: Callable, reference: FlatStep, mesh: Any, cuts: list[tuple[str, ...]]) -> Callable:
+    """`local` in a `shard_map` over all axes of a mesh, each device with its piece of arrays that are cut by `cuts`."""
+    step, tree, shape = reference.step, reference.tree, reference.shape
+    cut = PartitionSpec(*[names or None for names in cuts])
+
+    def run(*flat):
+        return local(step, tree.unflatten(flat), place_of_shard(cuts, mesh, shape), shape)
+
+    def call(*flat):
+        n, operands = len(step.moments), tree.unflatten(flat)
+        codes, absmax = operands.codes, operands.absmax
+        specs = tuple(cut if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
+        where = None if isinstance(mesh, AbstractMesh) else mesh
+        options = {"in_specs": specs, "out_specs": (cut, (cut,) * n, (cut,) * n), "check_vma": False}
+        if explicit_sharding(codes[0]) is not None:
+            flat = [jax.sharding.reshard(x, s) for x, s in zip(flat, specs)]
+        results = jax.shard_map(run, mesh=where, **options)(*flat)
+        return jax.tree.map(placed_like, results, (codes[0], codes, absmax))
+
+    return call
 
 
 def with_transformations(call: Callable, reference: FlatStep) -> Callable:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_stable_embed.ops.blockwise import codecs
-from flax_stable_embed.ops.blockwise.kernel_codecs import arithmetic_of
+from flax_stable_embed.ops.blockwise.kernel_codecs import arithmetic_of, by_logarithm, by_square_roots
 from flax_stable_embed.ops.blockwise.step import Moment
 
 quantize = importlib.import_module("flax_stable_embed.ops.blockwise.quantize")
@@ -16,11 +16,12 @@ quantize = importlib.import_module("flax_stable_embed.ops.blockwise.quantize")
 CODES_APART = 1e-4  # of all codes may differ, by one
 
 
+@pytest.mark.parametrize("fourth_root", [by_logarithm, by_square_roots])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
-def test_all_256_codes_and_a_million_numbers(codec, signed):
+def test_all_256_codes_and_a_million_numbers(codec, signed, fourth_root):
     moment = Moment(signed, codec)
-    way, code = arithmetic_of(moment), moment.code
+    way, code = arithmetic_of(moment, fourth_root), moment.code
     every = np.arange(256).astype(np.uint8).view(code.dtype)
     decoded, want = jax.jit(lambda c: way.decode(c, jnp.ones(256)))(every), codecs.decode(jnp.asarray(every), code)
     np.testing.assert_allclose(decoded, want, rtol=6e-7)

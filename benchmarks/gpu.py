@@ -1,0 +1,456 @@
+"""The kernels on this machine's GPU: their answers, their time beside the memory's, and beside other optimizers'.
+
+    python -m benchmarks.gpu             writes results/gpu-<device>.json, prints the tables; less than eight minutes
+    python -m benchmarks.gpu --quick     tiny arrays and the reference, on any machine; writes no file
+
+It needs jax with CUDA, flax and optax; torch, torchao and bitsandbytes take part where they are installed. All run in
+one process and take turns (timing.py). A turn is several steps in a row, so that the host is ahead of the device; what
+the device was busy for is read from the profiler beside it.
+
+Bytes of a step are those that it must read and write; what the memory can do is measured by copying an array.
+"""
+
+import functools
+import gc
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flax_stable_embed as fse
+from flax_stable_embed.ops.blockwise.codecs import CODECS
+
+from . import report
+from .optimizers import ADAMW, LEARNING_RATE
+from .shapes import many_small, tinyllama
+from .timing import alternate, quartiles
+
+STEPS = 10  # of a turn
+ROUNDS = 15
+BASELINE = "`optax.adamw`"
+Tree = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A contender that is compiled and ready; `turn` does STEPS steps and waits for the last."""
+
+    turn: Callable[[], None]
+    compile_s: float
+    state_bytes: int
+    temp_bytes: int | None
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """Parameters and gradients that contenders of one framework share: each updates the same parameters in place."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32):
+        keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes))))
+        make = jax.jit(lambda key, shape: jax.random.normal(key, shape, dtype), static_argnums=1)
+        self.grads = {name: 1e-3 * make(keys[name], shape) for name, shape in shapes.items()}
+        self.params = {name: 0.02 * make(keys[name], shape) for name, shape in shapes.items()}
+
+    @functools.cached_property
+    def for_torch(self) -> list[Any]:
+        """Parameters of the same shapes, with gradients, on the GPU."""
+        import torch
+
+        made = []
+        for p in self.params.values():
+            made.append(torch.nn.Parameter(0.02 * torch.randn(p.shape, device="cuda")))
+            made[-1].grad = 1e-3 * torch.randn(p.shape, device="cuda")
+        return made
+
+
+def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
+    """A step of one transform under jit, parameters and state in place."""
+
+    def step(params: Tree, state: Any, grads: Tree) -> Any:
+        if fused:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(holder.params)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    began = perf_counter()
+    compiled = jitted.lower(holder.params, state, holder.grads).compile()
+    compile_s = perf_counter() - began
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+
+    def turn() -> None:
+        nonlocal state
+        for _ in range(STEPS):
+            holder.params, state = jitted(holder.params, state, holder.grads)  # dispatched quicker than `compiled`
+        jax.block_until_ready((holder.params, state))
+
+    turn()
+    return Run(turn, compile_s, state_bytes, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def start_torch(holder: Holder, peer: str) -> Run:
+    """An optimizer of torch, torchao or bitsandbytes."""
+    import torch
+
+    if peer == "torch":
+        make = functools.partial(torch.optim.AdamW, fused=True)
+    elif peer == "torchao":
+        from torchao.optim import AdamW8bit as make
+    else:
+        from bitsandbytes.optim import AdamW8bit as make
+    options = {"lr": LEARNING_RATE, "betas": (ADAMW["b1"], ADAMW["b2"]), "eps": ADAMW["eps"]}
+    optimizer = make(holder.for_torch, **options, weight_decay=ADAMW["weight_decay"])
+
+    def turn() -> None:
+        for _ in range(STEPS):
+            optimizer.step()
+        torch.cuda.synchronize()
+
+    before = torch.cuda.memory_allocated()
+    began = perf_counter()
+    turn()
+    compile_s = perf_counter() - began
+    turn()
+    return Run(turn, compile_s, torch.cuda.memory_allocated() - before, None)
+
+
+def ours(codec: str = "root", rounding: str = "nearest", *, rules: Any = (), implementation: Any = None, **form: Any):
+    """AdamW of this library."""
+    state_format = fse.StateFormat(codec, rounding, **form)
+    return fse.adamw8bit(LEARNING_RATE, **ADAMW, rules=rules, state_format=state_format, implementation=implementation)
+
+
+EIGHT = ((".*", 8),)  # all arrays that are large enough, embeddings too: as other libraries do
+FIELD: dict[str, Callable[[Holder], Run]] = {
+    BASELINE: lambda holder: start(holder, optax.adamw(LEARNING_RATE, **ADAMW), fused=False),
+    "`fse.adamw8bit`, `fused_update`": lambda holder: start(holder, ours(rules=EIGHT)),
+    "`fse.adamw8bit`, `update`": lambda holder: start(holder, ours(rules=EIGHT), fused=False),
+    "the same, embeddings in fp32 (default rules)": lambda holder: start(holder, ours()),
+    "`fse.adamw8bit`, `dynamic`": lambda holder: start(holder, ours("dynamic", rules=EIGHT)),
+    "`fse.adamw8bit`, stochastic": lambda holder: start(holder, ours(rounding="stochastic", rules=EIGHT)),
+    "`fse.adamw8bit`, `xla`": lambda holder: start(holder, ours(rules=EIGHT, implementation="xla")),
+    "torch `AdamW(fused=True)`": lambda holder: start_torch(holder, "torch"),
+    "torchao `AdamW8bit`": lambda holder: start_torch(holder, "torchao"),
+    "bitsandbytes `AdamW8bit`": lambda holder: start_torch(holder, "bitsandbytes"),
+}
+
+
+def field() -> dict[str, Callable[[Holder], Run]]:
+    """Those that can run here."""
+    gpu = jax.default_backend() == "gpu" and find_spec("torch") is not None
+    there = {p: gpu and find_spec(p) is not None for p in ("torch", "torchao", "bitsandbytes")}
+    return {name: make for name, make in FIELD.items() if there.get(name.split()[0], True)}
+
+
+def compared(shapes: dict[str, tuple[int, ...]], contenders: dict[str, Callable[[Holder], Run]], rounds: int) -> Tree:
+    """One row for each contender."""
+    holder, runs, rows = Holder(shapes), {}, {}
+    for name, make in contenders.items():
+        try:
+            runs[name] = make(holder)
+        except Exception as error:  # a peer that its versions or this GPU do not suit is no reason to lose the rest
+            if "fse" in name or "optax" in name:
+                raise
+            rows[name] = {"skip": f"{type(error).__name__}: {error}"[:200]}
+    turns = alternate({name: run.turn for name, run in runs.items()}, budget_s=rounds, most_rounds=rounds)
+    size = sum(map(prod, shapes.values()))
+    for name, run in runs.items():
+        state = run.state_bytes / size
+        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        rows[name] = {
+            "state_bytes_per_parameter": state,
+            "temp_bytes_per_parameter": None if run.temp_bytes is None else run.temp_bytes / size,
+            "ms": ms,
+            "device_ms": busy_ms(run.turn),
+            "ratio": quartiles([t / b for t, b in zip(turns[name], turns[BASELINE])]),
+            "gb_per_s": size * (12 + 2 * state) / ms[1] / 1e6,
+            "first_s": run.compile_s,
+        }
+    del runs
+    gc.collect()
+    return {name: rows[name] for name in contenders}
+
+
+def busy_ms(turn: Callable[[], None]) -> float | None:
+    """What the GPU was busy for in a step, by its profiler, the median of three turns; None where there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    return median(_busy_ms(turn) for _ in range(3))
+
+
+def _busy_ms(turn: Callable[[], None]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            turn()
+        (found,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(found))
+        planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
+        lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+        return sum(event.duration_ns for line in lines for event in line.events) / 1e6 / STEPS
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def answers(quick: bool) -> list[Tree]:
+    """Kernel and reference side by side, each from the reference's state: how many codes differ, and the parameters."""
+    named = None if jax.default_backend() != "gpu" else "pallas_gpu"
+    shapes = [(256, 384)] if quick else [(512, 384), (300, 130), (7, 64, 257), (4096,), (5000,)]
+    settings = list(itertools.product(CODECS, ("nearest", "stochastic"), DTYPES))
+
+    def row(setting: tuple[Any, ...]) -> Tree:
+        codec, rounding, dtype = setting
+        holder = Holder({f"kernel_{k}": shape for k, shape in enumerate(shapes)}, DTYPES[dtype])
+        kernel, reference = (ours(codec, rounding, implementation=name, min_size=0) for name in (named, "xla"))
+        fused = dtype == "float32"
+        steps = _step_of(kernel, fused), _step_of(reference, fused)
+        params, state, codes, rounded_apart, parameters_apart = holder.params, kernel.init(holder.params), 0, [], []
+        for k in range(3):
+            grads = {name: jnp.roll(g, k) * (1 + k) for name, g in holder.grads.items()}
+            ours_, (params, state) = (step(params, state, grads) for step in steps)
+            for a, b in zip(_codes(ours_[1]), _codes(state)):
+                codes += a.size
+                rounded_apart.append(np.abs(a - b).ravel())
+            for a, b in zip(ours_[0].values(), params.values()):
+                a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+                parameters_apart.append((np.abs(a - b) / np.spacing(np.abs(b).astype(DTYPES[dtype]))).max())
+        apart = np.concatenate(rounded_apart)
+        return {
+            "codec": codec,
+            "rounding": rounding,
+            "dtype": dtype,
+            "path": "fused_update" if fused else "update",
+            "codes": codes,
+            "codes_apart": int(np.count_nonzero(apart)),
+            "most_apart": int(apart.max()),
+            "parameters_apart_ulp": float(max(parameters_apart)),
+        }
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers take most of the time
+        return list(pool.map(row, settings[:3] if quick else settings))
+
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def _step_of(tx: Any, fused: bool) -> Callable:
+    """A step of one transform under jit."""
+
+    @jax.jit
+    def step(params: Tree, state: Any, grads: Tree) -> Any:
+        if fused:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def _codes(state: Any) -> list[np.ndarray]:
+    return [np.asarray(x, np.int32) for x in (*state[0].mu.values(), *state[0].nu.values())]
+
+
+def copy_gb_per_s(size: int) -> float:
+    """Bytes read and written a second by the best of JAX's and torch's copies of an array of float32."""
+    x = jnp.zeros(size, jnp.float32)
+    copy = jax.jit(jnp.copy)
+    turns = {"jax": lambda: jax.block_until_ready([copy(x) for _ in range(STEPS)])}
+    if find_spec("torch") is not None and jax.default_backend() == "gpu":
+        import torch
+
+        a, b = (torch.zeros(size, device="cuda") for _ in range(2))
+        turns["torch"] = lambda: ([b.copy_(a) for _ in range(STEPS)], torch.cuda.synchronize())
+    seconds = alternate(turns, 2.0, ROUNDS)
+    return max(8 * size * STEPS / quartiles(s)[1] / 1e9 for s in seconds.values())
+
+
+ARRAYS: dict[str, tuple[tuple[int, ...], Any, Tree]] = {
+    "`root`": ((8192, 8192), jnp.float32, {}),
+    "`dynamic`": ((8192, 8192), jnp.float32, {"codec": "dynamic"}),
+    "`linear`": ((8192, 8192), jnp.float32, {"codec": "linear"}),
+    "`root`, stochastic": ((8192, 8192), jnp.float32, {"rounding": "stochastic"}),
+    "`dynamic`, stochastic": ((8192, 8192), jnp.float32, {"codec": "dynamic", "rounding": "stochastic"}),
+    "`root`, bfloat16": ((8192, 8192), jnp.bfloat16, {}),
+    "`root`, blocks of 256 along rows": ((8192, 8192), jnp.float32, {"block_size": 256, "block_axis": -1}),
+    "`root`, blocks of 128": ((8192, 8192), jnp.float32, {"block_size": 128}),
+    "`root`, blocks of 64": ((8192, 8192), jnp.float32, {"block_size": 64}),
+    "`root`, ragged": ((8191, 8193), jnp.float32, {}),
+    "`root`, a vector": ((1 << 26,), jnp.float32, {}),
+}
+
+
+def arrays(quick: bool, rounds: int) -> Tree:
+    """One array: kernel and reference, and what share of the memory's speed each reaches."""
+    rows = {}
+    for name, (shape, dtype, form) in ARRAYS.items():
+        shape = tuple(min(n, 300) for n in shape) if quick else shape
+        holder = Holder({"kernel": shape}, dtype)
+        runs = {"kernel": start(holder, ours(rules=EIGHT, **form))}
+        runs["xla"] = start(holder, ours(rules=EIGHT, implementation="xla", **form))
+        turns = alternate({key: run.turn for key, run in runs.items()}, 1.0, rounds)
+        moved = prod(shape) * 3 * jnp.dtype(dtype).itemsize + 2 * runs["kernel"].state_bytes
+        rows[name] = {"shape": shape, "bytes_per_parameter": moved / prod(shape)}
+        for key, run in runs.items():
+            ms = quartiles([1e3 * t / STEPS for t in turns[key]])
+            rows[name][key] = {"ms": ms, "device_ms": busy_ms(run.turn), "gb_per_s": moved / ms[1] / 1e6}
+    return rows
+
+
+def small_leaves(quick: bool, rounds: int) -> Tree:
+    """Many small parameters, all of them in bytes."""
+    shapes = many_small(20 if quick else 2000)
+    tx = ours(rules=EIGHT, min_size=0)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    stored = {x.dtype for x in jax.tree.leaves(jax.eval_shape(tx.init, params)[0].mu)}
+    assert stored == {jnp.dtype(jnp.int8)}, stored
+    ours_alone = {BASELINE: FIELD[BASELINE], "`fse.adamw8bit`, `fused_update`": lambda holder: start(holder, tx)}
+    return compared(shapes, ours_alone, rounds)
+
+
+def training(quick: bool, rounds: int) -> Tree:
+    """A whole step of the example's language model, fp32 beside 8 bits."""
+    from flax import nnx
+
+    sys.path.insert(0, str(report.HOME.parent / "examples"))
+    import language_model
+
+    width, layers, batch, vocabulary, context = (64, 1, 2, 128, 16) if quick else (768, 8, 8, 32768, 512)
+    windows = jax.random.randint(jax.random.key(0), (batch, context + 1), 0, vocabulary)
+    model = language_model.LanguageModel(vocabulary, width, layers, embedding="stable", rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    runs = {}
+    for name in ("adamw", "adamw8bit", "adamw8bit, `fused_update`"):
+        args = language_model.arguments().parse_args(["--optimizer", name.split(",")[0]])
+        tx = language_model.make_optimizer(args)
+
+        def step(params: Any, state: Any, windows: Any, tx: Any = tx, fused: bool = "fused" in name) -> Any:
+            loss, grads = jax.value_and_grad(language_model.loss_of)(params, graphdef, windows)
+            if fused:
+                return *fse.fused_update(tx, grads, state, params), loss
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        own = jax.tree.map(jnp.copy, params)
+        runs[name] = _training_turn(jax.jit(step, donate_argnums=(0, 1)), own, jax.jit(tx.init)(own), windows)
+    turns = alternate(runs, 4.0, rounds)
+    rows = {}
+    for name, turn in runs.items():
+        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        ratio = quartiles([t / b for t, b in zip(turns[name], turns["adamw"])])
+        rows[name] = {
+            "parameters": size,
+            "tokens": batch * context,
+            "ms": ms,
+            "ratio": ratio,
+            "device_ms": busy_ms(turn),
+        }
+    return rows
+
+
+def _training_turn(step: Any, params: Any, state: Any, windows: Any) -> Callable[[], None]:
+    def turn() -> None:
+        nonlocal params, state
+        for _ in range(STEPS):
+            params, state, loss = step(params, state, windows)
+        jax.block_until_ready(loss)
+
+    turn()
+    return turn
+
+
+def stable_embed(quick: bool, rounds: int) -> Tree:
+    """StableEmbed beside `nn.Embed` and `nn.LayerNorm`: forward, and forward and backward."""
+    vocabulary, width, tokens = (64, 32, 16) if quick else (32768, 4096, 65536)
+    ids = jax.random.randint(jax.random.key(1), (tokens,), 0, vocabulary)
+    chosen = jax.random.normal(jax.random.key(2), (tokens, width))
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return nn.LayerNorm()(nn.Embed(vocabulary, width)(ids))
+
+    runs = {}
+    for name, module in (("stable", fse.linen.StableEmbed(vocabulary, width)), ("flax", Flax())):
+        params = jax.jit(module.init)(jax.random.key(0), ids)
+        forward = jax.jit(module.apply)
+
+        def loss(params, ids, chosen, module=module):
+            return jnp.sum(module.apply(params, ids) * chosen)
+
+        both = jax.jit(jax.grad(loss))
+        runs[f"{name}, forward"] = _turn_of(forward, params, ids)
+        runs[f"{name}, forward and backward"] = _turn_of(both, params, ids, chosen)
+    turns = alternate(runs, 4.0, rounds)
+    rows = {}
+    for name, turn in runs.items():
+        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        rows[name] = {"shape": (vocabulary, width, tokens), "ms": ms, "device_ms": busy_ms(turn)}
+    # Rows read, an output written; then rows and the output's gradient read, the table's gradient written and added to.
+    least = 4 * tokens * width
+    table = 4 * vocabulary * width
+    for name, row in rows.items():
+        row["least_bytes"] = 2 * least if name.endswith("forward") else 5 * least + table
+    return rows
+
+
+def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
+    def turn() -> None:
+        for _ in range(STEPS):
+            out = f(*args)
+        jax.block_until_ready(out)
+
+    turn()
+    return turn
+
+
+def measure(quick: bool, keep: Callable[[Tree], Any] = lambda results: None) -> Tree:
+    """Everything; `keep` is given what there is after each part."""
+    if not quick and jax.default_backend() != "gpu":
+        sys.exit("There is no GPU here. `--quick` runs on any machine; `python -m benchmarks.compiled` only compiles.")
+    rounds = 3 if quick else ROUNDS
+    results: Tree = {"environment": report.environment("python -m benchmarks.gpu")}
+    parts = {
+        "answers": lambda: answers(quick),
+        "copy_gb_per_s": lambda: copy_gb_per_s(1 << 10 if quick else 1 << 29),
+        "arrays": lambda: arrays(quick, rounds),
+        "model": lambda: compared(tinyllama(1, 64) if quick else tinyllama(), field(), rounds),
+        "training": lambda: training(quick, rounds),
+        "stable_embed": lambda: stable_embed(quick, rounds),
+        "small": lambda: small_leaves(quick, rounds),
+    }
+    for name, part in parts.items():
+        began = perf_counter()
+        results[name] = part()
+        gc.collect()
+        keep(results)
+        print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+    results = measure("--quick" in arguments)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
