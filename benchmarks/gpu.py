@@ -1,6 +1,6 @@
 """The kernels on this machine's GPU: their answers, their time beside the memory's, and beside other optimizers'.
 
-    python -m benchmarks.gpu             writes results/gpu-<device>.json, prints the tables; less than eight minutes
+    python -m benchmarks.gpu             writes results/gpu-<device>.json, prints the tables; some six minutes
     python -m benchmarks.gpu --quick     tiny arrays and the reference, on any machine; writes no file
 
 It needs jax with CUDA, flax and optax; torch, torchao and bitsandbytes take part where they are installed. All run in
@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from .timing import alternate, quartiles
 
 STEPS = 10  # of a turn
 ROUNDS = 15
-BASELINE = "`optax.adamw`"
+BASELINE, OURS = "`optax.adamw`", "`fse.adamw8bit`, `fused_update`"
 Tree = dict[str, Any]
 
 
@@ -140,7 +141,7 @@ def ours(codec: str = "root", rounding: str = "nearest", *, rules: Any = (), imp
 EIGHT = ((".*", 8),)  # all arrays that are large enough, embeddings too: as other libraries do
 FIELD: dict[str, Callable[[Holder], Run]] = {
     BASELINE: lambda holder: start(holder, optax.adamw(LEARNING_RATE, **ADAMW), fused=False),
-    "`fse.adamw8bit`, `fused_update`": lambda holder: start(holder, ours(rules=EIGHT)),
+    OURS: lambda holder: start(holder, ours(rules=EIGHT)),
     "`fse.adamw8bit`, `update`": lambda holder: start(holder, ours(rules=EIGHT), fused=False),
     "the same, embeddings in fp32 (default rules)": lambda holder: start(holder, ours()),
     "`fse.adamw8bit`, `dynamic`": lambda holder: start(holder, ours("dynamic", rules=EIGHT)),
@@ -152,10 +153,13 @@ FIELD: dict[str, Callable[[Holder], Run]] = {
 }
 
 
+PEERS = ("torch", "torchao", "bitsandbytes")
+
+
 def field() -> dict[str, Callable[[Holder], Run]]:
     """Those that can run here."""
     gpu = jax.default_backend() == "gpu" and find_spec("torch") is not None
-    there = {p: gpu and find_spec(p) is not None for p in ("torch", "torchao", "bitsandbytes")}
+    there = {p: gpu and find_spec(p) is not None for p in PEERS}
     return {name: make for name, make in FIELD.items() if there.get(name.split()[0], True)}
 
 
@@ -229,8 +233,7 @@ def answers(quick: bool) -> list[Tree]:
                 codes += a.size
                 rounded_apart.append(np.abs(a - b).ravel())
             for a, b in zip(ours_[0].values(), params.values()):
-                a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-                parameters_apart.append((np.abs(a - b) / np.spacing(np.abs(b).astype(DTYPES[dtype]))).max())
+                parameters_apart.append(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
         apart = np.concatenate(rounded_apart)
         return {
             "codec": codec,
@@ -240,7 +243,7 @@ def answers(quick: bool) -> list[Tree]:
             "codes": codes,
             "codes_apart": int(np.count_nonzero(apart)),
             "most_apart": int(apart.max()),
-            "parameters_apart_ulp": float(max(parameters_apart)),
+            "parameters_apart": float(max(parameters_apart)),
         }
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers take most of the time
@@ -320,7 +323,7 @@ def small_leaves(quick: bool, rounds: int) -> Tree:
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     stored = {x.dtype for x in jax.tree.leaves(jax.eval_shape(tx.init, params)[0].mu)}
     assert stored == {jnp.dtype(jnp.int8)}, stored
-    ours_alone = {BASELINE: FIELD[BASELINE], "`fse.adamw8bit`, `fused_update`": lambda holder: start(holder, tx)}
+    ours_alone = {BASELINE: FIELD[BASELINE], OURS: lambda holder: start(holder, tx)}
     return compared(shapes, ours_alone, rounds)
 
 
@@ -421,8 +424,8 @@ def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
     return turn
 
 
-def measure(quick: bool, keep: Callable[[Tree], Any] = lambda results: None) -> Tree:
-    """Everything; `keep` is given what there is after each part."""
+def measure(quick: bool) -> Tree:
+    """Everything; unless it is quick, what there is after each part is kept."""
     if not quick and jax.default_backend() != "gpu":
         sys.exit("There is no GPU here. `--quick` runs on any machine; `python -m benchmarks.compiled` only compiles.")
     rounds = 3 if quick else ROUNDS
@@ -440,16 +443,128 @@ def measure(quick: bool, keep: Callable[[Tree], Any] = lambda results: None) -> 
         began = perf_counter()
         results[name] = part()
         gc.collect()
-        keep(results)
+        if not quick:
+            keep(results)
         print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def newest() -> Tree:
+    """The newest results there are."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("gpu-*.json")]
+    return max(found, key=lambda results: results["environment"]["date"])
+
+
+RESULTS = report.HOME / "results"
+
+
+def markdown(results: Tree) -> str:
+    """The tables of the parts that there are."""
+    tables = {"model": _of_model, "arrays": _of_arrays, "training": _of_training, "small": _of_small}
+    tables |= {"stable_embed": _of_modules}
+    parts = [_about(results)] + [make(results) for name, make in tables.items() if name in results]
+    return "\n\n".join(parts)
+
+
+def _about(results: Tree) -> str:
+    env, rows = results["environment"], results["answers"]
+    versions = [f"{p} {env['versions'][p]}" for p in ("jax", "optax", *PEERS) if env["versions"][p]]
+    apart = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in {row["dtype"]: 0 for row in rows}}
+    shares = [
+        f"{sum(r['codes_apart'] for r in found) / sum(r['codes'] for r in found):.1e} ({dtype})"
+        for dtype, found in apart.items()
+    ]
+    return (
+        f"{env['device']}, {', '.join(versions)}; `{env['command']}` at {env['commit']}, {env['date']}. Copying an "
+        f"array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was busy for a "
+        "step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from one state: of "
+        f"{sum(row['codes'] for row in rows):,} codes this share differs, by at most "
+        f"{max(row['most_apart'] for row in rows)}: {', '.join(shares)}."
+    )
+
+
+def _share(results: Tree, moved: float, ms: float | None) -> str:
+    return "" if ms is None else f"{100 * moved / ms / 1e6 / results['copy_gb_per_s']:.0f}%"
+
+
+def _busy(row: Tree) -> str:
+    return "" if row["device_ms"] is None else f"{row['device_ms']:.3g}"
+
+
+def _of_model(results: Tree) -> str:
+    rows, size = results["model"], sum(map(prod, tinyllama().values()))
+    base = rows[BASELINE]["device_ms"]
+    head = ["AdamW, TinyLlama 1.1B, 201 arrays", "state, bytes a parameter", "GPU busy, ms", "of `optax.adamw`"]
+    lines = [[*head, "of the copy's speed", "ms passed", "until the first step, s"], ["---", *["--:"] * 6]]
+    for name, row in rows.items():
+        if "skip" in row:
+            lines.append([name, row["skip"], *[""] * 5])
+            continue
+        moved, ms = size * (12 + 2 * row["state_bytes_per_parameter"]), row["device_ms"]
+        beside = "" if ms is None else f"{ms / base:.2f}x"
+        state = f"{row['state_bytes_per_parameter']:.2f}"
+        share = _share(results, moved, ms)
+        lines.append([name, state, _busy(row), beside, share, report.spread(row["ms"]), f"{row['first_s']:.1f}"])
+    return report.table(lines)
+
+
+def _of_arrays(results: Tree) -> str:
+    lines = [["one array, AdamW in place", "array", "bytes a parameter", "ms", "of the copy's speed", "`xla`: ms"]]
+    lines.append(["---", "---", *["--:"] * 4])
+    for name, row in results["arrays"].items():
+        shape, moved = " x ".join(f"{n:,}" for n in row["shape"]), row["bytes_per_parameter"] * prod(row["shape"])
+        share = _share(results, moved, row["kernel"]["device_ms"])
+        lines.append([name, shape, f"{row['bytes_per_parameter']:.2f}", _busy(row["kernel"]), share, _busy(row["xla"])])
+    return report.table(lines)
+
+
+def _of_training(results: Tree) -> str:
+    rows = results["training"]
+    first = next(iter(rows.values()))
+    title = (
+        f"examples/language_model.py, {first['parameters'] / 1e6:.0f}M parameters, {first['tokens']:,} tokens a step"
+    )
+    lines = [[title, "GPU busy, ms", "ms passed", "of adamw"], ["---", *["--:"] * 3]]
+    for name, row in rows.items():
+        lines.append([name, _busy(row), report.spread(row["ms"]), f"{row['ratio'][1]:.3f}x"])
+    return report.table(lines)
+
+
+def _of_small(results: Tree) -> str:
+    lines = [["2000 vectors of 64 to 4096 elements", "GPU busy, ms", "ms passed", "of `optax.adamw`"]]
+    lines.append(["---", *["--:"] * 3])
+    for name, row in results["small"].items():
+        lines.append([name, _busy(row), report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
+    return report.table(lines)
+
+
+def _of_modules(results: Tree) -> str:
+    rows = results["stable_embed"]
+    vocabulary, width, tokens = next(iter(rows.values()))["shape"]
+    title = f"table {vocabulary:,} x {width:,}, {tokens:,} tokens"
+    lines = [[title, "GPU busy, ms", "of the copy's speed", "ms passed"], ["---", *["--:"] * 3]]
+    names = {"stable": "`fse.linen.StableEmbed`", "flax": "`nn.Embed`, `nn.LayerNorm`"}
+    for name, row in rows.items():
+        module, _, what = name.partition(", ")
+        share = _share(results, row["least_bytes"], row["device_ms"])
+        lines.append([f"{names[module]}, {what}", _busy(row), share, report.spread(row["ms"])])
+    return report.table(lines)
+
+
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
-    results = measure("--quick" in arguments)
-    print(json.dumps(results, indent=1))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.55")  # torch and its peers need the rest
+    report.run("python -m benchmarks.gpu", __doc__, arguments, measure, markdown, keep)
+
+
+def keep(results: Tree) -> None:
+    """Writes the results, under the name of the GPU."""
+    device = re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
+    report.save(results, RESULTS / f"gpu-{device}.json")
 
 
 if __name__ == "__main__":

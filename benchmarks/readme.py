@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import compiled, embedding, errors, quality_report, report, rounding, state, switch
+from . import compiled, embedding, errors, gpu, quality_report, report, roofline, rounding, state, switch
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
@@ -37,6 +37,7 @@ def quality() -> str:
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
     ("README.md", "compiled"): lambda: compiled.markdown(json.loads(compiled.FILE.read_text())),
+    ("README.md", "gpu"): lambda: gpu.markdown(gpu.newest()),
     ("README.md", "embedding"): lambda: embedding.markdown(json.loads(embedding.FILE.read_text())),
     ("README.md", "quality"): quality,
     ("README.md", "rounding"): lambda: rounding.markdown(json.loads(rounding.FILE.read_text())),
@@ -68,3 +69,5 @@ def write() -> None:
     for path, text in rendered().items():
         path.write_text(text)
         print(f"written: {path.relative_to(ROOT)}")
+    roofline.draw(gpu.newest(), json.loads(compiled.FILE.read_text()))
+    print(f"written: {roofline.FILE.relative_to(ROOT)}")

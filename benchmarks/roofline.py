@@ -1,0 +1,60 @@
+"""A picture of what share of the memory's speed a step reaches: measured on a GPU, and by compilers' counts for TPUs.
+
+`python -m benchmarks readme` draws it, from the files in `results/`.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from . import compiled, report
+from .gpu import BASELINE, OURS
+from .shapes import tinyllama
+
+FILE = report.HOME / "results" / "roofline.png"
+MEASURED, COUNTED, REFERENCE = "#1f77b4", "#9ecae1", "#bbbbbb"
+
+
+def bars(gpu: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, str]]]]:
+    """Groups of bars: title, and for each bar its name, its share and its colour."""
+    copy = gpu["copy_gb_per_s"] * 1e6  # bytes a millisecond
+    size = sum(map(prod, tinyllama().values()))
+    first = []
+    for name, colour in ((BASELINE, REFERENCE), (OURS, MEASURED)):
+        row = gpu["model"][name]
+        moved = size * (12 + 2 * row["state_bytes_per_parameter"])
+        first.append((f"{name}: 1.1B parameters", moved / row["device_ms"] / copy, colour))
+    for name, row in gpu["arrays"].items():
+        moved = row["bytes_per_parameter"] * prod(row["shape"])
+        first.append((name, moved / row["kernel"]["device_ms"] / copy, MEASURED))
+        if name == "`root`":
+            first.append((f"{name}, `xla`", moved / row["xla"]["device_ms"] / copy, REFERENCE))
+    groups = [(f"{gpu['environment']['device']}, measured", first)]
+    for chip in compiled.BYTES_A_CYCLE:
+        rows = [row for row in counted["rows"] if row["chip"] == chip and row["bundles"]]
+        shares = [(row["step"], min(1.0, row["cycles_of_memory"] / row["bundles"]), COUNTED) for row in rows]
+        groups.append((f"TPU {chip}, at most, as its compiler counts", shares))
+    return groups
+
+
+def draw(gpu: dict[str, Any], counted: dict[str, Any], path: Path = FILE) -> None:
+    """Writes the picture."""
+    from matplotlib.figure import Figure
+
+    groups = bars(gpu, counted)
+    figure = Figure(figsize=(8, 0.3 * sum(len(rows) + 2 for _, rows in groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, sharex=True, height_ratios=[len(rows) for _, rows in groups])
+    for ax, (title, rows) in zip(axes, groups):
+        names, shares, colours = zip(*rows)
+        at = range(len(rows))
+        ax.barh(at, [100 * share for share in shares], color=colours, height=0.7)
+        ax.set_yticks(at, [name.replace("`", "") for name in names], fontsize=8)
+        ax.invert_yaxis()
+        ax.axvline(100, color="black", linewidth=0.8)
+        ax.set_title(title, fontsize=9, loc="left")
+        for k, share in enumerate(shares):
+            ax.text(100 * share + 1, k, f"{100 * share:.0f}", va="center", fontsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlim(0, 110)
+    axes[-1].set_xlabel("share of the memory's speed, percent: of a copy (GPU), of the chip's figure (TPU)", fontsize=8)
+    figure.savefig(path, dpi=130)

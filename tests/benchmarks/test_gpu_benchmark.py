@@ -1,0 +1,36 @@
+"""The benchmark for GPUs runs on any machine when it is quick, and its picture shows what its results say."""
+
+import json
+
+import pytest
+
+from benchmarks import compiled, gpu, roofline
+
+
+@pytest.mark.slow
+def test_a_quick_run_fills_every_part(capsys):
+    measured = gpu.measure(quick=True)
+    assert all(row["codes"] and not row["codes_apart"] for row in measured["answers"])  # here both are the reference
+    assert list(measured["model"]) == list(gpu.field()) and list(measured["arrays"]) == list(gpu.ARRAYS)
+    assert list(measured["training"]) == ["adamw", "adamw8bit", "adamw8bit, `fused_update`"]
+    assert list(measured["small"]) == [gpu.BASELINE, gpu.OURS] and len(measured["stable_embed"]) == 4
+    assert measured["model"][gpu.BASELINE]["ratio"] == [1, 1, 1]
+    table = gpu._of_training(measured)
+    assert all(f"| {name} |" in table for name in measured["training"])
+
+
+def test_it_refuses_a_machine_without_a_gpu():
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.measure(quick=False)
+
+
+def test_the_picture_shows_every_step_that_was_measured_or_counted(tmp_path):
+    results, counted = gpu.newest(), json.loads(compiled.FILE.read_text())
+    (title, first), *others = roofline.bars(results, counted)
+    assert results["environment"]["device"] in title
+    assert {name for name, *_ in first} >= set(results["arrays"])
+    assert all(0 < share <= 1.02 for _, rows in [(title, first), *others] for _, share, _ in rows)
+    steps = {row["step"] for row in counted["rows"] if row["bundles"]}
+    assert all({name for name, *_ in rows} == steps for _, rows in others)
+    roofline.draw(results, counted, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
