@@ -327,14 +327,15 @@ def small_leaves(quick: bool, rounds: int) -> Tree:
     return compared(shapes, ours_alone, rounds)
 
 
-def training(quick: bool, rounds: int) -> Tree:
+def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tree:
     """A whole step of the example's language model, fp32 beside 8 bits."""
     from flax import nnx
 
     sys.path.insert(0, str(report.HOME.parent / "examples"))
     import language_model
 
-    width, layers, batch, vocabulary, context = (64, 1, 2, 128, 16) if quick else (768, 8, 8, 32768, 512)
+    width, layers, vocabulary = (64, 1, 128) if quick else (768, 8, 32768)
+    batch, context = (2, 16) if quick else (batch, context)
     windows = jax.random.randint(jax.random.key(0), (batch, context + 1), 0, vocabulary)
     model = language_model.LanguageModel(vocabulary, width, layers, embedding="stable", rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
@@ -480,8 +481,8 @@ def _about(results: Tree) -> str:
     return (
         f"{env['device']}, {', '.join(versions)}; `{env['command']}` at {env['commit']}, {env['date']}. Copying an "
         f"array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was busy for a "
-        "step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from one state: of "
-        f"{sum(row['codes'] for row in rows):,} codes this share differs, by at most "
+        "step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from one state: "
+        f"of {sum(row['codes'] for row in rows):,} codes this share differs, by at most "
         f"{max(row['most_apart'] for row in rows)}: {', '.join(shares)}."
     )
 

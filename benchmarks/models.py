@@ -1,0 +1,109 @@
+"""Whole models: how long a step takes to compile, many small parameters, and a training step, fp32 beside 8 bits.
+
+    python -m benchmarks.models             writes results/models.json, prints the tables; minutes
+    python -m benchmarks.models --quick     small models; writes no file
+
+Compile times are of the same run, from tracing to the program, for this machine and for chips whose compilers are
+installed (extras `tpu` and `cuda`); chips without one keep the row they had.
+"""
+
+import gc
+import json
+import sys
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import flax_stable_embed as fse
+
+from . import compiled, report
+from .gpu import ADAMW, BASELINE, LEARNING_RATE, OURS, ours, small_leaves, training
+from .shapes import tinyllama
+
+FILE = report.HOME / "results" / "models.json"
+CHIPS = ("v5e", compiled.GPU)
+TIMES = 3  # that a program is compiled; the median counts
+
+
+def compile_times(quick: bool) -> dict[str, Any]:
+    """Seconds to trace and compile AdamW's step for the arrays of TinyLlama, by platform."""
+    shapes, rows = tinyllama(1, 64) if quick else tinyllama(), {}
+    places: dict[str, Any] = {jax.default_backend(): jax.devices()[0]}
+    for chip in () if quick else CHIPS:
+        if (devices := compiled.devices_of(chip)) is not None:
+            places[chip] = devices[0]
+    for name, device in places.items():
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        params = {k: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for k, shape in shapes.items()}
+        turns = {BASELINE: [], OURS: []}
+        for _ in range(1 if quick else TIMES):
+            turns[BASELINE].append(_seconds(optax.adamw(LEARNING_RATE, **ADAMW), params, False))
+            turns[OURS].append(_seconds(ours(rules=((".*", 8),)), params, True))
+        rows[name] = {"arrays": len(shapes), **{key: sorted(times)[len(times) // 2] for key, times in turns.items()}}
+    return rows
+
+
+def _seconds(tx: Any, params: Any, fused: bool) -> float:
+    place = next(iter(params.values())).sharding
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(tx.init, params)
+    )
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        if fused:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jax.clear_caches()
+    gc.collect()
+    began = perf_counter()
+    jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return perf_counter() - began
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything."""
+    rounds = 3 if quick else 9
+    with compiled.dumped():
+        times = compile_times(quick)
+    if not quick and FILE.exists():
+        times = json.loads(FILE.read_text())["compile"] | times
+    return {
+        "environment": report.environment("python -m benchmarks.models"),
+        "compile": times,
+        "training": training(quick, rounds, batch=1, context=256),
+        "small": small_leaves(quick, rounds),
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables."""
+    env = results["environment"]
+    lines = [["AdamW, TinyLlama 1.1B, 201 arrays: seconds to trace and compile", BASELINE, OURS, "ratio"]]
+    lines.append(["---", *["--:"] * 3])
+    for name, row in results["compile"].items():
+        base, own = row[BASELINE], row[OURS]
+        lines.append([name, f"{base:.1f}", f"{own:.1f}", f"{own / base:.2f}x"])
+    steps = [["a step, ms", "ms", "ratio"], ["---", *["--:"] * 2]]
+    for name, row in results["training"].items():
+        title = f"language_model.py, {row['parameters'] / 1e6:.0f}M parameters, {row['tokens']} tokens: {name}"
+        steps.append([title, report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
+    for name, row in results["small"].items():
+        title = f"2000 vectors of 64 to 4096 elements: {name}"
+        steps.append([title, report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
+    about = f"{env['device']}, {env['cores']} cores; `{env['command']}` at {env['commit']}, {env['date']}."
+    return f"{about}\n\n{report.table(lines)}\n\n{report.table(steps)}"
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    command = "python -m benchmarks.models"
+    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
