@@ -24,7 +24,7 @@ from .gpu import ADAMW, BASELINE, LEARNING_RATE, OURS, ours, small_leaves, train
 from .shapes import tinyllama
 
 FILE = report.HOME / "results" / "models.json"
-CHIPS = ("v5e", compiled.GPU)
+CHIPS = ("v6e", compiled.GPU)  # with memory for it
 TIMES = 3  # that a program is compiled; the median counts
 
 

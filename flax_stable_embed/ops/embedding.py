@@ -176,8 +176,8 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
 
         y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias
 
-    The variance takes a second pass, so that a row far from zero keeps its digits. The result is not cast
-    back. A zero row gives `bias`, and finite gradients.
+    A row far from zero keeps its digits: the variance is that of centred numbers (on GPU, of numbers less the row's
+    first). The result is not cast back. A zero row gives `bias`, and finite gradients.
 
     Args:
       x: (..., features), real floating of any width.
@@ -225,9 +225,30 @@ def _normalise_jvp(epsilon, primals, tangents):
 
 def _standardised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Rows of mean 0 and variance 1, and what they were multiplied by."""
+    if not x.shape[-1]:
+        return x, jnp.ones_like(x, shape=(*x.shape[:-1], 1))
+    in_two, in_one = (functools.partial(f, epsilon=epsilon) for f in (_in_two_passes, _in_one_pass))
+    return jax.lax.platform_dependent(x, cuda=in_one, default=in_two)
+
+
+def _in_two_passes(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     centred = x - x.mean(axis=-1, keepdims=True)
     reciprocal = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     return centred * reciprocal, reciprocal
+
+
+def _in_one_pass(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Both means at once, of what a row is above its first number, so that a row far from zero keeps its digits.
+
+    A first number that lies far from the rest of its row costs digits: a variance in error by features x 2^-24 at most.
+    On GPU, XLA looks rows up again in each pass; for the second it would write them to memory (32,768 x 4,096, 65,536
+    tokens: 3.8 GB for the output, and 2.7 this way).
+    """
+    above = x - x[..., :1]
+    mean = above.mean(axis=-1, keepdims=True)
+    variance = jnp.square(above).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    reciprocal = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
+    return (above - mean) * reciprocal, reciprocal
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

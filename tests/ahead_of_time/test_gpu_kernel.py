@@ -47,6 +47,16 @@ def test_every_optimizer_is_one_kernel_for_each_array(gpus, case):
     assert counted.kernels(compiled_on(gpus, tx, params, place).as_text()) == 2
 
 
+def test_stable_embed_writes_no_looked_up_rows_to_memory(gpus):
+    embed = fse.linen.StableEmbed(4096, 512)
+    ids = jax.ShapeDtypeStruct((8192,), jnp.int32)
+    args = jax.eval_shape(embed.init, jax.random.key(0), ids), ids
+    here = jax.sharding.SingleDeviceSharding(gpus[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+    compiled = jax.jit(embed.apply).lower(*args).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 8192 * 512
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_every_gpu_of_a_mesh_runs_it_on_its_own_piece(gpus, kind):
     mesh = Mesh(np.array(gpus).reshape(4, 2), ("data", "model"), axis_types=(kind,) * 2)

@@ -252,6 +252,15 @@ def layer_norm(x, scale, bias, epsilon):
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
+@pytest.fixture(params=["", "cuda"], ids=["two passes", "one pass, as on GPU"])
+def passes(request, monkeypatch):
+    """The normalisation of other platforms, and that of GPUs, run here."""
+    if request.param:
+        by_platform = lambda *args, default, **others: others[request.param](*args)  # noqa: E731
+        monkeypatch.setattr(jax.lax, "platform_dependent", by_platform)
+
+
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_normalise_equals_layer_norm_in_float64(dtype):
     rng = np.random.default_rng(2)
@@ -262,6 +271,7 @@ def test_normalise_equals_layer_norm_in_float64(dtype):
     np.testing.assert_allclose(found, layer_norm(x, scale, bias, 1e-5), atol=2e-6)
 
 
+@pytest.mark.usefixtures("passes")
 def test_normalise_keeps_the_digits_of_rows_far_from_zero():
     x = (10 + 0.006 * np.random.default_rng(3).normal(size=(50, 64))).astype(np.float32)
     found = normalise(jnp.asarray(x), jnp.ones(64), jnp.zeros(64))
@@ -269,6 +279,16 @@ def test_normalise_keeps_the_digits_of_rows_far_from_zero():
     np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), atol=5e-4)
 
 
+def test_in_one_pass_a_first_number_far_from_its_row_costs_few_digits():
+    x = np.random.default_rng(5).normal(size=(20, 512)).astype(np.float32)
+    x[:, 0] = 1e4
+    found = embedding._in_one_pass(jnp.asarray(x), 1e-5)[0]
+    np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), rtol=512 * 2**-24, atol=1e-5)
+    rows = jnp.full((2, 7), 3e4)  # of no variance
+    np.testing.assert_array_equal(embedding._in_one_pass(rows, 1e-5)[0], jnp.zeros((2, 7)))
+
+
+@pytest.mark.usefixtures("passes")
 def test_normalise_of_zero_rows_is_the_bias_with_a_finite_gradient():
     bias = jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_array_equal(normalise(jnp.zeros((2, 3)), jnp.ones(3), bias)[0], bias)
