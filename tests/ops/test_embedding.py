@@ -279,11 +279,13 @@ def test_normalise_keeps_the_digits_of_rows_far_from_zero():
     np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), atol=5e-4)
 
 
-def test_in_one_pass_a_first_number_far_from_its_row_costs_few_digits():
+@pytest.mark.parametrize("far", [10.0, 1e2, 1e4])
+def test_in_one_pass_a_feature_far_from_the_others_costs_no_digits_and_two_cost_few(far):
     x = np.random.default_rng(5).normal(size=(20, 512)).astype(np.float32)
-    x[:, 0] = 1e4
-    found = embedding._in_one_pass(jnp.asarray(x), 1e-5)[0]
-    np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), rtol=512 * 2**-24, atol=1e-5)
+    for place, tolerance in ((0, 2e-6), (256, 4 * 512 * 2**-24)):
+        x[:, place] = far
+        found = embedding._in_one_pass(jnp.asarray(x), 1e-5)[0]
+        np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), rtol=tolerance, atol=tolerance)
     rows = jnp.full((2, 7), 3e4)  # of no variance
     np.testing.assert_array_equal(embedding._in_one_pass(rows, 1e-5)[0], jnp.zeros((2, 7)))
 
