@@ -24,8 +24,11 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# What this machine can measure, then the tables of the README; each benchmark runs alone as `python -m benchmarks.NAME`.
+BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.gpu
 bench: .venv/examples
-	$(BIN)/python -m benchmarks $(ARGS)
+	for name in $(BENCHMARKS); do $(BIN)/python -m $$name $(ARGS) || exit 1; done
+	$(if $(findstring quick,$(ARGS)),,$(BIN)/python -m benchmarks readme)
 
 # One stamp per set of extras: made anew when pyproject.toml changes.
 .venv/%: pyproject.toml

@@ -427,8 +427,6 @@ def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
 
 def measure(quick: bool) -> Tree:
     """Everything; unless it is quick, what there is after each part is kept."""
-    if not quick and jax.default_backend() != "gpu":
-        sys.exit("There is no GPU here. `--quick` runs on any machine; `python -m benchmarks.compiled` only compiles.")
     rounds = 3 if quick else ROUNDS
     results: Tree = {"environment": report.environment("python -m benchmarks.gpu")}
     parts = {
@@ -455,11 +453,8 @@ def measure(quick: bool) -> Tree:
 
 def newest() -> Tree:
     """The newest results there are."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("gpu-*.json")]
+    found = [json.loads(path.read_text()) for path in (report.HOME / "results").glob("gpu-*.json")]
     return max(found, key=lambda results: results["environment"]["date"])
-
-
-RESULTS = report.HOME / "results"
 
 
 def markdown(results: Tree) -> str:
@@ -559,13 +554,17 @@ def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.55")  # torch and its peers need the rest
+    if not {"--quick", "--help", "-h"} & {*arguments} and jax.default_backend() != "gpu":
+        return print(
+            "There is no GPU here. `python -m benchmarks.compiled` says what its compiler makes of the kernels."
+        )
     report.run("python -m benchmarks.gpu", __doc__, arguments, measure, markdown, keep)
 
 
 def keep(results: Tree) -> None:
     """Writes the results, under the name of the GPU."""
     device = re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
-    report.save(results, RESULTS / f"gpu-{device}.json")
+    report.save(results, report.HOME / "results" / f"gpu-{device}.json")
 
 
 if __name__ == "__main__":

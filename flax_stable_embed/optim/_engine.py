@@ -36,7 +36,7 @@ from ._state_checks import (
     kind_of,
     refuse_sparse_rows,
 )
-from ._storage import initial, is_none, nbytes, wide_dtype
+from ._storage import in_memory, initial, is_none, memory_of, nbytes, wide_dtype
 
 
 class Tail(NamedTuple):
@@ -191,7 +191,10 @@ class Engine:
             if key not in hypers:
                 hypers[key] = self.method.hyper(state.count, count, **overrides)
             own = _tail_of(tail, rule, allowed[i], before_allowed[i])
+            memory = {name: rule.memory_kind or memory_of(x) for name, x in stored.items()}
+            stored = {name: in_memory(x, "device") for name, x in stored.items()}
             out, stored = self._step_leaf(path, g, p, stored, dict(hypers[key]), own, count, fused)
+            stored = {name: in_memory(x, memory[name]) for name, x in stored.items()}
             outputs.append(out)
             for name, value in stored.items():
                 columns[name][i] = value

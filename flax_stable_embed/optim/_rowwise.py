@@ -18,7 +18,7 @@ from ..ops._sharding import explicit_sharding
 from ..ops.rows import SparseRows, beside_rows, set_rows, take_rows
 from ._boxes import as_jax
 from ._rules import path_name, shapes_of_tables
-from ._storage import is_codes, is_none
+from ._storage import is_codes, is_none, memory_of
 from ._transform import fused_update
 
 CHUNK_BYTES = 2**18  # of rows in one piece, on CPU: they stay in the cache (measured: best of 2^15 to 2^22)
@@ -55,6 +55,11 @@ class Problem(NamedTuple):
                 raise TypeError(
                     f"the moments of {self.paths[place]!r} are in 8 bits, but `row_sparse` updates fp32 moments: give "
                     "the table 32 in `rules`, as the default rules do for the name 'embedding'."
+                )
+            if memory_of(x) != "device":
+                raise NotImplementedError(
+                    f"the moments of {self.paths[place]!r} are in the host's memory, where no rows can be looked up: "
+                    "give the table memory_kind='device' in `rules`."
                 )
             if x.shape[:1] == (num_rows,):
                 found.append(i)

@@ -107,15 +107,20 @@ class Rule:
         b2: the decay rate of the second moment (RMSprop's `decay`; Lion's second rate).
         eps: the term in the denominator.
         weight_decay: in place of the optimizer's, also where its mask says no.
+        memory_kind: "pinned_host" keeps the moments in the host's memory, from where each step fetches them and where
+            it returns them (bitsandbytes' paged optimizers); XLA on TPU fetches ahead as far as the device's memory
+            goes. Donate parameters and state together: JAX pairs donated arrays by shape, whatever their memory.
+            "device" keeps them on the device.
 
     Raises:
-        ValueError: other bits, or a format for moments that are not in 8 bits. When the optimizer is made: a
+        ValueError: other bits or memory, or a format for moments that are not in 8 bits. When the optimizer is made: a
             hyper-parameter that it does not have.
         TypeError: a hyper-parameter that is not a number; schedules belong to the optimizer.
 
     >>> import flax_stable_embed as fse
     >>> rules = (("wte", fse.Rule("rowwise", lr_scale=0.1)), ("head", fse.Rule(32, weight_decay=0.0)))
     >>> tx = fse.adamw8bit(1e-3, rules=rules)
+    >>> paged = fse.adamw8bit(1e-3, rules=((".*", fse.Rule(memory_kind="pinned_host")),))
     """
 
     bits: Bits | None = None
@@ -125,8 +130,11 @@ class Rule:
     b2: float | None = None
     eps: float | None = None
     weight_decay: float | None = None
+    memory_kind: Literal["device", "pinned_host"] | None = None
 
     def __post_init__(self):
+        if self.memory_kind not in (None, "device", "pinned_host"):
+            raise ValueError(f"`memory_kind` must be 'device', 'pinned_host' or None, got {self.memory_kind!r}.")
         if self.bits is not None:
             if not _is_bits(self.bits):
                 raise ValueError(f"`bits` must be 8, 32, 'bf16' or 'rowwise', got {self.bits!r}.")
@@ -155,7 +163,8 @@ class Rule:
     def shown(self) -> str:
         """What it sets besides the storage, in words."""
         scale = {} if self.lr_scale == 1 else {"lr_scale": self.lr_scale}
-        return ", ".join(f"{name}={value:g}" for name, value in (scale | self.overrides).items())
+        shown = [f"{name}={value:g}" for name, value in (scale | self.overrides).items()]
+        return ", ".join(shown + [f"memory_kind={self.memory_kind}"] * (self.memory_kind is not None))
 
 
 @dataclass(frozen=True)

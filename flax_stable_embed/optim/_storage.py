@@ -33,25 +33,28 @@ _CODECS = list(CODECS)
 
 def initial(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]:
     """A moment before the first step and its scales, in the parameter's wrapper and on its devices."""
-    p = unbox(box)
+    p, kind = unbox(box), decision.rule.memory_kind
     if decision.blocks is not None:
-        codes, scales = initial_codes(p, moment.stored(decision.format).code, decision.blocks, moment.initial)
+        pair = initial_codes(p, moment.stored(decision.format).code, decision.blocks, moment.initial)
+        codes, scales = (in_memory(x, kind) for x in pair)
         return rebox(box, codes), rebox_scales(box, scales, decision.blocks, decision.format.shards)
     if decision.bits == "rowwise" and moment.second:
         rows = Blocks(len(p.shape) - 1, max(1, p.shape[-1]))
         shape = rows.absmax_shape(p.shape)
         place = _sharding(p, shape, rows)
-        values = rebox_scales(box, jnp.full(shape, moment.initial, wide_dtype(p.dtype), device=place), rows, 0)
+        rows_of_p = jnp.full(shape, moment.initial, wide_dtype(p.dtype), device=place)
+        values = rebox_scales(box, in_memory(rows_of_p, kind), rows, 0)
     else:
         dtype = jnp.bfloat16 if decision.bits == "bf16" else wide_dtype(p.dtype)
-        values = rebox(box, jnp.full_like(p, moment.initial, dtype=dtype))
-    return values, no_scales(box)
+        values = rebox(box, in_memory(jnp.full_like(p, moment.initial, dtype=dtype), kind))
+    return values, no_scales(box, kind)
 
 
-def no_scales(box: Any) -> Any:
+def no_scales(box: Any, memory_kind: str | None = None) -> Any:
     """What stands for the scales of an array that is not in 8 bits, in its wrapper and on its devices."""
     shape = (1,) * len(unbox(box).shape)
-    return rebox_scales(box, jnp.zeros(shape, jnp.float32, device=_sharding(unbox(box), shape, None)), None, 0)
+    zeros = jnp.zeros(shape, jnp.float32, device=_sharding(unbox(box), shape, None))
+    return rebox_scales(box, in_memory(zeros, memory_kind), None, 0)
 
 
 def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple[Array, Array]:
@@ -60,6 +63,18 @@ def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple
     codes = jnp.full_like(p, code.zero if zeros else code.zero + code.top, dtype=code.dtype)
     shape = blocks.absmax_shape(p.shape)
     return codes, jnp.full(shape, value, jnp.float32, device=_sharding(p, shape, blocks))
+
+
+def in_memory(x: Any, kind: str | None) -> Any:
+    """An array in the host's memory ("pinned_host") or its device's ("device"), cut as it is; None: where it is."""
+    if kind is None or kind == memory_of(x):
+        return x
+    return jax.device_put(x, jax.memory.Space.Host if kind == "pinned_host" else jax.memory.Space.Device)
+
+
+def memory_of(x: Any) -> str:
+    """The memory that an array is in, of those of `in_memory`."""
+    return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
 
 
 def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:

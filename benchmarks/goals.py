@@ -1,0 +1,93 @@
+"""What this library means to reach, beside what the results in `results/` say: one table, and nothing is measured here.
+
+`python -m benchmarks readme` writes it.
+"""
+
+import json
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from . import compiled, gpu, models, report
+from .gpu import BASELINE, OURS
+from .optimizers import BASELINE as CPU_BASELINE
+from .shapes import tinyllama
+
+HEAD = ["what", "to reach", "reached", ""]
+MATRIX = "square_4096"  # of 16.8M parameters
+
+
+def markdown(cpu: dict[str, Any]) -> str:
+    """The table; `cpu` are the newest results of `python -m benchmarks`."""
+    counted, whole = (json.loads(file.read_text()) for file in (compiled.FILE, models.FILE))
+    measured = gpu.newest()
+    lines = [HEAD, ["---"] * 4]
+    for rows in (_of_compilers(counted), _of_gpu(measured), _of_cpu(cpu), _of_models(measured, whole)):
+        lines += [[what, reach, found, "yes" if good else "no"] for what, reach, found, good in rows]
+    return report.table(lines)
+
+
+Row = tuple[str, str, str, bool]
+
+
+def _of_compilers(counted: dict[str, Any]) -> Iterator[Row]:
+    rows = {row["chip"]: row for row in counted["rows"] if row["step"] == "`adamw8bit`"}
+    base = {row["chip"]: row for row in counted["rows"] if "optax" in row["step"]}
+    for chip, row in rows.items():
+        what = f"{chip}, compiled: bytes a parameter of AdamW in place, 4096 x 4096 (`optax.adamw`: "
+        what += f"{base[chip]['bytes']:.0f})"
+        found = f"{row['bytes']:.2f}, {row['temporaries']:.2f}, {row['kernels']}"
+        good = row["bytes"] <= 16.6 and row["temporaries"] < 0.01 and row["kernels"] == 1
+        yield f"{what}; of temporaries; kernels", "16.6, 0, 1", found, good
+    for chip, most in (("v5e", 25.0), ("v6e", 17.5)):
+        found = rows[chip]["bundles"]
+        what = f"{chip}, compiled: bundles of instructions for 1024 parameters"
+        yield f"{what}, codec `root`", f"{most:g}", f"{found:.1f}", found <= most
+
+
+def _of_gpu(measured: dict[str, Any]) -> Iterator[Row]:
+    device, rows = measured["environment"]["device"], measured["model"]
+    own, base = rows[OURS], rows[BASELINE]
+    step = f"{device}: a step of AdamW, 1.1B parameters"
+    moved = sum(map(prod, tinyllama().values())) * (12 + 2 * own["state_bytes_per_parameter"])
+    share = moved / own["device_ms"] / 1e6 / measured["copy_gb_per_s"]
+    yield f"{step}: of the speed of a copy", "85%", f"{100 * share:.0f}%", share >= 0.85
+    ratio = own["device_ms"] / base["device_ms"]
+    yield f"{step}: of `optax.adamw`'s time", "0.62x", f"{ratio:.2f}x", ratio <= 0.62
+    for name, row in rows.items():
+        if "torch" in name or "bitsandbytes" in name:
+            if "skip" in row:
+                yield f"{step}: of {name}'s time", "less", row["skip"], False
+                continue
+            ratio = own["device_ms"] / row["device_ms"]
+            yield f"{step}: of {name}'s time", "less", f"{ratio:.2f}x", ratio < 1
+
+
+def _of_cpu(cpu: dict[str, Any]) -> Iterator[Row]:
+    (entry,) = [entry for entry in cpu["shapes"] if entry["name"] == MATRIX]
+    rows = {(row["contender"], row["path"]): row for row in entry["rows"] if "ms" in row}
+    own = rows["fse.adamw8bit root", "fused_update"]
+    step = f"{cpu['environment']['device']}, {cpu['environment']['cores']} cores: a step of AdamW, 16.8M parameters"
+    ratio = own["ratio"][1] / rows[CPU_BASELINE, "update"]["ratio"][1]
+    yield f"{step}: of `optax.adamw`'s time", "1x", f"{ratio:.2f}x", ratio <= 1
+    for (name, _), row in rows.items():
+        if "AdamW8bit" in name:
+            times = row["ms"][1] / own["ms"][1]
+            yield f"{step}: times faster than {name}", "8", f"{times:.1f}", times >= 8
+
+
+def _of_models(measured: dict[str, Any], whole: dict[str, Any]) -> Iterator[Row]:
+    for results in (measured, whole):
+        rows, device = results["training"], results["environment"]["device"]
+        best = min(row["ratio"][1] for name, row in rows.items() if "8bit" in name)
+        size = f"{rows['adamw']['parameters'] / 1e6:.0f}M parameters, {rows['adamw']['tokens']:,} tokens"
+        yield f"{device}: a training step, {size}, of fp32's time", "1x", f"{best:.2f}x", best <= 1
+    for name, row in whole["compile"].items():
+        ratio = row[OURS] / row[BASELINE]
+        what = f"{name}: seconds to compile a step for {row['arrays']} arrays (`optax.adamw`: {row[BASELINE]:.1f})"
+        yield what, f"{2 * row[BASELINE]:.1f}", f"{row[OURS]:.1f}", ratio <= 2
+    for results in (measured, whole):
+        if "small" in results:
+            ratio = results["small"][OURS]["ratio"][1]
+            what = f"{results['environment']['device']}: 2000 vectors of 64 to 4096 elements, of `optax.adamw`'s time"
+            yield what, "1.3x", f"{ratio:.2f}x", ratio <= 1.3

@@ -1,0 +1,158 @@
+"""Moments in the host's memory: the same bits as on the device, and there again after every step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import flax_stable_embed as fse
+from benchmarks import compiled as counted
+
+HOST = ((".*", fse.Rule(memory_kind="pinned_host")),)
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "embedding": jnp.asarray(RNG.standard_normal((130, 64)), jnp.float32),
+    "kernel": jnp.asarray(RNG.standard_normal((64, 256)), jnp.float32),
+}
+GRADS = jax.tree.map(lambda p: 0.1 * p, PARAMS)
+
+
+def memories(state):
+    """The memory of every array with one element or more for each parameter, by what it is called."""
+    return {x.sharding.memory_kind for x in jax.tree.leaves(state) if x.ndim == 2}
+
+
+def trained(tx, params=PARAMS, grads=GRADS, fused=False):
+    """Parameters and state after three steps under jit, both donated."""
+
+    def step(params, state, grads):
+        if fused:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, params), tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state, grads)
+    return params, state
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bits", [None, 8, 32, "bf16", "rowwise"])
+def test_every_storage_gives_the_bits_that_it_gives_on_the_device(bits, fused):
+    host = ((".*", fse.Rule(bits, memory_kind="pinned_host")),)
+    tx, on_device = fse.adamw8bit(1e-3, rules=host), fse.adamw8bit(1e-3, rules=((".*", fse.Rule(bits)),))
+    assert memories(tx.init(PARAMS)) == {"pinned_host"}
+    got, want = trained(tx, fused=fused), trained(on_device, fused=fused)
+    assert memories(got[1]) == {"pinned_host"} and memories(want[1]) == {"device"}
+    assert_same(got, want)
+
+
+def test_a_rule_says_it_for_some_and_a_step_without_jit_keeps_it():
+    tx = fse.adamw8bit(1e-3, rules=(("embedding", fse.Rule(memory_kind="pinned_host")),))
+    state = tx.update(GRADS, tx.init(PARAMS), PARAMS)[1]
+    kinds = {name: x.sharding.memory_kind for name, x in state[0].mu.items()}
+    assert kinds == {"embedding": "pinned_host", "kernel": "device"}
+    assert "memory_kind=pinned_host" in str(fse.describe(tx, PARAMS))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), fse.lion8bit(1e-3, rules=HOST)),
+        lambda: optax.MultiSteps(fse.adamw8bit(1e-3, rules=HOST), 2).gradient_transformation(),
+        lambda: optax.apply_if_finite(fse.lamb8bit(1e-3, rules=HOST), 3),
+        lambda: optax.inject_hyperparams(fse.adamw8bit)(1e-3, rules=HOST),
+        lambda: optax.masked(fse.adamw8bit(1e-3, rules=HOST), {"embedding": False, "kernel": True}),
+    ],
+    ids=["chain", "MultiSteps", "apply_if_finite", "inject_hyperparams", "masked"],
+)
+def test_optax_wrappers_take_it(wrap):
+    assert "pinned_host" in memories(trained(wrap())[1])
+
+
+def test_nnx_optimizers_take_it():
+    model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, fse.adamw8bit(1e-3, rules=HOST), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(jnp.ones((4, 64))) ** 2))(model))
+
+    step(model, optimizer)
+    step(model, optimizer)
+    assert memories(nnx.state(optimizer)) == {"pinned_host"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+def test_moments_are_cut_in_the_hosts_memory_as_on_devices(kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    cut = NamedSharding(mesh, PartitionSpec(None, "b"))
+    params, grads = ({"kernel": jax.device_put(x["kernel"], cut)} for x in (PARAMS, GRADS))
+    with jax.set_mesh(mesh):
+        got, want = (trained(fse.adamw8bit(1e-3, rules=rules), params, grads) for rules in (HOST, ()))
+    mu = got[1][0].mu["kernel"].sharding
+    assert mu.memory_kind == "pinned_host" and mu.is_equivalent_to(cut.with_memory_kind("pinned_host"), 2)
+    assert_same(got, want)
+
+
+def test_a_state_goes_there_and_back():
+    here, there = fse.adamw8bit(1e-3), fse.adamw8bit(1e-3, rules=HOST)
+    state = here.update(GRADS, here.init(PARAMS), PARAMS)[1]
+    away = fse.convert_state(here, there, PARAMS, state)
+    assert memories(away) == {"pinned_host"}
+    back = fse.convert_state(there, here, PARAMS, away)
+    assert memories(back) == {"device"}
+    assert_same(back, state)
+
+
+def test_what_cannot_be_raises():
+    with pytest.raises(ValueError, match="`memory_kind` must be 'device', 'pinned_host' or None, got 'disk'"):
+        fse.Rule(memory_kind="disk")
+    with pytest.raises(ValueError, match="of a wrapped transform a rule sets only the storage"):
+        fse.quantize_state(optax.adam(1e-3), rules=HOST).init(PARAMS)
+    tx = fse.row_sparse(fse.adamw8bit(1e-3, rules=HOST))
+    rows = fse.SparseRows(jnp.array([1, 5, 130]), jnp.ones((3, 64)), 130)
+    with pytest.raises(NotImplementedError, match="'embedding' are in the host's memory"):
+        tx.update(GRADS | {"embedding": rows}, tx.init(PARAMS), PARAMS)
+
+
+def tpu_step(leaves):
+    """AdamW on arrays of 4096 x 4096 with moments in the host's memory, compiled for one chip with 16 GB."""
+    if (devices := counted.devices_of("v5e")) is None:
+        pytest.skip("libtpu is not installed: `make test EXTRAS=tpu`")
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    tx = fse.adamw8bit(1e-3, rules=HOST)
+    params = {f"kernel_{k}": jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=here) for k in range(leaves)}
+
+    def place(x):
+        sharding = here.with_memory_kind("pinned_host") if x.ndim == 2 else here
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(place, jax.eval_shape(tx.init, params))
+    step = jax.jit(lambda p, s, g: fse.fused_update(tx, g, s, p), donate_argnums=(0, 1))
+    return step.lower(params, state, params).compile().memory_analysis()
+
+
+def test_on_a_tpu_bytes_cross_the_bus_and_none_stay():
+    memory = tpu_step(2)
+    n = 2 * 2**24
+    assert memory.host_argument_size_in_bytes / n == pytest.approx(2 + 8 / 256, abs=1e-3)
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes  # in place there too
+    assert memory.argument_size_in_bytes / n == pytest.approx(8, abs=1e-3)  # parameters and gradients
+    assert memory.temp_size_in_bytes / n < 2.1 and memory.host_temp_size_in_bytes == 0
+
+
+@pytest.mark.slow
+def test_a_tpu_fetches_ahead_no_further_than_its_memory_goes():
+    memory = tpu_step(116)  # parameters and gradients take 15.6 GB of 16, their moments would take 4
+    assert memory.temp_size_in_bytes / (116 * 2**24) < 0.3
