@@ -89,5 +89,8 @@ def _of_models(measured: dict[str, Any], whole: dict[str, Any]) -> Iterator[Row]
     for results in (measured, whole):
         if "small" in results:
             ratio = results["small"][OURS]["ratio"][1]
-            what = f"{results['environment']['device']}: 2000 vectors of 64 to 4096 elements, of `optax.adamw`'s time"
+            count = models.SMALL if results is whole else 2000
+            what = (
+                f"{results['environment']['device']}: {count} vectors of 64 to 4096 elements, of `optax.adamw`'s time"
+            )
             yield what, "1.3x", f"{ratio:.2f}x", ratio <= 1.3

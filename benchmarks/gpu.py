@@ -41,14 +41,18 @@ from .optimizers import ADAMW, LEARNING_RATE
 from .shapes import many_small, tinyllama
 from .timing import alternate, quartiles
 
-STEPS = 10  # of a turn
 ROUNDS = 15
 BASELINE, OURS = "`optax.adamw`", "`fse.adamw8bit`, `fused_update`"
 Tree = dict[str, Any]
 
 
+def steps() -> int:
+    """How many steps make a turn: on a GPU the host runs ahead."""
+    return 10 if jax.default_backend() == "gpu" else 1
+
+
 class Run(NamedTuple):
-    """A contender that is compiled and ready; `turn` does STEPS steps and waits for the last."""
+    """A contender that is compiled and ready; `turn` does some steps and waits for the last."""
 
     turn: Callable[[], None]
     compile_s: float
@@ -98,7 +102,7 @@ def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
 
     def turn() -> None:
         nonlocal state
-        for _ in range(STEPS):
+        for _ in range(steps()):
             holder.params, state = jitted(holder.params, state, holder.grads)  # dispatched quicker than `compiled`
         jax.block_until_ready((holder.params, state))
 
@@ -120,7 +124,7 @@ def start_torch(holder: Holder, peer: str) -> Run:
     optimizer = make(holder.for_torch, **options, weight_decay=ADAMW["weight_decay"])
 
     def turn() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps()):
             optimizer.step()
         torch.cuda.synchronize()
 
@@ -177,7 +181,7 @@ def compared(shapes: dict[str, tuple[int, ...]], contenders: dict[str, Callable[
     size = sum(map(prod, shapes.values()))
     for name, run in runs.items():
         state = run.state_bytes / size
-        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        ms = quartiles([1e3 * t / steps() for t in turns[name]])
         rows[name] = {
             "state_bytes_per_parameter": state,
             "temp_bytes_per_parameter": None if run.temp_bytes is None else run.temp_bytes / size,
@@ -207,7 +211,7 @@ def _busy_ms(turn: Callable[[], None]) -> float:
         profile = jax.profiler.ProfileData.from_file(str(found))
         planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
         lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
-        return sum(event.duration_ns for line in lines for event in line.events) / 1e6 / STEPS
+        return sum(event.duration_ns for line in lines for event in line.events) / 1e6 / steps()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -274,14 +278,14 @@ def copy_gb_per_s(size: int) -> float:
     """Bytes read and written a second by the best of JAX's and torch's copies of an array of float32."""
     x = jnp.zeros(size, jnp.float32)
     copy = jax.jit(jnp.copy)
-    turns = {"jax": lambda: jax.block_until_ready([copy(x) for _ in range(STEPS)])}
+    turns = {"jax": lambda: jax.block_until_ready([copy(x) for _ in range(steps())])}
     if find_spec("torch") is not None and jax.default_backend() == "gpu":
         import torch
 
         a, b = (torch.zeros(size, device="cuda") for _ in range(2))
-        turns["torch"] = lambda: ([b.copy_(a) for _ in range(STEPS)], torch.cuda.synchronize())
+        turns["torch"] = lambda: ([b.copy_(a) for _ in range(steps())], torch.cuda.synchronize())
     seconds = alternate(turns, 2.0, ROUNDS)
-    return max(8 * size * STEPS / quartiles(s)[1] / 1e9 for s in seconds.values())
+    return max(8 * size * steps() / quartiles(s)[1] / 1e9 for s in seconds.values())
 
 
 ARRAYS: dict[str, tuple[tuple[int, ...], Any, Tree]] = {
@@ -311,14 +315,14 @@ def arrays(quick: bool, rounds: int) -> Tree:
         moved = prod(shape) * 3 * jnp.dtype(dtype).itemsize + 2 * runs["kernel"].state_bytes
         rows[name] = {"shape": shape, "bytes_per_parameter": moved / prod(shape)}
         for key, run in runs.items():
-            ms = quartiles([1e3 * t / STEPS for t in turns[key]])
+            ms = quartiles([1e3 * t / steps() for t in turns[key]])
             rows[name][key] = {"ms": ms, "device_ms": busy_ms(run.turn), "gb_per_s": moved / ms[1] / 1e6}
     return rows
 
 
-def small_leaves(quick: bool, rounds: int) -> Tree:
+def small_leaves(quick: bool, rounds: int, count: int = 2000) -> Tree:
     """Many small parameters, all of them in bytes."""
-    shapes = many_small(20 if quick else 2000)
+    shapes = many_small(20 if quick else count)
     tx = ours(rules=EIGHT, min_size=0)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     stored = {x.dtype for x in jax.tree.leaves(jax.eval_shape(tx.init, params)[0].mu)}
@@ -357,7 +361,7 @@ def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tr
     turns = alternate(runs, 4.0, rounds)
     rows = {}
     for name, turn in runs.items():
-        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        ms = quartiles([1e3 * t / steps() for t in turns[name]])
         ratio = quartiles([t / b for t, b in zip(turns[name], turns["adamw"])])
         rows[name] = {
             "parameters": size,
@@ -372,7 +376,7 @@ def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tr
 def _training_turn(step: Any, params: Any, state: Any, windows: Any) -> Callable[[], None]:
     def turn() -> None:
         nonlocal params, state
-        for _ in range(STEPS):
+        for _ in range(steps()):
             params, state, loss = step(params, state, windows)
         jax.block_until_ready(loss)
 
@@ -405,7 +409,7 @@ def stable_embed(quick: bool, rounds: int) -> Tree:
     turns = alternate(runs, 4.0, rounds)
     rows = {}
     for name, turn in runs.items():
-        ms = quartiles([1e3 * t / STEPS for t in turns[name]])
+        ms = quartiles([1e3 * t / steps() for t in turns[name]])
         rows[name] = {"shape": (vocabulary, width, tokens), "ms": ms, "device_ms": busy_ms(turn)}
     # Rows read, an output written; then rows and the output's gradient read, the table's gradient written and added to.
     least = 4 * tokens * width
@@ -417,7 +421,7 @@ def stable_embed(quick: bool, rounds: int) -> Tree:
 
 def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
     def turn() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps()):
             out = f(*args)
         jax.block_until_ready(out)
 

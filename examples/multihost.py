@@ -1,0 +1,172 @@
+"""One training on any number of processes: parameters and 8-bit moments cut over a mesh of all their devices.
+
+What it shows: nothing in it knows how many processes there are, but for the line that joins them. A process may be
+killed at any moment, and the training goes on from its last checkpoint, on as many processes as there are then, with
+the losses that it would have had (moments are rounded at random by what is the same on every mesh).
+
+    python examples/multihost.py                                          2 processes with 4 virtual CPU devices each
+    python examples/multihost.py --kill-at 70                             the second one is killed before step 70 ...
+    python examples/multihost.py --resume --processes 4                   ... and the training goes on, with four
+
+On a pod of TPUs or a cluster of GPUs every host runs `python examples/multihost.py --worker`, and the line marked below
+becomes `jax.distributed.initialize()`, which finds out by itself.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DEVICES = 8  # of all processes together
+BATCH, FEATURES, HIDDEN = 256, 64, 1024
+
+
+# --- the training: what every process runs ---------------------------------------------------------------------------
+
+
+def train(args) -> None:
+    """The whole training, seen from one process."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import orbax.checkpoint as ocp
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import flax_stable_embed as fse
+
+    jax.distributed.initialize(args.coordinator, args.processes, args.process)  # on a pod: jax.distributed.initialize()
+    auto = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), axis_types=auto)
+    cuts = {"up": P("data", "model"), "down": P("model", "data"), "out": P("data", None)}
+    shapes = {"up": (FEATURES, HIDDEN), "down": (HIDDEN, FEATURES), "out": (FEATURES, 1)}
+
+    def initial(key):
+        keys = jax.random.split(key, len(shapes))
+        return {name: jax.random.normal(k, s) / s[0] ** 0.5 for k, (name, s) in zip(keys, shapes.items())}
+
+    def predict(params, x):
+        return (x + jax.nn.gelu(x @ params["up"]) @ params["down"]) @ params["out"]
+
+    def batch(step):
+        """Inputs and targets of a step, which are a function of its number: every process makes its own part."""
+        rng = np.random.default_rng(step)
+        x = rng.standard_normal((BATCH, FEATURES), np.float32)
+        y = np.sin(x[:, :1]) * x[:, 1:2]
+        place = NamedSharding(mesh, P("data"))
+        return tuple(jax.make_array_from_callback(a.shape, place, lambda at, a=a: a[at]) for a in (x, y))
+
+    def on_mesh(x):
+        return x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, NamedSharding(mesh, P()))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, state, x, y):
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((predict(p, x) - y) ** 2))(params)
+        params, state = fse.fused_update(tx, grads, state, params)
+        return params, state, loss
+
+    tx = fse.adamw8bit(3e-3, state_format=fse.StateFormat(rounding="stochastic"))
+    params = jax.jit(initial, out_shardings={k: NamedSharding(mesh, cut) for k, cut in cuts.items()})(jax.random.key(0))
+    state = jax.tree.map(on_mesh, tx.init(params))  # counts too, which are made on one device
+    checkpoints = ocp.CheckpointManager(args.dir.absolute() / "checkpoints")
+    start = checkpoints.latest_step() or 0
+    if start:
+        tree = {"params": params, "state": state}  # says how it is cut here, whatever it was cut like when it was saved
+        saved = checkpoints.restore(start, args=ocp.args.StandardRestore(tree))
+        params, state = saved["params"], saved["state"]
+
+    losses = Losses(args.dir, start) if jax.process_index() == 0 else None
+    for step in range(start + 1, args.steps + 1):
+        if step == args.kill_at and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        params, state, loss = train_step(params, state, *batch(step))
+        if losses:
+            losses.add(step, float(loss))
+        if step % args.checkpoint_every == 0:
+            checkpoints.save(step, args=ocp.args.StandardSave({"params": params, "state": state}))
+            checkpoints.wait_until_finished()  # the next step writes into the arrays that are being saved
+    checkpoints.close()
+    if losses:
+        moments = [x for name in ("mu", "nu") for x in getattr(state[0], name).values()]
+        here = sum(x.addressable_shards[0].data.nbytes for x in moments)
+        print(
+            f"{jax.process_count()} processes, {jax.device_count()} devices: loss {losses.last:.4f} after {args.steps}"
+        )
+        print(f"moments: {sum(x.nbytes for x in moments):,} bytes, {here:,} of them on each device")
+
+
+class Losses:
+    """The losses of all steps, a line each; those after the checkpoint are done again."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path, self.last = folder / "losses.jsonl", float("nan")
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.path.write_text("".join(kept))
+
+    def add(self, step: int, loss: float) -> None:
+        """One more."""
+        self.last = loss
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+
+
+# --- many processes on this machine, in the place of many hosts ------------------------------------------------------
+
+
+def launch(args) -> int:
+    """Starts the processes and waits for them; if one dies, the others are stopped."""
+    if not args.resume:
+        shutil.rmtree(args.dir, ignore_errors=True)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    devices = f"--xla_force_host_platform_device_count={DEVICES // args.processes}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
+    given = [a for a in sys.argv[1:] if a != "--resume"]
+    command = [sys.executable, __file__, *given, "--worker", "--coordinator", coordinator]
+    command += ["--processes", str(args.processes)]
+    workers = [subprocess.Popen([*command, "--process", str(i)], env=environment) for i in range(args.processes)]
+    while all(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
+    died = any(worker.poll() not in (None, 0) for worker in workers)
+    for worker in workers:
+        if died:
+            worker.kill()
+        died |= worker.wait() != 0
+    if died:
+        print("A process died; with --resume the training goes on after its last checkpoint.", file=sys.stderr)
+    return int(died)
+
+
+def main() -> int:
+    """The launcher, or one of its workers."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    option = parser.add_argument
+    option("--processes", type=int, choices=[1, 2, 4], default=2)
+    option("--steps", type=int, default=100)
+    option("--checkpoint-every", type=int, default=20, metavar="STEPS")
+    option("--dir", type=Path, default=Path("runs/multihost"), help="folder for losses and checkpoints")
+    option("--resume", action="store_true", help="go on after the last checkpoint")
+    option("--kill-at", type=int, metavar="STEP", help="the second process is killed before this step")
+    option("--worker", action="store_true", help="be one of the processes")
+    option("--coordinator", help="address of the first process")
+    option("--process", type=int, help="number of this process")
+    args = parser.parse_args()
+    if args.worker:
+        return train(args) or 0
+    return launch(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
