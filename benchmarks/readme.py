@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from . import compiled, embedding, errors, gpu, quality_report, report, roofline, rounding, state, switch
+from . import compiled, embedding, errors, goals, gpu, models, quality_report, report, roofline, rounding, state, switch
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
@@ -34,14 +35,21 @@ def quality() -> str:
     return "\n\n".join([*quality_report.about(results), ladder, figure, *folded])
 
 
+def of(module: Any) -> Callable[[], str]:
+    """The tables of one benchmark, from its own file of results."""
+    return lambda: module.markdown(json.loads(module.FILE.read_text()))
+
+
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "benchmarks"): lambda: report.markdown(newest()),
-    ("README.md", "compiled"): lambda: compiled.markdown(json.loads(compiled.FILE.read_text())),
+    ("README.md", "compiled"): of(compiled),
+    ("README.md", "goals"): lambda: goals.markdown(newest()),
+    ("README.md", "models"): of(models),
     ("README.md", "gpu"): lambda: gpu.markdown(gpu.newest()),
-    ("README.md", "embedding"): lambda: embedding.markdown(json.loads(embedding.FILE.read_text())),
+    ("README.md", "embedding"): of(embedding),
     ("README.md", "quality"): quality,
-    ("README.md", "rounding"): lambda: rounding.markdown(json.loads(rounding.FILE.read_text())),
-    ("README.md", "switch"): lambda: switch.markdown(json.loads(switch.FILE.read_text())),
+    ("README.md", "rounding"): of(rounding),
+    ("README.md", "switch"): of(switch),
     ("README.md", "state"): state.markdown,
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
