@@ -59,6 +59,7 @@ def test_quick_run_fills_every_row(quick):
     assert results["errors"] == errors.measure()
 
 
+@pytest.mark.slow
 def test_environment_names_the_machine_and_not_its_paths(quick):
     results, _ = quick
     env = results["environment"]
@@ -69,6 +70,7 @@ def test_environment_names_the_machine_and_not_its_paths(quick):
     assert str(Path.home()) not in json.dumps(results) and str(ROOT) not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_bytes_of_state_are_exact(quick):
     results, _ = quick
     rows = {(e["name"], r["contender"], r["path"]): r for e in results["shapes"] for r in e["rows"] if "skip" not in r}
@@ -90,6 +92,7 @@ def test_bytes_of_state_are_exact(quick):
             assert state == pytest.approx(moments + step, abs=1e-6), (name, contender)
 
 
+@pytest.mark.slow
 def test_bytes_of_temporaries_are_whole_and_those_of_the_compiled_step(quick):
     results, _ = quick
     for entry in results["shapes"]:
@@ -101,6 +104,7 @@ def test_bytes_of_temporaries_are_whole_and_those_of_the_compiled_step(quick):
             assert temporaries >= 0 and temporaries == pytest.approx(round(temporaries), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_both_paths_of_a_codec_store_the_same(quick):
     results, _ = quick
     for entry in results["shapes"]:
@@ -111,6 +115,7 @@ def test_both_paths_of_a_codec_store_the_same(quick):
                 assert fused[key] == update[key]
 
 
+@pytest.mark.slow
 def test_table_quotes_the_file_alone(quick, tmp_path, capsys):
     results, _ = quick
     results["shapes"][0]["rows"][0] |= {"ms": [1.0, 2.0, 3.0], "state_bytes_per_parameter": 123.456}
@@ -147,6 +152,7 @@ def test_error_table_has_a_line_for_each_row():
     assert errors.markdown([row]).splitlines()[-1] == "| normal, squared | unsigned | `root` | 1 / 0.2 | 1.23 / 100 |"
 
 
+@pytest.mark.slow
 def test_round_trip_errors_rank_the_codecs_as_their_levels_do():
     """Heavy tails: `root` beats `linear` by far on small elements, which `linear` sends to zero."""
     median = {(row["data"], row["signed"], row["codec"]): row["errors"]["256"][1] for row in errors.measure()}

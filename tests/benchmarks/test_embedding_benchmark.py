@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import embedding
 from benchmarks.embedding import DENSE, FUSED, IDS, ROWS, Shape
 
@@ -13,6 +15,7 @@ def turns(step):
     return [1.0, 2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_every_contender_has_its_row_and_quick_results_are_not_kept(monkeypatch, capsys):
     monkeypatch.setattr(embedding, "QUICK", TINY)
     monkeypatch.setattr(embedding, "QUICK_FORWARD_BACKWARD", (Shape(40, 8, 16),))

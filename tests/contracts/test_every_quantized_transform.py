@@ -82,6 +82,7 @@ def test_it_trains_as_its_fp32_self(case):
 
 
 @every_transform
+@pytest.mark.one_in(3, start=2)
 def test_optax_wrappers_and_controls_leave_its_types(case):
     params = jax.tree.map(jnp.asarray, PARAMS)
     options = {"state_format": SMALL}
@@ -111,6 +112,7 @@ def test_optax_wrappers_and_controls_leave_its_types(case):
 
 
 @every_transform
+@pytest.mark.one_in(3, start=1)
 def test_half_precision_parameters_keep_their_types_and_fp32_moments(case):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     tx = wrapped(case)

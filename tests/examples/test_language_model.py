@@ -122,6 +122,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert digests[0] == digests[1]  # of every bit of the parameters and of the optimizer's state
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_settings(tmp_path):
     finish(command(tmp_path, "--steps", "2", "--quiet"))
     other = command(tmp_path, "--steps", "3", "--quiet", "--resume")

@@ -90,7 +90,7 @@ def assert_same_step(kernel, reference, p, ulps=4):
 
 @pytest.mark.parametrize("array", ARRAYS)
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 def test_every_way_that_blocks_lie(name, array):
     step, operands = step_and_operands(array)
     assert kernels.refusal(name, step.blocks, operands.g.shape) is None
@@ -275,7 +275,7 @@ def test_describe_says_what_runs(monkeypatch):
 
 @pytest.mark.parametrize("size", [1e-18, 1e-15, 3e18])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_moments_of_every_size_keep_their_digits(size, codec):
     step, operands = step_and_operands("rows, narrow", codec)
     numbers = np.random.default_rng(0).standard_normal((2, *operands.g.shape)) * size
