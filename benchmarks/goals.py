@@ -9,9 +9,9 @@ from math import prod
 from typing import Any
 
 from . import compiled, gpu, models, report
-from .gpu import BASELINE, OURS
 from .optimizers import BASELINE as CPU_BASELINE
 from .shapes import tinyllama
+from .steps import BASELINE, OURS
 
 VERDICTS = {True: "yes", False: "no", None: ""}
 HEAD = ["what", "to reach", "reached", ""]

@@ -20,8 +20,9 @@ import optax
 import flax_stable_embed as fse
 
 from . import compiled, report
-from .gpu import ADAMW, BASELINE, LEARNING_RATE, OURS, ours, small_leaves, training
+from .optimizers import ADAMW, LEARNING_RATE
 from .shapes import tinyllama
+from .steps import BASELINE, EIGHT, OURS, ours, small_leaves, training
 
 FILE = report.HOME / "results" / "models.json"
 CHIPS = ("v6e", compiled.GPU)  # with memory for it
@@ -42,7 +43,7 @@ def compile_times(quick: bool) -> dict[str, Any]:
         turns = {BASELINE: [], OURS: []}
         for _ in range(1 if quick else TIMES):
             turns[BASELINE].append(_seconds(optax.adamw(LEARNING_RATE, **ADAMW), params, False))
-            turns[OURS].append(_seconds(ours(rules=((".*", 8),)), params, True))
+            turns[OURS].append(_seconds(ours(rules=EIGHT), params, True))
         rows[name] = {"arrays": len(shapes), **{key: sorted(times)[len(times) // 2] for key, times in turns.items()}}
     return rows
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import compiled, report
-from .gpu import BASELINE, OURS
 from .shapes import tinyllama
+from .steps import BASELINE, OURS
 
 FILE = report.HOME / "results" / "roofline.png"
 MEASURED, COUNTED, REFERENCE = "#1f77b4", "#9ecae1", "#bbbbbb"
