@@ -107,9 +107,10 @@ class Losses:
     """The losses of all steps, a line each; those after the checkpoint are done again."""
 
     def __init__(self, folder: Path, start: int):
-        self.path, self.last = folder / "losses.jsonl", float("nan")
+        self.path = folder / "losses.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.last = json.loads(kept[-1])["loss"] if kept else float("nan")
         self.path.write_text("".join(kept))
 
     def add(self, step: int, loss: float) -> None:
@@ -125,24 +126,24 @@ class Losses:
 def launch(args) -> int:
     """Starts the processes and waits for them; if one dies, the others are stopped."""
     if not args.resume:
-        shutil.rmtree(args.dir, ignore_errors=True)
+        shutil.rmtree(args.dir / "checkpoints", ignore_errors=True)
+        (args.dir / "losses.jsonl").unlink(missing_ok=True)
     args.dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    devices = f"--xla_force_host_platform_device_count={DEVICES // args.processes}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES // args.processes}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     given = [a for a in sys.argv[1:] if a != "--resume"]
     command = [sys.executable, __file__, *given, "--worker", "--coordinator", coordinator]
     command += ["--processes", str(args.processes)]
     workers = [subprocess.Popen([*command, "--process", str(i)], env=environment) for i in range(args.processes)]
-    while all(worker.poll() is None for worker in workers):
+    while None in (ends := [worker.poll() for worker in workers]) and not any(ends):
         time.sleep(0.05)
-    died = any(worker.poll() not in (None, 0) for worker in workers)
+    died = any(ends)
     for worker in workers:
-        if died:
-            worker.kill()
-        died |= worker.wait() != 0
+        worker.kill()  # those that still wait for one that died
+        worker.wait()
     if died:
         print("A process died; with --resume the training goes on after its last checkpoint.", file=sys.stderr)
     return int(died)

@@ -22,6 +22,7 @@ import numpy as np
 
 from ._gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from ._gather import at_least_float32 as at_least_float32
+from ._sharding import explicit_sharding
 from .looked_up import LookedUpTable, record
 from .rows import distinct, set_rows, take_rows
 
@@ -228,6 +229,9 @@ def _standardised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     if not x.shape[-1]:
         return x, jnp.ones_like(x, shape=(*x.shape[:-1], 1))
     in_two, in_one = (functools.partial(f, epsilon=epsilon) for f in (_in_two_passes, _in_one_pass))
+    sharding = explicit_sharding(x)
+    if sharding is not None and any(sharding.spec[x.ndim - 1 :]):
+        return in_two(x)  # of features that are cut, one cannot be taken out
     return jax.lax.platform_dependent(x, cuda=in_one, default=in_two)
 
 

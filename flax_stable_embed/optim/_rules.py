@@ -109,7 +109,8 @@ class Rule:
         weight_decay: in place of the optimizer's, also where its mask says no.
         memory_kind: "pinned_host" keeps the moments in the host's memory, from where each step fetches them and where
             it returns them (bitsandbytes' paged optimizers); XLA on TPU fetches ahead as far as the device's memory
-            goes. Donate parameters and state together: JAX pairs donated arrays by shape, whatever their memory.
+            goes. Donate parameters and state together: JAX pairs donated arrays by shape, whatever their memory. A
+            state that was restored to the device goes there in its first step, which `jax.lax.scan` does not take.
             "device" keeps them on the device.
 
     Raises:

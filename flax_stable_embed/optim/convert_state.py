@@ -21,7 +21,7 @@ from jax.tree_util import GetAttrKey
 from ._method import Sums
 from ._report import Leaf, trace_init
 from ._rules import path_name
-from ._storage import decode, encode, format_difference, is_codes
+from ._storage import decode, encode, format_difference, in_memory, is_codes, memory_of
 
 # What the trace sums in a chain of these states, which are those of optax's SGD, LARS and RMSprop.
 _RATE, _TRACE = ("EmptyState", "ScaleByScheduleState"), ("TraceState",)
@@ -90,16 +90,16 @@ def convert_state(
     arrays = source.arrays(state)
     plan = _plan(source, target, arrays, allow_reset)
     made = dict(target.named(tx_to.init(params)))
-    places = {key: _sharding(made[key]) for key in made}
+    places = {key: (_sharding(x), memory_of(x)) for key, x in made.items()}
     for key in plan:  # what is filled need not be in memory twice
         for filled in target.keys_of(key):
             made.pop(filled)
     for key, origin in plan.items():
-        values = [jnp.asarray(arrays[k]) for k in source.keys_of(origin)]
+        values = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.keys_of(origin)]
         if not _alike(source.leaves.get(origin), target.leaves.get(key)):
             x = _decoded(values, source.leaves.get(origin))
             values = _encoded(x, target.leaves.get(key), target.stored[key])
-        made |= {k: _placed(x, places[k]) for k, x in zip(target.keys_of(key), values)}
+        made |= {k: _placed(x, *places[k]) for k, x in zip(target.keys_of(key), values)}
     return jax.tree.structure(target.state).unflatten(made[key] for key in target.stored)
 
 
@@ -365,8 +365,8 @@ def _sharding(x: Array) -> Any:
     return jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
 
 
-def _placed(x: Array, sharding: Any) -> Array:
+def _placed(x: Array, sharding: Any, memory_kind: str) -> Array:
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding, may_alias=False)  # or one count, taken twice, could not be donated
     explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(x, sharding) if explicit else x
+    return in_memory(jax.sharding.reshard(x, sharding) if explicit else x, memory_kind)

@@ -308,3 +308,15 @@ def test_multi_steps_and_clipping_on_a_mesh(case, kind):
 def _stepped(tx, grads, state, params):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, updates
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_arrays_on_an_explicit_mesh_need_no_set_mesh(devices):
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.float32)
+    mesh = jax.make_mesh((devices,), ("a",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices])
+    tx = fse.adamw8bit(1e-3)
+    want = jax.jit(tx.update)(kernel, tx.init(kernel), kernel)
+    cut = jax.device_put(kernel, NamedSharding(mesh, P(None, "a")))
+    for update in (jax.jit(tx.update), tx.update):
+        got = update(cut, tx.init(cut), cut)
+        jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -305,6 +305,19 @@ def test_normalise_in_float64_stays_there():
         np.testing.assert_allclose(found, layer_norm(x, 1, 0, 1e-5), rtol=1e-13)
 
 
+@pytest.mark.parametrize("kinds", [(AxisType.Explicit, AxisType.Explicit), (AxisType.Auto, AxisType.Explicit)])
+def test_normalise_takes_features_that_are_cut_on_an_explicit_axis(kinds):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    x = np.random.default_rng(5).normal(size=(16, 64)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, P(None, "b")))
+        ones = jax.device_put(jnp.ones(64), NamedSharding(mesh, P("b")))
+        found = jax.jit(normalise)(rows, ones, ones)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(normalise(x, ones, ones) ** 2)))(rows)
+    np.testing.assert_allclose(found, layer_norm(x, 1, 1, 1e-5), atol=2e-6)
+    assert found.sharding.spec[-1] == gradient.sharding.spec[-1] == "b"
+
+
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
 def test_normalise_of_other_numbers_raises(dtype):
     with pytest.raises(TypeError, match=f"real floating rows, got {dtype}"):

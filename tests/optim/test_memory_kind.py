@@ -114,6 +114,22 @@ def test_a_state_goes_there_and_back():
     assert_same(back, state)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_another_storage_is_converted_to_and_from_there(jit):
+    dynamic = fse.StateFormat("dynamic")
+    from_host, to_host = fse.adamw8bit(1e-3, rules=HOST), fse.adamw8bit(1e-3, rules=HOST, state_format=dynamic)
+    here, to_here = fse.adamw8bit(1e-3), fse.adamw8bit(1e-3, state_format=dynamic)
+    state = here.update(GRADS, here.init(PARAMS), PARAMS)[1]
+    away = fse.convert_state(here, from_host, PARAMS, state)
+    want = fse.convert_state(here, to_here, PARAMS, state)
+    for before, given in ((here, state), (from_host, away)):
+        for after, kind in ((to_here, "device"), (to_host, "pinned_host")):
+            convert = lambda s, before=before, after=after: fse.convert_state(before, after, PARAMS, s)  # noqa: E731
+            got = (jax.jit(convert) if jit else convert)(given)
+            assert memories(got) == {kind}
+            assert_same(got, want)
+
+
 def test_what_cannot_be_raises():
     with pytest.raises(ValueError, match="`memory_kind` must be 'device', 'pinned_host' or None, got 'disk'"):
         fse.Rule(memory_kind="disk")

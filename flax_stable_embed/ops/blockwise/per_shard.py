@@ -98,10 +98,11 @@ def on_every_device(local: Callable, reference: FlatStep, mesh: Any, cuts: list[
         n, operands = len(step.moments), tree.unflatten(flat)
         codes, absmax = operands.codes, operands.absmax
         specs = tuple(cut if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
-        where = None if isinstance(mesh, AbstractMesh) else mesh
+        in_context = isinstance(mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
+        where = None if in_context else mesh
         options = {"in_specs": specs, "out_specs": (cut, (cut,) * n, (cut,) * n), "check_vma": False}
         if explicit_sharding(codes[0]) is not None:
-            flat = [jax.sharding.reshard(x, s) for x, s in zip(flat, specs)]
+            flat = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(flat, specs)]
         results = jax.shard_map(run, mesh=where, **options)(*flat)
         return jax.tree.map(placed_like, results, (codes[0], codes, absmax))
 
