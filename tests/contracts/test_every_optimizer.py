@@ -104,7 +104,7 @@ def test_the_state_lines_up_with_the_namesakes(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_extra_arguments_are_ignored(case):
     params, grads = parameters(), gradients()
     tx = build(case)
@@ -143,7 +143,7 @@ def test_a_second_call_compiles_nothing(case, dtype):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_types_do_not_change(case, dtype):
     params = parameters(dtype)
     for tx in (build(case), halves(case)[0]):
@@ -217,7 +217,7 @@ def test_hyperparameters_can_be_injected(case, which):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(3, start=1)
 def test_multi_steps_waits_and_then_takes_one_step(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -269,7 +269,7 @@ def test_a_scan_equals_a_loop(case, fused):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_float64_parameters_keep_float64_moments(case):
     with jax.enable_x64(True):
         params = parameters("float64")
@@ -332,7 +332,7 @@ def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_vmap_of_init_and_update_equals_members_one_by_one(case):
     members = [parameters(seed=i) for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
@@ -351,7 +351,7 @@ def test_vmap_of_init_and_update_equals_members_one_by_one(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_parameters_after_a_step_are_differentiable(case):
     """As in learning the learning rate, or a loss on the gradient: with respect to both, and through remat."""
     params, grads = parameters(), gradients()
@@ -386,7 +386,7 @@ def test_parameters_after_a_step_are_differentiable(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_donated_buffers_are_used_in_place(case):
     """Warnings are errors here, and JAX warns of a donated buffer that it could not use."""
     for fused in (False, True):
@@ -409,7 +409,7 @@ def test_donated_buffers_are_used_in_place(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_fp32_moments_give_optax_bit_for_bit(case):
     params = parameters()
     ours, theirs = build(case, rules=ALL_FP32), build_theirs(case)
@@ -480,7 +480,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 
 
 @every_optimizer_and_storage
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
     """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
     params, grads = parameters(), gradients()
@@ -492,7 +492,7 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
 
 
 @every_optimizer_and_storage
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(3, start=1)
 def test_a_zero_gradient_moves_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -585,7 +585,7 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
 
 @with_every_storage([case for case in OPTIMIZERS if case.bounded])
 @pytest.mark.parametrize("spike", [1e20, 1e30])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -662,7 +662,7 @@ def test_fused_update_is_update_and_apply_updates(case, dtype):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_chain_keeps_the_fused_path(case):
     params, grads = parameters(), gradients()
     tx = fse.chain(optax.clip_by_global_norm(0.5), build(case))
@@ -798,7 +798,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_learning_rates_may_follow_a_schedule(case):
     schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two: count / 3 * 3 need not be count
     hyper = case.hyper | {"learning_rate": schedule}
