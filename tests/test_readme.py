@@ -79,6 +79,7 @@ def test_tables_of_the_language_model_are_those_of_its_results(name):
     assert text.strip() in README, f"run `python examples/report.py FILE --readme {name}`"
 
 
+@pytest.mark.slow
 def test_round_trip_errors_in_the_docs_are_those_of_the_code():
     for measured, written in zip(errors.measure(), readme.newest()["errors"], strict=True):
         assert (measured["data"], measured["codec"]) == (written["data"], written["codec"])

@@ -86,6 +86,7 @@ def test_a_comparison_ends_with_a_table_a_plot_and_a_summary_and_the_linear_code
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_state_in_8_bits_takes_what_it_should(tmp_path):
     printed = finish(command(tmp_path, "--steps", "2"))
     run = json.loads((tmp_path / "adamw8bit-root-stable-seed0" / "run.json").read_text())
@@ -131,6 +132,7 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path):
     assert "steps was 2, is 3" in refused.stderr
 
 
+@pytest.mark.slow
 def test_parameters_and_state_are_updated_in_their_own_memory(tmp_path):
     """The compiled step writes its results over its arguments: as many bytes are aliased as they have."""
     code = f"""

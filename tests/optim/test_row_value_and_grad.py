@@ -125,6 +125,7 @@ def test_a_transformation_around_the_lookup_works_with_ids_that_are_said_and_els
     assert_same(grads, jax.jit(jax.grad(around))(params, IDS), TABLES)
 
 
+@pytest.mark.slow
 def test_the_outer_transformations_of_a_step_work():
     params, loss = params_and_loss()
 
@@ -446,6 +447,7 @@ def test_remat_inside_of_an_nnx_loss_works_with_ids_that_are_said():
     assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"tokens/embedding"})
 
 
+@pytest.mark.slow
 def test_keyword_arguments_and_random_streams_pass_through():
     model, stream = Module(nnx.Rngs(0)), nnx.Rngs(7)
 
