@@ -32,7 +32,7 @@ ARRAYS = {
     "rows, cut tiles": ((576, 640), Blocks(0, 64)),
     "rows, narrow": ((1024, 48), Blocks(0, 128)),
     "rows, a short block": ((200, 130), Blocks(0, 96)),
-    "rows of an axis of three": ((256, 12, 70), Blocks(0, 64)),
+    "rows of an axis of three": ((256, 16, 70), Blocks(0, 64)),
     "rows of an axis before the last, cut": ((2, 3, 256, 130), Blocks(2, 32)),
     "rows before three axes": ((64, 3, 8, 128), Blocks(0, 32)),
     "along rows": ((70, 512), Blocks(1, 128)),
