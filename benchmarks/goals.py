@@ -5,12 +5,10 @@
 
 import json
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 from . import compiled, gpu, models, report
 from .optimizers import BASELINE as CPU_BASELINE
-from .shapes import tinyllama
 from .steps import BASELINE, OURS
 
 VERDICTS = {True: "yes", False: "no", None: ""}
@@ -50,8 +48,7 @@ def _of_gpu(measured: dict[str, Any]) -> Iterator[Row]:
     device, rows = measured["environment"]["device"], measured["model"]
     own, base = rows[OURS], rows[BASELINE]
     step = f"{device}: a step of AdamW, 1.1B parameters"
-    moved = sum(map(prod, tinyllama().values())) * (12 + 2 * own["state_bytes_per_parameter"])
-    share = moved / own["device_ms"] / 1e6 / measured["copy_gb_per_s"]
+    share = gpu.share_of_copy(measured, gpu.moved_by_model(own), own["device_ms"])
     yield f"{step}: of the speed of a copy", "85%", f"{100 * share:.0f}%", share >= 0.85
     ratio = own["device_ms"] / base["device_ms"]
     yield f"{step}: of `optax.adamw`'s time", "0.62x", f"{ratio:.2f}x", ratio <= 0.62

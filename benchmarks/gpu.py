@@ -27,12 +27,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS
 
 from . import report
+from .optimizers import step_of
 from .shapes import tinyllama
 from .steps import (
     BASELINE,
@@ -52,6 +52,7 @@ from .steps import (
 from .timing import alternate, quartiles
 
 ROUNDS = 15
+
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -66,11 +67,11 @@ def answers(quick: bool) -> list[Tree]:
         holder = Holder({f"kernel_{k}": shape for k, shape in enumerate(shapes)}, DTYPES[dtype])
         kernel, reference = (ours(codec, rounding, implementation=name, min_size=0) for name in (named, "xla"))
         fused = dtype == "float32"
-        steps = _step_of(kernel, fused), _step_of(reference, fused)
+        both = [jax.jit(step_of(tx, fused)) for tx in (kernel, reference)]
         params, state, codes, rounded_apart, parameters_apart = holder.params, kernel.init(holder.params), 0, [], []
         for k in range(3):
             grads = {name: jnp.roll(g, k) * (1 + k) for name, g in holder.grads.items()}
-            ours_, (params, state) = (step(params, state, grads) for step in steps)
+            ours_, (params, state) = (step(params, state, grads) for step in both)
             for a, b in zip(_codes(ours_[1]), _codes(state)):
                 codes += a.size
                 rounded_apart.append(np.abs(a - b).ravel())
@@ -93,19 +94,6 @@ def answers(quick: bool) -> list[Tree]:
 
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
-
-
-def _step_of(tx: Any, fused: bool) -> Callable:
-    """A step of one transform under jit."""
-
-    @jax.jit
-    def step(params: Tree, state: Any, grads: Tree) -> Any:
-        if fused:
-            return fse.fused_update(tx, grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 def _codes(state: Any) -> list[np.ndarray]:
@@ -260,8 +248,18 @@ def _about(results: Tree) -> str:
     )
 
 
+def share_of_copy(results: Tree, moved: float, ms: float) -> float:
+    """What share of the speed of a copy it is to move these bytes in as many milliseconds."""
+    return moved / ms / 1e6 / results["copy_gb_per_s"]
+
+
+def moved_by_model(row: Tree) -> float:
+    """The bytes that a step of the whole model must read and write, with a row's state."""
+    return sum(map(prod, tinyllama().values())) * (12 + 2 * row["state_bytes_per_parameter"])
+
+
 def _share(results: Tree, moved: float, ms: float | None) -> str:
-    return "" if ms is None else f"{100 * moved / ms / 1e6 / results['copy_gb_per_s']:.0f}%"
+    return "" if ms is None else f"{100 * share_of_copy(results, moved, ms):.0f}%"
 
 
 def _busy(row: Tree) -> str:
@@ -269,7 +267,7 @@ def _busy(row: Tree) -> str:
 
 
 def _of_model(results: Tree) -> str:
-    rows, size = results["model"], sum(map(prod, tinyllama().values()))
+    rows = results["model"]
     base = rows[BASELINE]["device_ms"]
     head = ["AdamW, TinyLlama 1.1B, 201 arrays", "state, bytes a parameter", "GPU busy, ms", "of `optax.adamw`"]
     lines = [[*head, "of the copy's speed", "ms passed", "until the first step, s"], ["---", *["--:"] * 6]]
@@ -277,7 +275,7 @@ def _of_model(results: Tree) -> str:
         if "skip" in row:
             lines.append([name, row["skip"], *[""] * 5])
             continue
-        moved, ms = size * (12 + 2 * row["state_bytes_per_parameter"]), row["device_ms"]
+        moved, ms = moved_by_model(row), row["device_ms"]
         beside = "" if ms is None else f"{ms / base:.2f}x"
         state = f"{row['state_bytes_per_parameter']:.2f}"
         share = _share(results, moved, ms)

@@ -17,10 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import flax_stable_embed as fse
-
 from . import compiled, report
-from .optimizers import ADAMW, LEARNING_RATE
+from .optimizers import ADAMW, LEARNING_RATE, step_of
 from .shapes import tinyllama
 from .steps import BASELINE, EIGHT, OURS, ours, small_leaves, training
 
@@ -54,16 +52,10 @@ def _seconds(tx: Any, params: Any, fused: bool) -> float:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(tx.init, params)
     )
 
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        if fused:
-            return fse.fused_update(tx, grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     jax.clear_caches()
     gc.collect()
     began = perf_counter()
-    jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    jax.jit(step_of(tx, fused), donate_argnums=(0, 1)).lower(params, state, params).compile()
     return perf_counter() - began
 
 

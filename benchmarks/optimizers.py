@@ -86,6 +86,18 @@ def contenders() -> list[Contender]:
 # --- JAX -------------------------------------------------------------------------------------------------------------
 
 
+def step_of(tx: Any, fused: bool) -> Callable:
+    """`(params, state, grads) -> (params, state)`: through updates, or parameters in place; not compiled yet."""
+
+    def step(params, state, grads):
+        if fused:
+            return fse.fused_update(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def _start_jax(problem: Problem, codec: str | None, fused: bool) -> Run:
     if codec is None:
         tx, stored = optax.adamw(LEARNING_RATE, **ADAMW), "fp32"
@@ -95,15 +107,9 @@ def _start_jax(problem: Problem, codec: str | None, fused: bool) -> Run:
         (row,) = fse.describe(tx, problem.params).rows
         stored = row.block or "fp32"
 
-    def step(params, state, grads):
-        if fused:
-            return fse.fused_update(tx, grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     state = tx.init(problem.params)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step_of(tx, fused), donate_argnums=(0, 1))
     start = perf_counter()
     compiled = jitted.lower(problem.params, state, problem.grads).compile()
     compile_s = perf_counter() - start

@@ -7,29 +7,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import compiled, report
-from .shapes import tinyllama
+from . import compiled, gpu, report
 from .steps import BASELINE, OURS
 
 FILE = report.HOME / "results" / "roofline.png"
 MEASURED, COUNTED, REFERENCE = "#1f77b4", "#9ecae1", "#bbbbbb"
 
 
-def bars(gpu: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, str]]]]:
+def bars(measured: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, str]]]]:
     """Groups of bars: title, and for each bar its name, its share and its colour."""
-    copy = gpu["copy_gb_per_s"] * 1e6  # bytes a millisecond
-    size = sum(map(prod, tinyllama().values()))
     first = []
     for name, colour in ((BASELINE, REFERENCE), (OURS, MEASURED)):
-        row = gpu["model"][name]
-        moved = size * (12 + 2 * row["state_bytes_per_parameter"])
-        first.append((f"{name}: 1.1B parameters", moved / row["device_ms"] / copy, colour))
-    for name, row in gpu["arrays"].items():
+        row = measured["model"][name]
+        share = gpu.share_of_copy(measured, gpu.moved_by_model(row), row["device_ms"])
+        first.append((f"{name}: 1.1B parameters", share, colour))
+    for name, row in measured["arrays"].items():
         moved = row["bytes_per_parameter"] * prod(row["shape"])
-        first.append((name, moved / row["kernel"]["device_ms"] / copy, MEASURED))
+        first.append((name, gpu.share_of_copy(measured, moved, row["kernel"]["device_ms"]), MEASURED))
         if name == "`root`":
-            first.append((f"{name}, `xla`", moved / row["xla"]["device_ms"] / copy, REFERENCE))
-    groups = [(f"{gpu['environment']['device']}, measured", first)]
+            first.append((f"{name}, `xla`", gpu.share_of_copy(measured, moved, row["xla"]["device_ms"]), REFERENCE))
+    groups = [(f"{measured['environment']['device']}, measured", first)]
     for chip in compiled.BYTES_A_CYCLE:
         rows = [row for row in counted["rows"] if row["chip"] == chip and row["bundles"]]
         shares = [(row["step"], min(1.0, row["cycles_of_memory"] / row["bundles"]), COUNTED) for row in rows]
@@ -37,11 +34,11 @@ def bars(gpu: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, list[t
     return groups
 
 
-def draw(gpu: dict[str, Any], counted: dict[str, Any], path: Path = FILE) -> None:
+def draw(measured: dict[str, Any], counted: dict[str, Any], path: Path = FILE) -> None:
     """Writes the picture."""
     from matplotlib.figure import Figure
 
-    groups = bars(gpu, counted)
+    groups = bars(measured, counted)
     figure = Figure(figsize=(8, 0.3 * sum(len(rows) + 2 for _, rows in groups)), layout="constrained")
     axes = figure.subplots(len(groups), 1, sharex=True, height_ratios=[len(rows) for _, rows in groups])
     for ax, (title, rows) in zip(axes, groups):

@@ -23,7 +23,7 @@ import optax
 import flax_stable_embed as fse
 
 from . import report
-from .optimizers import ADAMW, LEARNING_RATE
+from .optimizers import ADAMW, LEARNING_RATE, step_of
 from .shapes import many_small
 from .timing import alternate, quartiles
 
@@ -71,15 +71,8 @@ class Holder:
 
 def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
     """A step of one transform under jit, parameters and state in place."""
-
-    def step(params: Tree, state: Any, grads: Tree) -> Any:
-        if fused:
-            return fse.fused_update(tx, grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     state = jax.jit(tx.init)(holder.params)
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step_of(tx, fused), donate_argnums=(0, 1))
     began = perf_counter()
     compiled = jitted.lower(holder.params, state, holder.grads).compile()
     compile_s = perf_counter() - began
@@ -230,13 +223,11 @@ def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tr
     for name in ("adamw", "adamw8bit", "adamw8bit, `fused_update`"):
         args = language_model.arguments().parse_args(["--optimizer", name.split(",")[0]])
         tx = language_model.make_optimizer(args)
+        update = step_of(tx, "fused" in name)
 
-        def step(params: Any, state: Any, windows: Any, tx: Any = tx, fused: bool = "fused" in name) -> Any:
+        def step(params: Any, state: Any, windows: Any, update: Any = update) -> Any:
             loss, grads = jax.value_and_grad(language_model.loss_of)(params, graphdef, windows)
-            if fused:
-                return *fse.fused_update(tx, grads, state, params), loss
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
+            return *update(params, state, grads), loss
 
         own = jax.tree.map(jnp.copy, params)
         runs[name] = _training_turn(jax.jit(step, donate_argnums=(0, 1)), own, jax.jit(tx.init)(own), windows)

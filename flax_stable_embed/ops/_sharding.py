@@ -11,10 +11,9 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def explicit_mesh(*arrays: Array) -> Mesh | AbstractMesh | None:
-    """The mesh of which the types of these arrays say something; None where it has axes that are not Explicit."""
-    mesh = next(sharding.mesh for x in arrays if (sharding := explicit_sharding(x)) is not None)
-    return mesh if all(kind is AxisType.Explicit for kind in mesh.axis_types) else None
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether types say for all axes of a mesh what they cut."""
+    return all(kind is AxisType.Explicit for kind in mesh.axis_types)
 
 
 def placed_like(x: Array, other: Array) -> Array:

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .._sharding import explicit_sharding
+from .._sharding import explicit_sharding, is_explicit
 from .blocks import Blocks
 from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
 from .step import Operands, Step
@@ -230,7 +230,7 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
     sharding = explicit_sharding(x)
     if sharding is None and spec is not None:
         sharding = _named(spec, context, x.ndim)
-    elif sharding is not None and any(kind is not AxisType.Explicit for kind in sharding.mesh.axis_types):
+    elif sharding is not None and not is_explicit(sharding.mesh):
         sharding = None
     return None if sharding is None or sharding.mesh.size == 1 else sharding
 

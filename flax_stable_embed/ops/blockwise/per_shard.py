@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from .._sharding import explicit_mesh, explicit_sharding, placed_like
+from .._sharding import explicit_sharding, is_explicit, placed_like
 from .blocks import Blocks
 from .step import Step
 
@@ -74,10 +74,10 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
         return call
 
     def call(*flat):
-        if all(explicit_sharding(x) is None for x in flat):
+        mesh = next((sharding.mesh for sharding in map(explicit_sharding, flat) if sharding is not None), None)
+        if mesh is None:
             return partitioned(replace(reference, implementation=local))(*flat)
-        mesh = explicit_mesh(*flat)
-        if mesh is None:  # some axes are not Explicit: only the compiler can say how it cuts them
+        if not is_explicit(mesh):  # some axes are not Explicit: only the compiler can say how it cuts them
             return reference(*flat)
         sharding = explicit_sharding(tree.unflatten(flat).codes[0])
         cuts = whole_blocks(specs_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
