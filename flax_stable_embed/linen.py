@@ -108,22 +108,19 @@ class Embed(nn.Embed):
         `out_sharding`: sharding of the result under a mesh with Explicit axes, ignored elsewhere. By default
         that of the inputs, then that of the table's features.
         """
-        return self._cast(self._rows(inputs, out_sharding), self.dtype)
+        return self._cast(maths.lookup(self.embedding, inputs, **self._options(out_sharding)), self.dtype)
 
-    def _rows(self, inputs: jax.Array, out_sharding: Sharding, dtype: Any = None) -> jax.Array:
-        return maths.lookup(
-            self.embedding,
-            inputs,
-            padding_idx=self.padding_idx,
-            max_norm=self.max_norm,
-            norm_type=self.norm_type,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
-            method=self.lookup,
-            mode=self.mode,
-            dtype=dtype,
-            out_sharding=out_sharding,
-        )
+    def _options(self, out_sharding: Sharding) -> dict[str, Any]:
+        return {
+            "padding_idx": self.padding_idx,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
+            "sparse": self.sparse,
+            "method": self.lookup,
+            "mode": self.mode,
+            "out_sharding": out_sharding,
+        }
 
     def _cast(self, rows: jax.Array, dtype: Any) -> jax.Array:
         (rows_cast,) = self.promote_dtype(rows, dtype=dtype, inexact=False)
@@ -182,24 +179,22 @@ class StableEmbed(Embed):
 
     def setup(self):
         super().setup()
-        self.norm = _Norm(self.features, self.norm_epsilon, maths.at_least_float32(self.param_dtype))
+        self.norm = _Norm(self.features, maths.at_least_float32(self.param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
-        rows = self._rows(inputs, out_sharding, maths.at_least_float32(self.embedding.dtype))
-        return self._cast(self.norm(rows), self.dtype or self.embedding.dtype)
+        dtype = self.dtype or self.embedding.dtype
+        norm = {"scale": self.norm.scale, "bias": self.norm.bias, "epsilon": self.norm_epsilon}
+        rows = maths.normalised_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
+        return self._cast(rows, dtype)
 
 
 class _Norm(nn.Module):
-    """The parameters of a LayerNorm around the arithmetic that both APIs share."""
+    """The parameters of a LayerNorm; its arithmetic is one with the lookup's."""
 
     features: int
-    epsilon: float
     param_dtype: Any
 
     def setup(self):
         self.scale = self.param("scale", nn.initializers.ones, (self.features,), self.param_dtype)
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale, self.bias, self.epsilon)

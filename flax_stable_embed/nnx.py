@@ -21,6 +21,7 @@ from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
 
 from .ops import embedding as maths
 from .ops.embedding import NORM_EPSILON, Sharding
+from .ops.layer_norm import normalise
 
 
 class Embed(nnx.Embed):
@@ -163,7 +164,8 @@ class Embed(nnx.Embed):
         `out_sharding`: sharding of the result under a mesh with Explicit axes, ignored elsewhere. By default
         that of the inputs, then that of the table's features.
         """
-        (rows,) = self.promote_dtype((self._rows(inputs, out_sharding),), dtype=self.dtype, inexact=False)
+        table, options = self._table_and_options(inputs, out_sharding)
+        (rows,) = self.promote_dtype((maths.lookup(table, inputs, **options),), dtype=self.dtype, inexact=False)
         return rows
 
     def attend(self, query: jax.Array, out_sharding: Sharding = None, *, token_ids: Any = None) -> jax.Array:
@@ -176,23 +178,21 @@ class Embed(nnx.Embed):
         query, table = self.promote_dtype((query, table), dtype=self.dtype)
         return jnp.dot(query, table.T, out_sharding=out_sharding)
 
-    def _rows(self, inputs: jax.Array, out_sharding: Sharding, dtype: Any = None) -> jax.Array:
+    def _table_and_options(self, inputs: jax.Array, out_sharding: Sharding) -> tuple[Any, dict[str, Any]]:
         if self.write_back:
             self._write_back(inputs)
-        return maths.lookup(
-            self.embedding.get_value(),  # maybe no array: see ops/looked_up.py
-            inputs,
-            padding_idx=self.padding_idx,
-            max_norm=self.max_norm,
-            norm_type=self.norm_type,
-            stored=self.write_back,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
-            method=self.lookup,
-            mode=self.mode,
-            dtype=dtype,
-            out_sharding=out_sharding,
-        )
+        table = self.embedding.get_value()  # maybe no array: see ops/looked_up.py
+        return table, {
+            "padding_idx": self.padding_idx,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "stored": self.write_back,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
+            "sparse": self.sparse,
+            "method": self.lookup,
+            "mode": self.mode,
+            "out_sharding": out_sharding,
+        }
 
     def _write_back(self, inputs: jax.Array) -> None:
         assert self.max_norm is not None
@@ -292,8 +292,14 @@ class StableEmbed(Embed):
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
-        rows = self._rows(inputs, out_sharding, maths.at_least_float32(self.embedding.get_value().dtype))
-        (rows,) = self.promote_dtype((self.norm(rows),), dtype=self.dtype, inexact=False)
+        table, options = self._table_and_options(inputs, out_sharding)
+        dtype = self.dtype or table.dtype
+        if isinstance(self.norm, _Norm):
+            norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...], "epsilon": self.norm.epsilon}
+            rows = maths.normalised_lookup(table, inputs, **norm, dtype=dtype, **options)
+        else:  # a user's own
+            rows = self.norm(maths.lookup(table, inputs, dtype=maths.at_least_float32(table.dtype), **options))
+        (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
         return rows
 
 
@@ -306,4 +312,4 @@ class _Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale[...], self.bias[...], self.epsilon)
+        return normalise(x, self.scale[...], self.bias[...], self.epsilon)

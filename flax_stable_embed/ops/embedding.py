@@ -22,12 +22,12 @@ import numpy as np
 
 from ._gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from ._gather import at_least_float32 as at_least_float32
-from ._sharding import explicit_sharding
+from .layer_norm import NORM_EPSILON, normalise
 from .looked_up import LookedUpTable, record
+from .normalised_rows import Options, has_kernel, normalised_rows
 from .rows import distinct, set_rows, take_rows
 
 RENORM_GUARD = 1e-7  # torch adds it to the norm before it divides
-NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
 
 NO_FREQUENCY = (
     "`scale_grad_by_freq=True` does not go with a sparse gradient, as in torch: scale the loss, or use sparse=False."
@@ -129,6 +129,50 @@ def lookup(
     return rows if max_norm is None or stored else _as_if_stored(rows, table.dtype, max_norm, norm_type)
 
 
+def normalised_lookup(
+    table: jax.Array | LookedUpTable,
+    ids: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float = NORM_EPSILON,
+    dtype: Any = None,
+    **options: Any,
+) -> jax.Array:
+    """`normalise(lookup(table, ids, **options), scale, bias, epsilon)` in `dtype`, by default the table's.
+
+    Computed in float32 whatever the dtypes. On one GPU, kernels do it where rows are neither scaled nor weighted.
+
+    Args:
+      table, ids, options: as of `lookup`, with `dtype` that of the result.
+      scale, bias: (features,), of the norm.
+
+    Raises:
+      TypeError, ValueError: as `lookup` and `normalise` do.
+
+    >>> table = jnp.array([[1.0, 3.0], [2.0, 2.0]])
+    >>> normalised_lookup(table, jnp.array([0, 1]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
+    Array([[0. , 1. ],
+           [0.5, 0.5]], dtype=float32)
+    """
+    _check_ids(ids)
+    dtype, mode = jnp.dtype(dtype or table.dtype), options.get("mode", "fill")
+    if not isinstance(table, LookedUpTable) and table.shape[0] > 1 and _asks_for_nothing_more(options):
+        table = jnp.asarray(table)
+        row_numbers = row_numbers_of(ids, table.shape[0], mode)
+        if has_kernel(table, row_numbers) and row_sharding(table, row_numbers, options.get("out_sharding")) is None:
+            how = Options(epsilon, options.get("padding_idx"), mode != "fill", dtype)
+            return normalised_rows(how, table, scale, bias, row_numbers)
+    rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
+    return normalise(rows, scale, bias, epsilon).astype(dtype)
+
+
+def _asks_for_nothing_more(options: dict[str, Any]) -> bool:
+    """Whether rows are looked up as they are, and no note is taken."""
+    asked = any(options.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    return not asked and options.get("method", "take") == "take"
+
+
 def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Array:
     """Scale the rows whose p-norm exceeds `max_norm` down to it, and leave the others as they are.
 
@@ -170,90 +214,6 @@ def _as_if_stored(rows: jax.Array, table_dtype: Any, max_norm: float, norm_type:
 @_as_if_stored.defjvp
 def _as_if_stored_jvp(table_dtype, max_norm, norm_type, primals, tangents):
     return _as_if_stored(primals[0], table_dtype, max_norm, norm_type), tangents[0]
-
-
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
-    """LayerNorm over the last axis, in float32, with the exact variance.
-
-        y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias
-
-    A row far from zero keeps its digits: the variance is that of centred numbers (on GPU, of numbers less one of
-    the row's). The result is not cast back. A zero row gives `bias`, and finite gradients.
-
-    Args:
-      x: (..., features), real floating of any width.
-      scale: (features,).
-      bias: (features,).
-      epsilon: added to the variance.
-
-    Returns:
-      (..., features) in float32, or float64 if x or a parameter has it.
-
-    Raises:
-      TypeError: x is not real floating.
-
-    >>> normalise(jnp.array([[1.0, 3.0], [0.0, 0.0]]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
-    Array([[0. , 1. ],
-           [0.5, 0.5]], dtype=float32)
-
-    Source: Ba et al. 2016, Layer Normalization, https://arxiv.org/abs/1607.06450
-    """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"LayerNorm needs real floating rows, got {x.dtype}. Set param_dtype=float32.")
-    along_last = (1,) * (x.ndim - 1) + (-1,)
-    return _normalise(epsilon, x.astype(at_least_float32(x.dtype)), scale.reshape(along_last), bias.reshape(along_last))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalise(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    unit, _ = _standardised(x, epsilon)
-    return unit * scale + bias
-
-
-@_normalise.defjvp
-def _normalise_jvp(epsilon, primals, tangents):
-    """What the chain rule gives, simplified: u = (x - mean) r, d u = r (dx - mean(dx) - u mean(u dx)).
-
-    Its transpose is of the same kind. The chain rule's own keeps one array of the size of x more, and on CPU takes 1.4
-    times as long (output and gradients, 4096 x 512).
-    """
-    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    unit, reciprocal = _standardised(x, epsilon)
-    mean, along = (d.mean(axis=-1, keepdims=True) for d in (dx, unit * dx))
-    d_unit = reciprocal * (dx - mean - unit * along)
-    return unit * scale + bias, d_unit * scale + unit * dscale + dbias
-
-
-def _standardised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Rows of mean 0 and variance 1, and what they were multiplied by."""
-    if not x.shape[-1]:
-        return x, jnp.ones_like(x, shape=(*x.shape[:-1], 1))
-    in_two, in_one = (functools.partial(f, epsilon=epsilon) for f in (_in_two_passes, _in_one_pass))
-    sharding = explicit_sharding(x)
-    if sharding is not None and any(sharding.spec[x.ndim - 1 :]):
-        return in_two(x)  # of features that are cut, one cannot be taken out
-    return jax.lax.platform_dependent(x, cuda=in_one, default=in_two)
-
-
-def _in_two_passes(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    reciprocal = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    return centred * reciprocal, reciprocal
-
-
-def _in_one_pass(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Both means at once, of what a row is above one of its numbers, so that a row far from zero keeps its digits.
-
-    That number is the median of three, which one feature far from the others does not move; should two be so, the
-    variance is in error by some features x 2^-24. On GPU, XLA looks rows up again in each pass; for the second it would
-    write them to memory (32,768 x 4,096, 65,536 tokens: 3.8 GB for the output, and 2.7 this way).
-    """
-    a, b, c = (x[..., k : k + 1] for k in (0, x.shape[-1] // 2, x.shape[-1] - 1))
-    above = x - jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-    mean = above.mean(axis=-1, keepdims=True)
-    variance = jnp.square(above).mean(axis=-1, keepdims=True) - jnp.square(mean)
-    reciprocal = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
-    return (above - mean) * reciprocal, reciprocal
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -1,0 +1,46 @@
+"""A JAX primitive that is a function of plain operations, except where a kernel stands for it."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Function = Callable[..., tuple[Any, ...]]
+
+
+def primitive(name: str, reference: Function, cuda: Function | None = None) -> Primitive:
+    """A primitive with several results: `cuda` in a program for an NVIDIA GPU, elsewhere `reference`.
+
+    Under vmap, and for its derivative, it is `reference` too. Both take arrays, and static values by name.
+    """
+    new = Primitive(name)
+    new.multiple_results = True
+
+    def abstract(*avals: Any, **static: Any) -> list[ShapedArray]:
+        results = jax.eval_shape(partial(reference, **static), *avals)
+        return [ShapedArray(x.shape, x.dtype) for x in results]
+
+    @cache
+    def compiled(static: tuple[tuple[str, Any], ...]) -> Callable:
+        return jax.jit(partial(new.bind, **dict(static)))
+
+    def derivative(primals: Any, tangents: Any, **static: Any) -> Any:
+        known = tuple(ad.instantiate_zeros(t) for t in tangents)
+        return jax.jvp(partial(reference, **static), primals, known)
+
+    def batched(args: Any, axes: Any, **static: Any) -> Any:
+        results = jax.vmap(partial(reference, **static), in_axes=tuple(axes))(*args)
+        return results, [0] * len(results)
+
+    new.def_impl(lambda *args, **static: compiled(tuple(static.items()))(*args))
+    new.def_abstract_eval(abstract)
+    ad.primitive_jvps[new] = derivative
+    batching.primitive_batchers[new] = batched
+    mlir.register_lowering(new, mlir.lower_fun(reference, multiple_results=True))
+    if cuda is not None:
+        mlir.register_lowering(new, mlir.lower_fun(cuda, multiple_results=True), platform="cuda")
+    return new
