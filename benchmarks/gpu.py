@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from math import prod
 from time import perf_counter
@@ -146,39 +147,57 @@ def arrays(quick: bool, rounds: int) -> Tree:
     return rows
 
 
+# Of a StableEmbed: the dtype that it computes in, and whether some ids are more frequent than others, as words are.
+LOOKUPS: dict[str, tuple[Any, bool]] = {
+    "float32": (jnp.float32, False),
+    "float32, ids by Zipf's law": (jnp.float32, True),
+    "bfloat16, ids by Zipf's law": (jnp.bfloat16, True),
+}
+
+
 def stable_embed(quick: bool, rounds: int) -> Tree:
     """StableEmbed beside `nn.Embed` and `nn.LayerNorm`: forward, and forward and backward."""
     vocabulary, width, tokens = (64, 32, 16) if quick else (32768, 4096, 65536)
-    ids = jax.random.randint(jax.random.key(1), (tokens,), 0, vocabulary)
-    chosen = jax.random.normal(jax.random.key(2), (tokens, width))
-
-    class Flax(nn.Module):
-        @nn.compact
-        def __call__(self, ids):
-            return nn.LayerNorm()(nn.Embed(vocabulary, width)(ids))
-
-    runs = {}
-    for name, module in (("stable", fse.linen.StableEmbed(vocabulary, width)), ("flax", Flax())):
-        params = jax.jit(module.init)(jax.random.key(0), ids)
-        forward = jax.jit(module.apply)
-
-        def loss(params, ids, chosen, module=module):
-            return jnp.sum(module.apply(params, ids) * chosen)
-
-        both = jax.jit(jax.grad(loss))
-        runs[f"{name}, forward"] = _turn_of(forward, params, ids)
-        runs[f"{name}, forward and backward"] = _turn_of(both, params, ids, chosen)
-    turns = alternate(runs, 4.0, rounds)
     rows = {}
-    for name, turn in runs.items():
-        ms = quartiles([1e3 * t / steps() for t in turns[name]])
-        rows[name] = {"shape": (vocabulary, width, tokens), "ms": ms, "device_ms": busy_ms(turn)}
-    # Rows read, an output written; then rows and the output's gradient read, the table's gradient written and added to.
-    least = 4 * tokens * width
-    table = 4 * vocabulary * width
-    for name, row in rows.items():
-        row["least_bytes"] = 2 * least if name.endswith("forward") else 5 * least + table
+    for lookup, (dtype, frequent) in LOOKUPS.items():
+        chance = 1 / np.arange(1, vocabulary + 1) ** frequent
+        ids = jnp.asarray(np.random.default_rng(1).choice(vocabulary, tokens, p=chance / chance.sum()), jnp.int32)
+        dy = jax.random.normal(jax.random.key(2), (tokens, width), dtype)
+        runs = {}
+        for name, module in (("stable", fse.linen.StableEmbed), ("flax", EmbedThenNorm)):
+            embed = module(vocabulary, width, dtype=dtype)
+            params = jax.jit(embed.init)(jax.random.key(0), ids)
+            runs[f"{name}, forward"] = _turn_of(jax.jit(embed.apply), params, ids)
+            runs[f"{name}, forward and backward"] = _turn_of(jax.jit(partial(_both, embed)), params, ids, dy)
+        turns = alternate(runs, 2.0, rounds)
+        # Forward, rows are read and an output written; then its gradient is read, and each row, and the row's written.
+        of_output = jnp.dtype(dtype).itemsize
+        least = {"forward": tokens * width * (4 + of_output)}
+        least["forward and backward"] = least["forward"] + tokens * width * of_output + 2 * 4 * vocabulary * width
+        for name, turn in runs.items():
+            row = {"shape": (vocabulary, width, tokens), "least_bytes": least[name.partition(", ")[2]]}
+            row |= {"ms": quartiles([1e3 * t / steps() for t in turns[name]]), "device_ms": busy_ms(turn)}
+            rows[f"{name}, {lookup}"] = row
+        del runs, params, dy
+        gc.collect()
     return rows
+
+
+class EmbedThenNorm(nn.Module):
+    """What stands in Flax for a StableEmbed."""
+
+    num_embeddings: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids):
+        return nn.LayerNorm(dtype=self.dtype)(nn.Embed(self.num_embeddings, self.features, dtype=self.dtype)(ids))
+
+
+def _both(module: nn.Module, params: Any, ids: Any, dy: Any) -> tuple[Any, Any]:
+    y, pullback = jax.vjp(lambda params: module.apply(params, ids), params)
+    return y, pullback(dy)[0]
 
 
 def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
@@ -317,12 +336,16 @@ def _of_modules(results: Tree) -> str:
     rows = results["stable_embed"]
     vocabulary, width, tokens = next(iter(rows.values()))["shape"]
     title = f"table {vocabulary:,} x {width:,}, {tokens:,} tokens"
-    lines = [[title, "GPU busy, ms", "of the copy's speed", "ms passed"], ["---", *["--:"] * 3]]
-    names = {"stable": "`fse.linen.StableEmbed`", "flax": "`nn.Embed`, `nn.LayerNorm`"}
+    lines = [[title, "GPU busy, ms", "of the copy's speed", "`nn.Embed`, `nn.LayerNorm`: GPU busy, ms", "ratio"]]
+    lines.append(["---", *["--:"] * 4])
     for name, row in rows.items():
         module, _, what = name.partition(", ")
+        if module != "stable":
+            continue
+        flax = rows[f"flax, {what}"]
         share = _share(results, row["least_bytes"], row["device_ms"])
-        lines.append([f"{names[module]}, {what}", _busy(row), share, report.spread(row["ms"])])
+        ratio = f"{row['device_ms'] / flax['device_ms']:.2f}x" if row["device_ms"] else ""
+        lines.append([f"`StableEmbed`, {what}", _busy(row), share, _busy(flax), ratio])
     return report.table(lines)
 
 

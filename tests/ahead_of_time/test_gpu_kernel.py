@@ -57,6 +57,25 @@ def test_stable_embed_writes_no_looked_up_rows_to_memory(gpus):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 8192 * 512
 
 
+def test_on_one_gpu_a_stable_embedding_is_one_kernel_and_its_gradient_another(gpus, monkeypatch):
+    rows, features, tokens = 4096, 1024, 8192
+    embed, here = fse.linen.StableEmbed(rows, features), jax.sharding.SingleDeviceSharding(gpus[0])
+    ids, dy = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens, features), jnp.float32)
+    args = jax.eval_shape(embed.init, jax.random.key(0), ids), ids, dy
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def step(params, ids, dy):
+        y, pullback = jax.vjp(lambda params: embed.apply(params, ids), params)
+        return y, pullback(dy)[0]
+
+    compiled = jax.jit(step).lower(*args).compile()
+    assert counted.kernels(compiled.as_text()) == 2
+    # Beside inputs and results there are the sorted ids, and each program's part of scale's and bias' gradients.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (2 * features * tokens / 32 + 8 * tokens)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_every_gpu_of_a_mesh_runs_it_on_its_own_piece(gpus, kind):
     mesh = Mesh(np.array(gpus).reshape(4, 2), ("data", "model"), axis_types=(kind,) * 2)

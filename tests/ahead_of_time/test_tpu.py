@@ -77,6 +77,18 @@ def test_stable_embed_writes_the_rows_the_output_and_their_gradient_and_nothing_
     assert sum(len(re.findall(r"f32\[4096,512\]", line)) for line in fusions) == 3
 
 
+def test_stable_embed_reads_rows_once_for_both_of_their_sums(topology):
+    """Forward, looked-up rows are read twice, for mean and variance together and for the output."""
+    embed, place = fse.linen.StableEmbed(50304, 512), jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
+    ids = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    args = jax.eval_shape(embed.init, jax.random.key(0), ids), ids
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    text = jax.jit(embed.apply).lower(*args).compile().as_text()
+    lines = text[text.index("ENTRY") :].splitlines()
+    (rows,) = re.findall(r"(%gather_fusion\S*) = f32\[4096,512\]", "\n".join(lines))
+    assert sum(f"{rows}," in line or f"{rows})" in line for line in lines) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_embeddings", "sorts"), [(2**15, False), (50304, True), (2**18, True)])
 def test_sorted_terms_save_bytes_of_the_gradient_of_a_large_table(topology, num_embeddings, sorts, monkeypatch):
