@@ -32,4 +32,6 @@ def correction(b, count):
 
 def sign(x):
     """`jnp.sign`, which a kernel for TPU cannot have where it is compiled without one."""
+    if jnp.iscomplexobj(x):  # of no kernel
+        return jnp.sign(x)
     return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x)).astype(x.dtype)

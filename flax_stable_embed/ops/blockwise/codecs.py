@@ -84,8 +84,11 @@ def _linear(signed: bool) -> Code:
 
     def value(level):
         # An exact integer product, rounded once by its conversion: as a float product it could be contracted into the
-        # sum of a midpoint, which then would round once, not twice.
-        return (level.astype(jnp.uint32) * unit).astype(jnp.float32) * np.float32(2.0**-31)
+        # sum of a midpoint, which then would round once, not twice. And 2^-31 taken off the exponent: as a factor, XLA
+        # would multiply the scale with it first, which then may underflow.
+        product = (level.astype(jnp.uint32) * unit).astype(jnp.float32)
+        bits = lax.bitcast_convert_type(product, jnp.int32) - (31 << 23)
+        return jnp.where(level == 0, 0.0, lax.bitcast_convert_type(bits, jnp.float32))
 
     def nearest(n, negative):
         boundary = jnp.minimum((n * np.float32(top)).astype(jnp.int32) + 1, top)
