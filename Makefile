@@ -1,4 +1,4 @@
-# Everything a person needs: make train, make test, make check, make bench.
+# Everything a person needs: make train, make test, make check, make docs, make bench.
 # EXTRAS=tpu (or cuda) adds optional dependencies, for example `make test EXTRAS=tpu`.
 PYTHON ?= python3
 EXTRAS ?=
@@ -9,7 +9,7 @@ INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-all check bench
+.PHONY: train test test-all check docs bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
@@ -24,7 +24,11 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# What this machine can measure, then the tables of the README; each benchmark runs alone as `python -m benchmarks.NAME`.
+# The site, in docs/_build; its notebooks run. A warning is an error.
+docs: .venv/docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build $(ARGS)
+
+# What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
 BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.gpu
 bench: .venv/examples
 	for name in $(BENCHMARKS); do $(BIN)/python -m $$name $(ARGS) || exit 1; done

@@ -157,7 +157,8 @@ class StableEmbed(Embed):
 
     Args:
       norm_epsilon: added to the variance. torch's 1e-5, not Flax's 1e-6.
-      Every other one as in `Embed`.
+
+    Every other argument as in `Embed`.
 
     >>> from flax_stable_embed import linen
     >>> embed = linen.StableEmbed(num_embeddings=5, features=4, dtype=jnp.bfloat16)

@@ -43,14 +43,12 @@ class Embed(nnx.Embed):
       embedding_init: initializer of the table.
       promote_dtype: casts the rows to `dtype` (`(query, embedding)` in `attend`).
       padding_idx: a row that starts at zero (but a pretrained one is kept as given) and whose gradient in the
-      lookup
-        is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from the
-        end.
+        lookup is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from
+        the end.
       max_norm: looked-up rows with a larger norm are scaled down to it, and the gradient ignores the scaling.
       norm_type: the p of that p-norm: 0, any positive number or infinity.
       scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
-      global
-        batch under jit, in one example under a vmap over examples.
+        global batch under jit, in one example under a vmap over examples.
       sparse: `fse.row_value_and_grad` gives the table a gradient of the looked-up rows alone, for `fse.row_sparse`; no
         dense one exists. Under `jax.grad` it is the dense one. Not with scale_grad_by_freq, as in torch.
       lookup: "take" gathers the rows; "one_hot" multiplies with a one-hot matrix, and so does the gradient (summed in
@@ -235,7 +233,8 @@ class StableEmbed(Embed):
 
     Args:
       norm_epsilon: added to the variance. torch's 1e-5, not Flax's 1e-6.
-      Every other one as in `Embed`.
+
+    Every other argument as in `Embed`.
 
     >>> from flax_stable_embed import nnx as fse_nnx
     >>> embed = fse_nnx.StableEmbed(num_embeddings=5, features=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import flax_stable_embed as fse
+from tests.tools import public_names
 
 PACKAGE = Path(fse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -59,14 +60,6 @@ def test_no_kernel_language_is_imported_before_it_is_chosen():
 def test_importing_the_package_touches_no_device():
     code = "import flax_stable_embed, jax._src.xla_bridge as bridge; assert not bridge._backends"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def public_names():
-    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop.bitsandbytes):
-        for name, value in vars(module).items():
-            ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
-            if ours and not name.startswith("_") and not inspect.ismodule(value):
-                yield f"{module.__name__}.{name}", value
 
 
 @pytest.mark.parametrize(("name", "value"), list(public_names()), ids=lambda x: x if isinstance(x, str) else "")

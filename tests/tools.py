@@ -166,3 +166,12 @@ def types(tree):
 def kinds(tree):
     """Shapes and dtypes."""
     return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+
+def public_names():
+    """Every name of ours that a user may type, and what it is."""
+    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop.bitsandbytes):
+        for name, value in vars(module).items():
+            ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
+            if ours and not name.startswith("_") and not inspect.ismodule(value):
+                yield f"{module.__name__}.{name}", value

@@ -241,7 +241,7 @@ def pretrained(table: Any) -> Initializer:
 
     Raises:
       ValueError: the table is not 2-D, or (when a module initialises its parameter) not of the module's
-      shape.
+        shape.
 
     >>> pretrained([[1.0, 2.0]])(jax.random.key(0), (1, 2), jnp.float32)
     Array([[1., 2.]], dtype=float32)

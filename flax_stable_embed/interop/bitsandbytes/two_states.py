@@ -147,8 +147,8 @@ def lamb8bit(
 
     Args:
         max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
-        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, partition_specs,
-            skip_nonfinite: see `adamw8bit`.
+        learning_rate, b1, b2, eps, weight_decay: see `adamw8bit`.
+        rules, state_format, implementation, partition_specs, skip_nonfinite: see `adamw8bit`.
 
     Raises:
         ValueError, NotImplementedError: as `adamw8bit`.
@@ -201,8 +201,8 @@ def ademamix8bit(
         alpha: weight of the slow mean.
         t_alpha: steps in which alpha grows from 0 to its value, linearly; None or 0 for at once.
         t_beta3: steps in which b3 grows from b1 to its value, linearly in half-lives; None or 0 for at once.
-        learning_rate, b1, b2, eps, weight_decay, rules, state_format, implementation, partition_specs,
-            skip_nonfinite: see `adamw8bit`.
+        learning_rate, b1, b2, eps, weight_decay: see `adamw8bit`.
+        rules, state_format, implementation, partition_specs, skip_nonfinite: see `adamw8bit`.
 
     Raises:
         TypeError: `t_alpha`, `t_beta3`, or a `b3` that grows, which is no number.
