@@ -362,7 +362,10 @@ def _encoded(x: Array, leaf: Leaf | None, want: Any) -> tuple[Array, ...]:
 
 
 def _sharding(x: Array) -> Any:
-    return jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    """Where an array lies; None where it goes along with others, as counts do that `init` makes beside a mesh."""
+    if isinstance(x, Tracer):
+        return jax.typeof(x).sharding
+    return x.sharding if x.committed else None
 
 
 def _placed(x: Array, sharding: Any, memory_kind: str) -> Array:

@@ -549,6 +549,18 @@ def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
                 assert collective not in text
 
 
+@pytest.mark.parametrize("placed", [True, False], ids=["counts on the mesh", "counts on no device"])
+def test_a_converted_state_goes_on_beside_parameters_on_a_mesh(placed):
+    before, after = adamw(), adamw(state_format=fse.StateFormat("dynamic", min_size=0))
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    params = place(parameters(kernel=KERNEL), mesh, P("a", "b"))
+    state = before.init(params)
+    if placed:
+        on_mesh = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, NamedSharding(mesh, P()))  # noqa: E731
+        state = jax.tree.map(on_mesh, state)
+    run(after, params, 1, state=fse.convert_state(before, after, params, state))
+
+
 # --- frameworks and checkpoints --------------------------------------------------------------------------------------
 
 
