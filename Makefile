@@ -24,9 +24,9 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# The site, in docs/_build; its notebooks run. A warning is an error.
+# The site, in docs/_build/html; its notebooks run. A warning is an error.
 docs: .venv/docs
-	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
 
 # What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
 BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.gpu

@@ -1,7 +1,7 @@
 """The generated parts of the documentation: `python -m benchmarks readme` writes them from the files in `results/`.
 
 A part stands between `<!-- name: where it comes from -->` and `<!-- /name -->`. The main example brings its own:
-`python examples/report.py FILE --readme NAME`.
+`python examples/report.py FILE --publish NAME`.
 """
 
 import json
@@ -10,7 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import compiled, embedding, errors, goals, gpu, models, quality_report, report, roofline, rounding, state, switch
+from . import (
+    compiled,
+    embedding,
+    errors,
+    goals,
+    gpu,
+    models,
+    pictures,
+    quality_report,
+    report,
+    roofline,
+    rounding,
+    state,
+    switch,
+)
 
 ROOT = report.HOME.parent
 RESULTS = report.HOME / "results"
@@ -28,7 +42,7 @@ def quality() -> str:
     if not file.exists():
         return "No results yet: `python -m benchmarks.quality` makes them."
     results = json.loads(file.read_text())
-    figure = "![Losses by learning rate, and the ladder](benchmarks/results/quality.png)"
+    figure = "![Losses by learning rate, and the ladder](../benchmarks/results/quality.png)"
     (_, ladder), *others = quality_report.tables(results).items()
     summary = f"<details><summary>{', '.join(title for title, _ in others)}</summary>"
     folded = [summary, *(table for _, table in others), "</details>"]
@@ -41,16 +55,16 @@ def of(module: Any) -> Callable[[], str]:
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "benchmarks"): lambda: report.markdown(newest()),
-    ("README.md", "compiled"): of(compiled),
     ("README.md", "goals"): lambda: goals.markdown(newest()),
-    ("README.md", "models"): of(models),
-    ("README.md", "gpu"): lambda: gpu.markdown(gpu.newest()),
-    ("README.md", "embedding"): of(embedding),
-    ("README.md", "quality"): quality,
-    ("README.md", "rounding"): of(rounding),
-    ("README.md", "switch"): of(switch),
-    ("README.md", "state"): state.markdown,
+    ("docs/performance.md", "gpu"): lambda: gpu.markdown(gpu.newest()),
+    ("docs/performance.md", "compiled"): of(compiled),
+    ("docs/performance.md", "models"): of(models),
+    ("docs/performance.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("docs/embeddings.md", "embedding"): of(embedding),
+    ("docs/quality.md", "quality"): quality,
+    ("docs/quality.md", "rounding"): of(rounding),
+    ("docs/quality.md", "switch"): of(switch),
+    ("docs/rules.md", "state"): state.markdown,
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
 
@@ -78,4 +92,5 @@ def write() -> None:
         path.write_text(text)
         print(f"written: {path.relative_to(ROOT)}")
     roofline.draw(gpu.newest(), json.loads(compiled.FILE.read_text()))
-    print(f"written: {roofline.FILE.relative_to(ROOT)}")
+    pictures.draw()
+    print(f"written: {roofline.FILE.relative_to(ROOT)} and pictures in {pictures.FOLDER.relative_to(ROOT)}")

@@ -150,7 +150,7 @@ def spread(values: list[float]) -> str:
     return f"{middle} ({low} to {high})"
 
 
-# --- for the README --------------------------------------------------------------------------------------------------
+# --- for the documentation -------------------------------------------------------------------------------------------
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What is left of a training run: its state in bytes by class, one table, one plot, one summary for programs.
 
     python examples/report.py                       prints the table of the last comparison again, as Markdown
-    python examples/report.py runs/comparison.json --readme NAME      and puts it into the README, between the marks of
-                                                                      NAME, and the plot into examples/results/
+    python examples/report.py runs/comparison.json --publish NAME     and puts it into the README or the page of docs/
+                                                                      that has marks of NAME, and the plot into
+                                                                      examples/results/
 
 Imported, it is the part of `language_model.py` that measures and draws.
 """
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 import run_folder
 
-RESULTS = Path(__file__).with_name("results")  # what the README shows, .png and .json by name
+RESULTS = Path(__file__).with_name("results")  # what the README and docs/ show, .png and .json by name
 LIMIT = 0.002  # validation loss of a compared run may differ by this part of the reference's
 SMOOTHED_OVER = 15  # steps: the standard deviation of the weights behind the smoothed curve
 STATE_CLASSES = {
@@ -279,22 +280,23 @@ def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
 
 
 def published(summary: dict) -> str:
-    """Table, command and verdict as they stand in the README."""
+    """Table, command and verdict as they stand in the documentation."""
     run = summary["runs"][0]
     where = f"{run['cores']} cores of {run['device']}, JAX {run['jax']}"
     return f"{markdown(summary)}\n\n`{summary['command']}`, on {where}. {verdict(summary)}"
 
 
 def publish(comparison: Path, name: str) -> None:
-    """Puts a comparison into the README, and its plot and summary beside the examples."""
-    readme = RESULTS.parents[1] / "README.md"
-    before, opening, rest = readme.read_text().partition(f"<!-- {name}: ")
+    """Puts a comparison into the page that has its marks, and its plot and summary beside the examples."""
+    root, end = RESULTS.parents[1], f"<!-- /{name} -->"
+    pages = [page for page in (root / "README.md", *root.glob("docs/*.md")) if end in page.read_text()]
+    if len(pages) != 1:
+        sys.exit(f"One page must have marks <!-- {name}: ... --> and {end}, not {len(pages)}.")
+    before, opening, rest = pages[0].read_text().partition(f"<!-- {name}: ")
     how, closing, rest = rest.partition("-->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not end:
-        sys.exit(f"README.md has no marks <!-- {name}: ... --> and <!-- /{name} -->.")
+    after = rest.partition(end)[2]
     text = published(json.loads(comparison.read_text()))
-    readme.write_text(f"{before}{opening}{how}{closing}\n{text}\n{end}{after}")
+    pages[0].write_text(f"{before}{opening}{how}{closing}\n{text}\n{end}{after}")
     RESULTS.mkdir(exist_ok=True)
     for suffix in (".json", ".png"):
         shutil.copyfile(comparison.with_suffix(suffix), (RESULTS / name).with_suffix(suffix))
@@ -303,8 +305,8 @@ def publish(comparison: Path, name: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", nargs="?", type=Path, default=Path("runs/comparison.json"))
-    parser.add_argument("--readme", metavar="NAME", help="language_model or linear")
+    parser.add_argument("--publish", metavar="NAME", help="language_model or linear")
     args = parser.parse_args()
     print(published(json.loads(args.comparison.read_text())))
-    if args.readme:
-        publish(args.comparison, args.readme)
+    if args.publish:
+        publish(args.comparison, args.publish)
