@@ -1,15 +1,15 @@
-# Everything a person needs: make train, make test, make check, make docs, make bench.
+# Everything a person needs: make train, make test, make check, make docs, make dist, make bench.
 # EXTRAS=tpu (or cuda) adds optional dependencies, for example `make test EXTRAS=tpu`.
 PYTHON ?= python3
 EXTRAS ?=
 comma := ,
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
-INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+install = $(if $(UV),uv pip install --quiet --python $(1),$(1) -m pip install --quiet)
 WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-all check docs bench
+.PHONY: train test test-all check docs dist bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
@@ -28,6 +28,15 @@ check: .venv/dev
 docs: .venv/docs
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
 
+# What a release uploads, in dist/: built, its metadata checked, and the wheel tried in an environment of its own.
+dist: .venv/dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv/bare
+	$(call install,.venv/bare/bin/python) dist/*.whl
+	cd .venv/bare && JAX_PLATFORMS=cpu bin/python -I ../../.ci/smoke.py
+
 # What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
 BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.gpu
 bench: .venv/examples
@@ -37,5 +46,5 @@ bench: .venv/examples
 # One stamp per set of extras: made anew when pyproject.toml changes.
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) -e ".[$(if $(filter test%,$*),test$(WITH),$*)]"
+	$(call install,$(BIN)/python) -e ".[$(if $(filter test%,$*),test$(WITH),$*)]"
 	touch $@
