@@ -120,7 +120,6 @@ rendered = functools.cache(readme.rendered)
 
 
 @pytest.mark.parametrize("path", sorted({name for name, _ in readme.PARTS}))
-@pytest.mark.one_in(2)
 def test_generated_figures_are_up_to_date(path):
     assert rendered()[ROOT / path] == (ROOT / path).read_text(), "run `python -m benchmarks readme`"
 

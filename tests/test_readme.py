@@ -37,11 +37,12 @@ def test_every_optimizer_is_in_the_table(case):
 def test_what_the_readme_says_of_kernels_is_what_was_counted_and_measured():
     rows = json.loads(compiled.FILE.read_text())["rows"]
     of_kernels = [row for row in rows if row["step"] == "`adamw8bit`"]
-    assert {f"{row['bytes']:.2f}" for row in of_kernels} == {"16.06"}
+    (moved,) = {f"{row['bytes']:.2f}" for row in of_kernels}
+    (base,) = {f"{row['bytes']:.0f}" for row in rows if "optax" in row["step"] and row["chip"].startswith("v")}
+    text = " ".join(README.split())
+    assert f"{moved} bytes of memory traffic a parameter for AdamW where fp32 AdamW has {base}, and no temp" in text
     assert all(row["temporaries"] < 0.005 for row in of_kernels)
-    assert {f"{row['bytes']:.2f}" for row in rows if "optax" in row["step"] and row["chip"].startswith("v")} == {
-        "28.00"
-    }
     measured = gpu.newest()["model"]
     own, theirs = measured[OURS]["device_ms"], measured["bitsandbytes `AdamW8bit`"]["device_ms"]
+    assert "less time than `optax.adamw`'s, and a third of that of bitsandbytes' `AdamW8bit`" in text
     assert own < measured[BASELINE]["device_ms"] and 0.25 < own / theirs < 0.4
