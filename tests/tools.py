@@ -170,7 +170,7 @@ def kinds(tree):
 
 def public_names():
     """Every name of ours that a user may type, and what it is."""
-    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop.bitsandbytes):
+    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop, fse.interop.bitsandbytes):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
             if ours and not name.startswith("_") and not inspect.ismodule(value):

@@ -1,0 +1,90 @@
+"""What the flows of frameworks share: optimizers, batches that are gradients to the bit, and what a state must show."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_stable_embed as fse
+from tests.tools import SMALL, is_codes, jitted
+
+OPTIMIZERS = {
+    "adamw8bit": functools.partial(fse.adamw8bit, 0.01, weight_decay=0.1),
+    "lion8bit": functools.partial(fse.lion8bit, 0.01, weight_decay=0.1),
+    "quantize_state": functools.partial(fse.quantize_state, optax.adamw(0.01, weight_decay=0.1)),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+# bitsandbytes' blocks: of 768 columns there are three, which no mesh axis of two or four divides.
+OF_256 = fse.StateFormat(block_size=256, block_axis=-1, min_size=0)
+every_format = pytest.mark.parametrize("state_format", [SMALL, OF_256], ids=["default blocks", "blocks of 256"])
+
+
+@functools.cache
+def build(name, state_format=SMALL):
+    return OPTIMIZERS[name](state_format=state_format)
+
+
+def batch_of(params, step=0):
+    """Numbers in the shapes of the parameters, of sizes that differ widely; another set for every step."""
+    rng = np.random.default_rng(100 + step)
+
+    def one(p):
+        return (rng.normal(size=p.shape) * 10 ** rng.uniform(-4, 0, p.shape)).astype(np.float32)
+
+    return jax.tree.map(one, params)
+
+
+def loss_of(params, batch):
+    """Linear in the parameters: its gradient is the batch itself, to the bit, on every mesh."""
+    return sum(jnp.sum(p * b) for p, b in zip(jax.tree.leaves(params), jax.tree.leaves(batch), strict=True))
+
+
+def without_framework(tx, shapes, steps=3):
+    """Parameters of ones and the state after some steps of `batch_of`, on one device."""
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    state = jax.jit(tx.init)(params)
+    for i in range(steps):
+        params, state, _ = jitted(tx)(batch_of(shapes, i), state, params)
+    return params, state
+
+
+def by_path(tree):
+    """Arrays by path; the end of a variable's own path is dropped."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in pairs}
+
+
+def assert_8bit(state, params):
+    """Moments of kernels are in bytes, all else of the state is not. Returns pairs (codes, their parameter)."""
+    pairs, parameters = [], by_path(params)
+    for path, x in by_path(state).items():
+        if "absmax" not in path and re.search("(?<!norm/)kernel", path):
+            assert is_codes(x), path
+            (of,) = [p for name, p in parameters.items() if path.endswith(f"/{name}")]
+            pairs.append((x, of))
+        else:
+            assert not is_codes(x) or path.endswith("format"), path
+    assert pairs
+    return pairs
+
+
+def assert_codes_lie_as_parameters(state, params):
+    """On the same devices, cut in the same way, in whatever memory; and cut at all."""
+    pairs = assert_8bit(state, params)
+    for codes, p in pairs:
+        lies = codes.sharding.with_memory_kind(p.sharding.memory_kind)
+        assert codes.shape == p.shape and lies.is_equivalent_to(p.sharding, p.ndim)
+    assert any(not p.sharding.is_fully_replicated for _, p in pairs)
+
+
+def assert_same_numbers(a, b):
+    """The same bits under the same paths, whatever holds them."""
+    a, b = by_path(a), by_path(b)
+    assert a.keys() == b.keys()
+    for path, x in a.items():
+        assert x.dtype == b[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(b[path]), err_msg=path)
