@@ -1,7 +1,11 @@
 """Shardings that a type says, which it does under a mesh with Explicit axes; elsewhere the compiler chooses."""
 
+from typing import Any
+
 import jax
 from jax import Array
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 
@@ -20,6 +24,13 @@ def placed_like(x: Array, other: Array) -> Array:
     """`x` with the sharding that the type of `other` says, if it says one."""
     sharding = explicit_sharding(other)
     return x if sharding is None or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def lying_like(x: Array, other: Any) -> Array:
+    """`x` on devices as `other` lies, which a type says, or the array itself, or under jit the compiler alone."""
+    if isinstance(other, Tracer):
+        return shard_alike(placed_like(x, other), other)[0]
+    return jax.device_put(x, other.sharding) if isinstance(other, Array) else x
 
 
 def varying_like(x: Array, *others: Array) -> Array:

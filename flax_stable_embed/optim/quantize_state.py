@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.tree_util import DictKey, GetAttrKey
 
-from ..ops._sharding import placed_like
+from ..ops._sharding import lying_like, placed_like
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.codecs import array_key
 from ..ops.blockwise.quantize import merge, split
@@ -340,7 +340,8 @@ class _Stored(NamedTuple):
             absmax = jnp.where(kept, self.absmax, absmax)
             kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
-        return placed_like(codes, self.codes), placed_like(absmax, self.absmax)
+        # The compiler alone would gather an axis on which devices cut through blocks.
+        return lying_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
 def _initial(box: Any, field: Field, decision: Decision) -> tuple[Any, Any]:
@@ -350,7 +351,7 @@ def _initial(box: Any, field: Field, decision: Decision) -> tuple[Any, Any]:
         wide = jnp.bfloat16 if decision.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
     codes, scales = encode(x, _moment(field, decision.format)._replace(stochastic=False), decision.blocks)
-    return rebox(box, placed_like(codes, x)), rebox_scales(box, scales, decision.blocks, decision.format.shards)
+    return rebox(box, lying_like(codes, x)), rebox_scales(box, scales, decision.blocks, decision.format.shards)
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:

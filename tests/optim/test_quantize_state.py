@@ -392,6 +392,25 @@ def test_the_state_lies_as_the_parameter_and_stays_there(kind):
         assert_nearly(jax.device_get((new, after)), jax.device_get((expected, expected_state)))
 
 
+@pytest.mark.parametrize("around", ["jit", "scan", "cond"])
+def test_codes_stay_cut_where_devices_cut_through_blocks(around):
+    """Three blocks of 256 over four devices, and no type that says where codes lie."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    cut = NamedSharding(mesh, P("a", "b"))
+    tx = adamw(state_format=fse.StateFormat(block_size=256, block_axis=-1, min_size=0))
+    params = {"kernel": jax.device_put(jnp.ones((64, 768)), cut)}
+    update = {
+        "jit": lambda state: tx.update(params, state, params)[1],
+        "scan": lambda state: jax.lax.scan(lambda s, _: (tx.update(params, s, params)[1], None), state, None, 2)[0],
+        "cond": lambda state: jax.lax.cond(
+            state.inner[0].count >= 0, lambda s: tx.update(params, s, params)[1], lambda s: s, state
+        ),
+    }[around]
+    state = jax.jit(update)(tx.init(params))
+    for moment in (state.inner[0].mu, state.inner[0].nu):
+        assert is_codes(moment["kernel"]) and moment["kernel"].sharding.is_equivalent_to(cut, 2)
+
+
 def test_orbax_restores_every_bit(tmp_path):
     _, state = run(adamw(), parameters(), 2)
     with ocp.StandardCheckpointer() as checkpointer:
