@@ -1,5 +1,6 @@
 """What every optimizer of tests/cases.py must do inside optax's wrappers, Flax and serialization."""
 
+import contextlib
 import functools
 import itertools
 
@@ -421,15 +422,24 @@ def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
 
 
 @every_kind_of_optimizer
-def test_an_nnx_optimizer_is_made_in_the_abstract(case):
+@pytest.mark.parametrize("names", [None, (None, "b")], ids=["without a mesh", "under a mesh"])
+def test_an_nnx_optimizer_is_made_in_the_abstract(case, names):
+    """Under the mesh two blocks of 32 lie beside an axis of four pieces."""
+
     def build_both():
-        model = Model(nnx.Rngs(0))
+        model = Model(nnx.Rngs(0), names, 96)
         return model, nnx.Optimizer(model, build(case), wrt=nnx.Param)
 
-    _, abstract = nnx.eval_shape(build_both)
-    _, real = build_both()
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    with contextlib.nullcontext() if names is None else jax.set_mesh(mesh):
+        _, abstract = nnx.eval_shape(build_both)
+        _, real = build_both()
     assert_nnx_8bit(case, abstract)
     assert kinds(nnx.as_pure(abstract.opt_state)) == kinds(nnx.as_pure(real.opt_state))
+    for specs in (nnx.get_partition_spec(optimizer.opt_state) for optimizer in (abstract, real)):
+        for name in moments(case):
+            spec = getattr(core(case, specs), name)["up"]["kernel"].get_value()
+            assert spec == (P(*names) if names else P())
 
 
 # --- serialization ----------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def flow(tx, steps=3):
 
 
 @every_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3, start=2)
 def test_the_flow_keeps_codes_where_parameters_are(name):
     tx = build(name)
     params, state = flow(tx)
