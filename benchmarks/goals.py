@@ -19,9 +19,9 @@ MATRIX = "square_4096"  # of 16.8M parameters
 def markdown(cpu: dict[str, Any]) -> str:
     """The table; `cpu` are the newest results of `python -m benchmarks`."""
     counted, whole = (json.loads(file.read_text()) for file in (compiled.FILE, models.FILE))
-    measured = gpu.newest()
     lines = [HEAD, ["---"] * 4]
-    for rows in (_of_compilers(counted), _of_gpu(measured), _of_cpu(cpu), _of_models(measured, whole)):
+    on_gpus = gpu.everywhere()
+    for rows in (_of_compilers(counted), *map(_of_gpu, on_gpus), _of_cpu(cpu), _of_models([*on_gpus, whole], whole)):
         lines += [[what, reach, found, VERDICTS[good]] for what, reach, found, good in rows]
     return report.table(lines)
 
@@ -59,6 +59,11 @@ def _of_gpu(measured: dict[str, Any]) -> Iterator[Row]:
                 continue
             ratio = own["device_ms"] / row["device_ms"]
             yield f"{step}: of {name}'s time", "less", f"{ratio:.2f}x", ratio < 1
+    if "stable_embed" in measured:
+        busy = {name: row["device_ms"] for name, row in measured["stable_embed"].items()}
+        what = "forward and backward, float32"
+        ratio = busy[f"stable, {what}"] / busy[f"flax, {what}"]
+        yield f"{device}: `StableEmbed`, {what}, of `nn.Embed` and `nn.LayerNorm`", "1x", f"{ratio:.2f}x", ratio <= 1
 
 
 def _of_cpu(cpu: dict[str, Any]) -> Iterator[Row]:
@@ -74,8 +79,9 @@ def _of_cpu(cpu: dict[str, Any]) -> Iterator[Row]:
             yield f"{step}: times faster than {name}", "8", f"{times:.1f}", times >= 8
 
 
-def _of_models(measured: dict[str, Any], whole: dict[str, Any]) -> Iterator[Row]:
-    for results in (measured, whole):
+def _of_models(trained: list[dict[str, Any]], whole: dict[str, Any]) -> Iterator[Row]:
+    """Of whole trainings, on GPUs and here, and what `python -m benchmarks.models` found."""
+    for results in trained:
         rows, device = results["training"], results["environment"]["device"]
         best = min(row["ratio"][1] for name, row in rows.items() if "8bit" in name)
         size = f"{rows['adamw']['parameters'] / 1e6:.0f}M parameters, {rows['adamw']['tokens']:,} tokens"
@@ -84,7 +90,7 @@ def _of_models(measured: dict[str, Any], whole: dict[str, Any]) -> Iterator[Row]
         ratio = row[OURS] / row[BASELINE]
         what = f"{name}: seconds to compile a step for {row['arrays']} arrays (`optax.adamw`: {row[BASELINE]:.1f})"
         yield what, f"{2 * row[BASELINE]:.1f}", f"{row[OURS]:.1f}", ratio <= 2
-    for results in (measured, whole):
+    for results in trained:
         if "small" in results:
             ratio = results["small"][OURS]["ratio"][1]
             count = models.SMALL if results is whole else 2000

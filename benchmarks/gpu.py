@@ -236,10 +236,9 @@ def measure(quick: bool) -> Tree:
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
-def newest() -> Tree:
-    """The newest results there are."""
-    found = [json.loads(path.read_text()) for path in (report.HOME / "results").glob("gpu-*.json")]
-    return max(found, key=lambda results: results["environment"]["date"])
+def everywhere() -> list[Tree]:
+    """The results of every GPU, by its name."""
+    return [json.loads(path.read_text()) for path in sorted((report.HOME / "results").glob("gpu-*.json"))]
 
 
 def markdown(results: Tree) -> str:

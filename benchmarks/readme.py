@@ -56,7 +56,7 @@ def of(module: Any) -> Callable[[], str]:
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "goals"): lambda: goals.markdown(newest()),
-    ("docs/performance.md", "gpu"): lambda: gpu.markdown(gpu.newest()),
+    ("docs/performance.md", "gpu"): lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
     ("docs/performance.md", "compiled"): of(compiled),
     ("docs/performance.md", "models"): of(models),
     ("docs/performance.md", "benchmarks"): lambda: report.markdown(newest()),
@@ -91,6 +91,6 @@ def write() -> None:
     for path, text in rendered().items():
         path.write_text(text)
         print(f"written: {path.relative_to(ROOT)}")
-    roofline.draw(gpu.newest(), json.loads(compiled.FILE.read_text()))
+    roofline.draw(gpu.everywhere(), json.loads(compiled.FILE.read_text()))
     pictures.draw()
     print(f"written: {roofline.FILE.relative_to(ROOT)} and pictures in {pictures.FOLDER.relative_to(ROOT)}")

@@ -14,19 +14,12 @@ FILE = report.HOME / "results" / "roofline.png"
 MEASURED, COUNTED, REFERENCE = "#1f77b4", "#9ecae1", "#bbbbbb"
 
 
-def bars(measured: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, list[tuple[str, float, str]]]]:
+Group = tuple[str, list[tuple[str, float, str]]]
+
+
+def bars(on_gpus: list[dict[str, Any]], counted: dict[str, Any]) -> list[Group]:
     """Groups of bars: title, and for each bar its name, its share and its colour."""
-    first = []
-    for name, colour in ((BASELINE, REFERENCE), (OURS, MEASURED)):
-        row = measured["model"][name]
-        share = gpu.share_of_copy(measured, gpu.moved_by_model(row), row["device_ms"])
-        first.append((f"{name}: 1.1B parameters", share, colour))
-    for name, row in measured["arrays"].items():
-        moved = row["bytes_per_parameter"] * prod(row["shape"])
-        first.append((name, gpu.share_of_copy(measured, moved, row["kernel"]["device_ms"]), MEASURED))
-        if name == "`root`":
-            first.append((f"{name}, `xla`", gpu.share_of_copy(measured, moved, row["xla"]["device_ms"]), REFERENCE))
-    groups = [(f"{measured['environment']['device']}, measured", first)]
+    groups = [(f"{measured['environment']['device']}, measured", _measured(measured)) for measured in on_gpus]
     for chip in compiled.BYTES_A_CYCLE:
         rows = [row for row in counted["rows"] if row["chip"] == chip and row["bundles"]]
         shares = [(row["step"], min(1.0, row["cycles_of_memory"] / row["bundles"]), COUNTED) for row in rows]
@@ -34,11 +27,25 @@ def bars(measured: dict[str, Any], counted: dict[str, Any]) -> list[tuple[str, l
     return groups
 
 
-def draw(measured: dict[str, Any], counted: dict[str, Any], path: Path = FILE) -> None:
+def _measured(results: dict[str, Any]) -> list[tuple[str, float, str]]:
+    found = []
+    for name, colour in ((BASELINE, REFERENCE), (OURS, MEASURED)):
+        row = results["model"][name]
+        share = gpu.share_of_copy(results, gpu.moved_by_model(row), row["device_ms"])
+        found.append((f"{name}: 1.1B parameters", share, colour))
+    for name, row in results["arrays"].items():
+        moved = row["bytes_per_parameter"] * prod(row["shape"])
+        found.append((name, gpu.share_of_copy(results, moved, row["kernel"]["device_ms"]), MEASURED))
+        if name == "`root`":
+            found.append((f"{name}, `xla`", gpu.share_of_copy(results, moved, row["xla"]["device_ms"]), REFERENCE))
+    return found
+
+
+def draw(on_gpus: list[dict[str, Any]], counted: dict[str, Any], path: Path = FILE) -> None:
     """Writes the picture."""
     from matplotlib.figure import Figure
 
-    groups = bars(measured, counted)
+    groups = bars(on_gpus, counted)
     figure = Figure(figsize=(8, 0.3 * sum(len(rows) + 2 for _, rows in groups)), layout="constrained")
     axes = figure.subplots(len(groups), 1, sharex=True, height_ratios=[len(rows) for _, rows in groups])
     for ax, (title, rows) in zip(axes, groups):
