@@ -145,7 +145,7 @@ class Engine:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
                 stored = moment.stored(d.format) if d.blocks else None
                 kept.append(Leaf(moment.name, codes, absmax, shape, stored, d.blocks))
-        records.append(Record(state_format, self.rules.formats, rows, kept, self.method, parameters))
+        records.append(Record(state_format, self.rules.formats, rows, kept, parameters, self.method))
 
     # --- one step ----------------------------------------------------------------------------------------------------
 

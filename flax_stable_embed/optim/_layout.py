@@ -44,7 +44,7 @@ def layout(tx: optax.GradientTransformation, params: Any) -> Layout:
         ValueError: there is none, or more than one.
     """
     records = [record for _, record in trace_init(tx, params)[1]]
-    found = [Layout(r.method, r.parameters) for r in records if r.method is not None and r.parameters is not None]
+    found = [Layout(r.method, r.parameters) for r in records if r.method is not None]
     if len(found) != 1:
         raise ValueError(
             f"`tx` must hold one 8-bit transform of this library, got {len(found)}. Give it the optimizer itself, or a "

@@ -25,6 +25,8 @@ class Row(NamedTuple):
     implementation: str
     bytes: int
     overrides: str = ""
+    cut: tuple[int, ...] | None = None
+    straddles: str = ""
 
 
 class Stayed(NamedTuple):
@@ -53,8 +55,8 @@ class Record(NamedTuple):
     formats: list[StateFormat]
     rows: list[Row]
     leaves: list[Leaf]
-    method: Method | None = None  # of an optimizer of this library, and by path each parameter's shape and decision
-    parameters: dict[str, tuple[tuple[int, ...], Decision]] | None = None
+    parameters: dict[str, tuple[tuple[int, ...], Decision]]  # by path: the shape, and the decision
+    method: Method | None = None  # of an optimizer of this library
     stayed: tuple[Stayed, ...] = ()
 
 

@@ -1,4 +1,7 @@
-"""A report of what an optimizer stores: for every parameter the bits, the blocks, the reason and the bytes."""
+"""A report of what an optimizer stores: for every parameter the bits, the blocks, the reason and the bytes.
+
+With shardings, also whether every block lies on one device.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -7,7 +10,8 @@ from typing import Any
 import jax
 import optax
 
-from ._report import Row, Stayed, aligned, trace_init
+from ._report import Record, Row, Stayed, aligned, trace_init
+from ._straddling import cuts_of, straddling
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,10 @@ class StateReport:
     """What `describe` found; prints as a table.
 
     Attributes:
-        rows: one `(path, shape, bits, block, reason, implementation, bytes, overrides)` for every parameter of an 8-bit
-            transform; `overrides` are the hyper-parameters that a rule sets.
+        rows: one `(path, shape, bits, block, reason, implementation, bytes, overrides, cut, straddles)` for every
+            parameter of an 8-bit transform; `overrides` are the hyper-parameters that a rule sets. `cut` are the pieces
+            along each axis, None where no sharding is known; `straddles` says which blocks lie on more than one device,
+            so that each step moves data between devices, and the way out, "" where none do.
         other_bytes: what else the state holds: counts, states of other transforms.
         stayed: one `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
             in `rows`; these bytes are among the others.
@@ -34,7 +40,9 @@ class StateReport:
     def __str__(self) -> str:
         if not self.rows:
             return f"No 8-bit transform of this library in it; the state has {self.other_bytes:,} bytes."
-        header = ("parameter", "shape", "bits", "blocks", "reason", "implementation", "bytes", "per element", "sets")
+        optional = {"sets": [r.overrides for r in self.rows], "cut": [_pieces(r) for r in self.rows]}
+        optional = {name: cells for name, cells in optional.items() if any(cells)}
+        header = ("parameter", "shape", "bits", "blocks", "reason", "implementation", "bytes", "per element", *optional)
         table = [header] + [
             (
                 r.path,
@@ -45,12 +53,10 @@ class StateReport:
                 r.implementation,
                 f"{r.bytes:,}",
                 _per_element(r.bytes, [r]),
-                r.overrides,
+                *more,
             )
-            for r in self.rows
+            for r, *more in zip(self.rows, *optional.values())
         ]
-        if not any(r.overrides for r in self.rows):
-            table = [line[:-1] for line in table]
         lines = aligned(table)
         for bits in (8, 32, *sorted({r.bits for r in self.rows} - {8, 32})):
             rows = [r for r in self.rows if r.bits == bits]
@@ -59,9 +65,18 @@ class StateReport:
             name = f"{bits}-bit" if isinstance(bits, int) else bits
             lines.append(f"{name}: {len(rows)} parameters, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
         lines += [f"stayed as it is: {s.field}, {s.bytes:,} bytes, {s.reason}" for s in self.stayed]
+        lines += [f"straddles devices: {r.path}: {r.straddles}" for r in self.rows if r.straddles]
         lines.append(f"other state: {self.other_bytes:,} bytes")
         lines.append(f"total: {self.total_bytes:,} bytes{_each(self.total_bytes, self.rows)}")
         return "\n".join(lines)
+
+
+def _pieces(row: Row) -> str:
+    """How a parameter is cut, and what its blocks say to it."""
+    if row.cut is None:
+        return ""
+    ways = " x ".join(map(str, row.cut)) or "1"
+    return f"{ways}, straddles" if row.straddles else f"{ways}, whole blocks" if row.block else ways
 
 
 def _per_element(size: int, rows) -> str:
@@ -74,12 +89,20 @@ def _each(size: int, rows) -> str:
     return f" ({each} per element)" if each else ""
 
 
-def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
+def describe(tx: optax.GradientTransformation, params: Any, *, shardings: Any = None) -> StateReport:
     """What `tx.init(params)` would store, without storing it; sees through optax's wrappers.
 
     Args:
         tx: an 8-bit transform, alone or inside chain, masked, partition, MultiSteps, inject_hyperparams, ...
         params: the parameters, or their shapes (`jax.eval_shape`).
+        shardings: how the parameters are cut, a tree like them of PartitionSpec (of the mesh in `jax.set_mesh`) or
+            NamedSharding, None for one of which nothing is known. By default as they lie, where they are arrays or
+            shapes with a NamedSharding. The report then says which blocks lie on more than one device. What a whole
+            parameter's norm or a clipping sums over devices is not in it.
+
+    Raises:
+        TypeError: `shardings` holds something else.
+        ValueError: it is no tree like the parameters, has no mesh, or does not fit mesh and shapes.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512))}
@@ -91,9 +114,29 @@ def describe(tx: optax.GradientTransformation, params: Any) -> StateReport:
     32-bit: 1 parameters, 32,768 elements, 262,152 bytes (8.000 per element)
     other state: 16 bytes
     total: 331,800 bytes (5.063 per element)
+
+    On a mesh, before there is an array (16 devices that nobody has; with devices, `jax.make_mesh`):
+
+    >>> mesh = jax.sharding.AbstractMesh((16,), ("fsdp",))
+    >>> cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    >>> shapes = {name: jax.ShapeDtypeStruct((1024, 768), jnp.float32, sharding=cut) for name in ("up", "down")}
+    >>> tx = fse.adamw8bit(1e-3, rules=(("up", fse.Rule(state_format=fse.StateFormat(shards=16))),))
+    >>> for row in fse.describe(tx, shapes).rows:
+    ...     print(row.path, row.block, row.cut, row.straddles or "whole blocks")
+    down 128 on axis 0, root (16, 1) axis 0 of 1024 is cut 16 ways, 64 on a device, and blocks are of 128. Take
+        StateFormat(shards=16), for all or by a rule.
+    up 64 on axis 0, root (16, 1) whole blocks
     """
+    cuts = cuts_of(shardings, params)
     state, records = trace_init(tx, params)
-    rows = tuple(row for _, record in records for row in record.rows)
+    rows = tuple(_with_cut(row, record, cuts.get(row.path)) for _, record in records for row in record.rows)
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     return StateReport(rows, size - sum(row.bytes for row in rows), stayed)
+
+
+def _with_cut(row: Row, record: Record, ways: tuple[int, ...] | None) -> Row:
+    shape, decision = record.parameters[row.path]
+    if ways is None or len(ways) != len(shape):  # a wrapper that reshapes
+        return row
+    return row._replace(cut=ways, straddles=straddling(row.path, shape, decision, ways))

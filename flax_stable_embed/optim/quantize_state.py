@@ -226,7 +226,7 @@ class _Quantizer:
         if (records := RECORDS.get()) is not None:
             rows, stayed = _rows(state, slots, of_parameters, decided)
             kept = _kept(state, fields, slots, decided)
-            records.append(Record(state.format, self.rules.formats, rows, kept, stayed=stayed))
+            records.append(Record(state.format, self.rules.formats, rows, kept, decided, stayed=stayed))
         return state
 
     # --- one step ----------------------------------------------------------------------------------------------------

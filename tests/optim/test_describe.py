@@ -99,6 +99,8 @@ def test_the_table_shows_what_is_where():
         "xla",
         2 * (32 * 64 + 4 * 32 * 4),
         "",
+        None,
+        "",
     )
     assert rows["block/kernel"].block == "32 on axis 1, root"
     assert rows["block/norm/scale"][2:5] == (32, "", "norm or bias")

@@ -26,6 +26,10 @@ class Blocks(NamedTuple):
         """How many blocks the axis holds."""
         return -(-shape[self.axis] // self.size) if shape else 1
 
+    def fit(self, axis: int, d: int, ways: int) -> bool:
+        """Whether an axis of `d` elements, cut so many ways, gives equal pieces without a part of a block."""
+        return d % ((self.size if axis == self.axis else 1) * ways) == 0
+
     def absmax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales: the array's, with the number of blocks along the blocked axis; () for a scalar."""
         if not shape:

@@ -144,11 +144,8 @@ def place_of_shard(spec: list[tuple[str, ...]], mesh, shape: tuple[int, ...]) ->
 
 def whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
     """`spec` without the cuts that would leave unequal pieces or straddle a block."""
-    unit = [blocks.size if axis == blocks.axis else 1 for axis in range(len(shape))]
-    return [
-        names if d % (u * prod(mesh.shape[name] for name in names)) == 0 else ()
-        for names, d, u in zip(spec, shape, unit)
-    ]
+    ways = [prod(mesh.shape[name] for name in names) for names in spec]
+    return [names if blocks.fit(axis, shape[axis], ways[axis]) else () for axis, names in enumerate(spec)]
 
 
 def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
