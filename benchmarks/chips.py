@@ -1,0 +1,128 @@
+"""Bytes on every chip of a slice: parameters and optimizer state of large models that are cut over it.
+
+    python -m benchmarks.chips            writes results/chips.json, prints the table
+    python -m benchmarks.chips --quick    the smaller model; writes no file
+
+Shapes of Llama 2 (arXiv:2307.09288, table 1, and its released configurations) and their shardings; nothing is allocated
+and nothing compiled. Memory of a chip: Google Cloud's documentation of TPU versions.
+"""
+
+import sys
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, NamedSharding
+
+import flax_stable_embed as fse
+
+from . import report
+from .collectives import state_shardings
+from .transformer import Transformer
+
+FILE = report.HOME / "results" / "chips.json"
+MODELS = {
+    "7B": Transformer(width=4096, hidden=11008, head=128, layers=32),
+    "70B": Transformer(width=8192, hidden=28672, head=128, layers=80, keys=1024),
+}
+MEMORY = {"v5e": 16e9, "v5p": 95e9}
+
+
+class Slice(NamedTuple):
+    """A model on a slice, cut by a mesh."""
+
+    model: str
+    slice: str
+    mesh: tuple[int, int]  # fsdp x tensor
+
+
+SLICES = (
+    Slice("7B", "v5e:4x4", (16, 1)),
+    Slice("7B", "v5e:4x4", (4, 4)),
+    Slice("7B", "v5p:2x2x2", (8, 1)),
+    Slice("70B", "v5e:16x16", (16, 16)),
+    Slice("70B", "v5p:8x8x8", (64, 8)),
+)
+
+
+def optimizers(shards: int) -> dict[str, optax.GradientTransformation]:
+    """By name, for a mesh that cuts no axis more often."""
+    state_format = fse.StateFormat(shards=shards)
+    in_host = ((".*", fse.Rule(memory_kind="pinned_host")),)
+    return {
+        "`optax.adamw`": optax.adamw(1e-4),
+        "`adamw8bit`": fse.adamw8bit(1e-4, state_format=state_format),
+        '`adamw8bit`, `memory_kind="pinned_host"`': fse.adamw8bit(1e-4, rules=in_host, state_format=state_format),
+    }
+
+
+def bytes_on_a_chip(shapes: Any, shardings: Any) -> int:
+    """Of a tree that is cut so."""
+    sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def measured(one: Slice) -> list[dict[str, Any]]:
+    """A row for each optimizer."""
+    model, mesh = MODELS[one.model], AbstractMesh(one.mesh, ("fsdp", "tensor"))
+    params, specs = model.shapes(), model.specs()
+    cut = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    rows = []
+    for name, tx in optimizers(max(one.mesh)).items():
+        state = jax.eval_shape(tx.init, params)
+        size = bytes_on_a_chip(state, state_shardings(state, specs, mesh))
+        report_ = fse.describe(tx, params, shardings=cut)
+        in_host = any("pinned_host" in row.overrides for row in report_.rows)
+        rows.append(
+            one._asdict()
+            | {
+                "optimizer": name,
+                "parameters": bytes_on_a_chip(params, cut),
+                "state": report_.other_bytes if in_host else size,
+                "host": size - report_.other_bytes if in_host else 0,
+                "straddling": sum(bool(row.straddles) for row in report_.rows),
+            }
+        )
+    return rows
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything; quick: the smaller model."""
+    slices = [one for one in SLICES if one.model == "7B"] if quick else SLICES
+    counts = {name: sum(prod(x.shape) for x in jax.tree.leaves(MODELS[name].shapes())) for name in MODELS}
+    rows = [row for one in slices for row in measured(one)]
+    return {"environment": report.environment("python -m benchmarks.chips"), "parameters": counts, "rows": rows}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table."""
+    head = ["model", "slice", "fsdp x tensor", "optimizer", "parameters", "state", "both, of the chip's memory", "host"]
+    lines = [head, [*["---"] * 4, *["--:"] * 4]]
+    for row in results["rows"]:
+        both = row["parameters"] + row["state"]
+        share = both / MEMORY[row["slice"].partition(":")[0]]
+        sizes = [f"{row[key] / 1e9:.3f} GB" for key in ("parameters", "state")]
+        host = f"{row['host'] / 1e9:.3f} GB" if row["host"] else ""
+        cut = " x ".join(map(str, row["mesh"]))
+        lines.append(
+            [row["model"], row["slice"], cut, row["optimizer"], *sizes, f"{both / 1e9:.3f} GB, {share:.0%}", host]
+        )
+    env = results["environment"]
+    counts = ", ".join(f"{name}: {n / 1e9:.2f} billion" for name, n in results["parameters"].items())
+    memory = ", ".join(f"{chip} {size / 1e9:.0f} GB" for chip, size in MEMORY.items())
+    about = (
+        f"`{env['command']}`: shapes of Llama 2 ({counts} parameters, in float32), bytes for each chip ({memory}); "
+        "gradients and activations come on top. No block lies on two chips."
+    )
+    return about + "\n\n" + report.table(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    command = "python -m benchmarks.chips"
+    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

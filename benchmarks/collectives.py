@@ -1,0 +1,299 @@
+"""What moves between the chips of a slice in a whole training step, counted by a compiler; nothing runs.
+
+    python -m benchmarks.collectives            writes results/collectives.json, prints the tables; most of an hour
+    python -m benchmarks.collectives --quick    one mesh; writes no file
+
+Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit` under FSDP and with a
+second axis. Counted in the program of one chip: the arrays that its collectives yield, by kind, and their bytes. Those
+of the optimizer have a name from its scope, or that of the state. What is said of an embedding is of its output and
+gradients alone.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_stable_embed as fse
+
+from . import compiled, report
+from .transformer import Transformer
+
+FILE = report.HOME / "results" / "collectives.json"
+SMALL, LARGE = Transformer(layers=2), Transformer(width=4096, hidden=11008, head=128, layers=1)
+TOKENS = 128  # of each sequence, of which every device has one
+SCOPE = "optimizer"
+
+BASELINE = "`optax.adamw`"
+UPDATE, FUSED = "`update`", "`fused_update`"
+KERNELS, FREE = "`fused_update`, `partition_specs`", "`fused_update`, blocks along axes that are not cut"
+
+
+class Case(NamedTuple):
+    """A training step: on which slice, cut how, and by which optimizer."""
+
+    slice: str
+    mesh: tuple[int, int]  # fsdp x tensor
+    axes: str
+    step: str
+
+    @property
+    def model(self) -> Transformer:
+        """The model that is trained on the slice."""
+        return SMALL if self.slice == "v5e:4x4" else LARGE
+
+    @property
+    def optimizer(self) -> Any:
+        """With the number of shards that someone with this mesh would promise."""
+        if self.step == BASELINE:
+            return optax.adamw(1e-3)
+        if self.step == FREE:
+            first = fse.Rule(state_format=fse.StateFormat(block_axis=0, shards=1))
+            last = fse.StateFormat(block_axis=-1, shards=1)
+            return fse.adamw8bit(1e-3, rules=(("(out|down)/kernel", first),), state_format=last)
+        specs = self.model.specs() if self.step == KERNELS else None
+        return fse.adamw8bit(1e-3, state_format=fse.StateFormat(shards=max(self.mesh)), partition_specs=specs)
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for where, meshes, steps in (
+        ("v5e:4x4", ((16, 1), (4, 4)), (BASELINE, UPDATE, FUSED, KERNELS)),
+        ("v5e:16x16", ((256, 1), (16, 16)), (BASELINE, FUSED, FREE)),
+        ("v5p:4x4x4", ((64, 1), (16, 4)), (BASELINE, FUSED)),
+    ):
+        for mesh, axes, step in product(meshes, ("Auto", "Explicit"), steps):
+            if (step == FREE and mesh[1] > 1) or (step in (KERNELS, UPDATE) and axes == "Explicit"):
+                continue  # every axis is cut; types already say it, and both paths have the same arrays to step
+            cases.append(Case(where, mesh, axes, step))
+    return cases
+
+
+CASES = _cases()
+QUICK = [case for case in CASES if case.slice == "v5e:4x4" and case.mesh == (4, 4) and case.axes == "Auto"]
+
+
+def mesh_of(case: Case) -> Mesh:
+    """The mesh of chips that nobody has."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices
+    kinds = (getattr(AxisType, case.axes),) * 2
+    return Mesh(np.array(devices).reshape(case.mesh), ("fsdp", "tensor"), axis_types=kinds)
+
+
+def state_shardings(state: Any, specs: Any, mesh: Mesh) -> Any:
+    """How a state lies: every array of a parameter's rank as the parameter, but for cuts that do not divide it."""
+    by_path = {jax.tree_util.keystr(path): spec for path, spec in jax.tree_util.tree_flatten_with_path(specs)[0]}
+
+    def place(path, x):
+        name = jax.tree_util.keystr(path)
+        spec = next((spec for of, spec in by_path.items() if name.endswith(of)), P())
+        ways = [mesh.shape[axis] if axis else 1 for axis in spec]
+        return NamedSharding(mesh, P(*(axis if d % n == 0 else None for axis, n, d in zip(spec, ways, x.shape))))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def compiled_step(case: Case, model: Transformer) -> Any:
+    """Gradients and the optimizer's step, parameters and state in place, as the compiler leaves them."""
+    tx, mesh = case.optimizer, mesh_of(case)
+    specs, fused = model.specs(), case.step in (FUSED, KERNELS, FREE)
+
+    def shaped(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def step(params, state, ids):
+        loss, grads = jax.value_and_grad(model.loss)(params, ids)
+        with jax.named_scope(SCOPE):
+            if fused:
+                return *fse.fused_update(tx, grads, state, params), loss
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(lambda x, spec: shaped(x, NamedSharding(mesh, spec)), model.shapes(), specs)
+        state = jax.eval_shape(tx.init, model.shapes())
+        state = jax.tree.map(shaped, state, state_shardings(state, specs, mesh))
+        ids = jax.ShapeDtypeStruct((case.mesh[0], TOKENS), jnp.int32, sharding=NamedSharding(mesh, P("fsdp")))
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids).compile()
+
+
+# --- collectives of a compiled program -------------------------------------------------------------------------------
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ({KINDS})(-start)?\((.*)$", re.MULTILINE)
+ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+class Moved(NamedTuple):
+    """What one collective yields on one device."""
+
+    kind: str
+    bytes: tuple[int, ...]  # of each array
+    of_optimizer: bool
+
+
+def collectives(text: str) -> list[Moved]:
+    """Every collective of a compiled program, once: the parts in which it is overlapped with work share a channel."""
+    found = {}
+    for name, result, kind, start, rest in COLLECTIVE.findall(text):
+        sizes = [
+            prod(int(n) for n in extents.split(",") if n) * compiled.SIZES[dtype]
+            for dtype, extents in ARRAY.findall(result)
+        ]
+        if start:  # operands, results and what the machine needs: both sides of a permutation are as large
+            sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+        channel = re.search(r"channel_id=(\d+)", rest)
+        of = re.search(r'op_name="([^"]*)"', rest)
+        ours = of is not None and (f"/{SCOPE}/" in of[1] or of[1].startswith("state"))
+        found.setdefault((kind, channel[1] if channel else name), Moved(kind, tuple(sizes), ours))
+    return list(found.values())
+
+
+def counted(moved: list[Moved]) -> dict[str, Any]:
+    """How many arrays of each kind, and the bytes of all."""
+    kinds = Counter()
+    for one in moved:
+        kinds[one.kind] += len(one.bytes)
+    return {"arrays": dict(sorted(kinds.items())), "bytes": sum(sum(one.bytes) for one in moved)}
+
+
+def straddling(case: Case, model: Transformer) -> int | None:
+    """Of how many parameters a block lies on several chips, as `fse.describe` says."""
+    if case.step == BASELINE:
+        return None
+    with jax.set_mesh(mesh_of(case)):
+        rows = fse.describe(case.optimizer, model.shapes(), shardings=model.specs()).rows
+    return sum(bool(row.straddles) for row in rows)
+
+
+def measured(case: Case, model: Transformer | None = None) -> dict[str, Any]:
+    """What is counted of one step, of the slice's model or of another one."""
+    model = model or case.model
+    moved = collectives(compiled_step(case, model).as_text())
+    optimizer = counted([one for one in moved if one.of_optimizer])
+    return case._asdict() | {"straddling": straddling(case, model), "all": counted(moved), "optimizer": optimizer}
+
+
+# --- the embedding ---------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """Flax's own embedding and LayerNorm."""
+
+    num_embeddings: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids):
+        embedding = nn.Embed(self.num_embeddings, self.features, name="embed")(ids)
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)(embedding)
+
+
+TABLES = {"vocabulary": P("tensor", None), "features": P(None, "tensor"), "both": P("tensor", "fsdp")}
+MODULES: dict[str, Callable[[], Any]] = {
+    "`nn.Embed`, `nn.LayerNorm`": lambda: Plain(32_000, 1024),
+    "`fse.linen.StableEmbed`": lambda: fse.linen.StableEmbed(32_000, 1024),
+}
+
+
+def compiled_embedding(module: Any, spec: P, mesh: Mesh) -> Any:
+    """Output and gradients of a module with its table cut so and the ids cut over "fsdp"."""
+    ids = jax.ShapeDtypeStruct((16, TOKENS), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), ids)
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim == 2 else P()))
+
+    def step(params, ids, cotangent):
+        y, pullback = jax.vjp(lambda params: module.apply(params, ids), params)
+        return jax.lax.with_sharding_constraint(y, P("fsdp")), pullback(cotangent)[0]
+
+    with jax.set_mesh(mesh):
+        params, rows = jax.tree.map(place, params), NamedSharding(mesh, P("fsdp"))
+        ids = jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=rows)
+        cotangent = jax.ShapeDtypeStruct((*ids.shape, 1024), jnp.float32, sharding=rows)
+        out = rows, jax.tree.map(lambda x: x.sharding, params)
+        return jax.jit(step, out_shardings=out).lower(params, ids, cotangent).compile()
+
+
+def measured_embeddings() -> list[dict[str, Any]]:
+    """What is counted of every module and way to cut its table."""
+    mesh, rows = mesh_of(QUICK[0]), []
+    for (cut, spec), (name, make) in product(TABLES.items(), MODULES.items()):
+        moved = collectives(compiled_embedding(make(), spec, mesh).as_text())
+        rows.append({"table": cut, "module": name, "all": counted(moved)})
+    return rows
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything; quick: one mesh."""
+    os.environ.update(compiled.QUIET)
+    rows = []
+    for case in QUICK if quick else CASES:
+        rows.append(measured(case))
+        jax.clear_caches()
+    environment = report.environment("python -m benchmarks.collectives")
+    return {"environment": environment, "rows": rows, "embeddings": measured_embeddings()}
+
+
+def beyond(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """The share by which a step moves more bytes than `optax.adamw`'s on the same mesh."""
+    same = [r for r in rows if r["step"] == BASELINE and all(r[k] == row[k] for k in ("slice", "mesh", "axes"))]
+    return row["all"]["bytes"] / same[0]["all"]["bytes"] - 1
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table of training steps, one of embeddings."""
+    rows, env = results["rows"], results["environment"]
+    head = ["slice", "fsdp x tensor", "axes", "step", "moved by all", "MB", "by the optimizer", "beside optax.adamw"]
+    lines = [head, [*["---"] * 4, *["--:"] * 4]]
+    for row in rows:
+        ours = row["optimizer"]
+        extra = beyond(row, rows)
+        more = [] if row["step"] == BASELINE else [_arrays(ours), "the same" if extra == 0 else f"{extra:+.3%}"]
+        cut = " x ".join(map(str, row["mesh"]))
+        where = [row["slice"], cut, row["axes"], row["step"]]
+        lines.append([*where, _arrays(row["all"]), f"{row['all']['bytes'] / 1e6:,.1f}", *(more or ["", ""])])
+    tables = [["table cut by", "output and gradients", "moved", "MB"], ["---", "---", "--:", "--:"]]
+    for row in results["embeddings"]:
+        size = f"{row['all']['bytes'] / 1e6:,.2f}"
+        tables.append([row["table"], row["module"], _arrays(row["all"]), size])
+    models = [f"{m.layers} layers, {m.width} wide, with {m.hidden:,} hidden units" for m in (SMALL, LARGE)]
+    about = (
+        f"`{env['command']}` at {env['commit']}: what the compiler for TPU (jax {env['versions']['jax']}) says, "
+        f"nothing has run. A decoder of {models[0]}, on {rows[0]['slice']}, and of {models[1]} on larger slices, "
+        f"its vocabulary {SMALL.vocabulary:,}. Arrays that collectives yield on one chip in a whole training step, and "
+        "their bytes."
+    )
+    return "\n\n".join([about, report.table(lines), report.table(tables)])
+
+
+def _arrays(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in entry["arrays"].items()) or "none"
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results unless they are quick ones."""
+    command = "python -m benchmarks.collectives"
+    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

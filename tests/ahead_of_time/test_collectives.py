@@ -1,0 +1,53 @@
+"""What the TPU compiler moves between chips in a training step: as much as for `optax.adamw` where blocks are whole."""
+
+import json
+
+import pytest
+
+from benchmarks import collectives as counted
+from benchmarks.transformer import Transformer
+
+SMALL = Transformer(layers=1, vocabulary=1024)
+NARROW = SMALL._replace(width=256)  # cut 16 ways: pieces of 16, shorter than any block
+
+
+def case(step, mesh=(4, 4), axes="Auto"):
+    return counted.Case("v5e:4x4", mesh, axes, step)
+
+
+def test_a_training_step_moves_what_it_moves_with_optax(topology):
+    del topology  # skips without a compiler
+    ours, theirs = (counted.measured(case(step), SMALL) for step in (counted.FUSED, counted.BASELINE))
+    assert ours["straddling"] == 0 and ours["optimizer"] == {"arrays": {}, "bytes": 0}
+    assert theirs["all"]["arrays"].keys() >= {"all-gather", "all-reduce"}
+    assert ours["all"] == theirs["all"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_blocks_on_several_chips_combine_their_scales_and_say_so(topology, axes):
+    """At most one maximum over chips and one gathering of scales for each moment."""
+    del topology
+    row = counted.measured(case(counted.FUSED, (16, 1), axes), NARROW)
+    assert row["straddling"] > 0 and row["optimizer"]["bytes"] > 0
+    assert row["optimizer"]["arrays"].keys() <= {"all-gather", "all-reduce"}
+    assert max(row["optimizer"]["arrays"].values()) <= 2 * row["straddling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", [c for c in counted.CASES if c.slice != "v5e:4x4"], ids=lambda c: "-".join(map(str, c)))
+def test_the_table_of_larger_slices_is_what_the_compiler_says(topology, one):
+    del topology
+    here = one._asdict() | {"mesh": list(one.mesh)}
+    (written,) = [row for row in json.loads(counted.FILE.read_text())["rows"] if row.items() >= here.items()]
+    assert counted.measured(one) | {"mesh": list(one.mesh)} == written
+
+
+def test_a_stable_embedding_moves_nothing_more(topology):
+    del topology
+    rows = {(row["table"], row["module"]): row["all"] for row in counted.measured_embeddings()}
+    plain, ours = counted.MODULES
+    for table in counted.TABLES:
+        assert rows[table, ours]["bytes"] <= rows[table, plain]["bytes"]
+        assert all(n <= rows[table, plain]["arrays"][kind] for kind, n in rows[table, ours]["arrays"].items())
+        assert rows[table, ours]["bytes"] > 0
