@@ -63,7 +63,7 @@ def _ways(path: str, sharding: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     try:
         pieces = sharding.shard_shape(shape)
     except (ValueError, IndexError) as error:  # the latter for a spec that is longer than the shape
-        raise ValueError(f"`shardings` cannot cut parameter {path!r} of shape {shape}: {error}") from None
+        raise ValueError(f"Parameter {path!r} of shape {shape} cannot be cut as its sharding says: {error}") from None
     return tuple(d // piece if piece else 1 for d, piece in zip(shape, pieces))
 
 
