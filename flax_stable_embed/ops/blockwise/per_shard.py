@@ -9,7 +9,7 @@ A custom partitioner knows neither vmap nor differentiation: there the reference
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._sharding import explicit_sharding, is_explicit, placed_like
 from .blocks import Blocks
-from .step import Step
+from .step import Operands, Step
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,20 @@ class FlatStep:
     shape: tuple[int, ...]  # of the parameter
 
     def __call__(self, *flat):
-        return self.implementation(self.step, self.tree.unflatten(flat))
+        operands = self.tree.unflatten(flat)
+        if not self._straddles(operands):
+            return self.implementation(self.step, operands)
+        # Types cannot say how the parts of a block lie, but the compiler can: it combines scales and gathers nothing.
+        out = jax.tree.map(lambda x: jax.typeof(x).sharding, (operands.codes[0], operands.codes, operands.absmax))
+        return jax.sharding.auto_axes(partial(self.implementation, self.step), out_sharding=out)(operands)
+
+    def _straddles(self, operands: Operands) -> bool:
+        """Whether types of the mesh in the context say that a block lies on several devices."""
+        sharding, mesh = explicit_sharding(operands.codes[0]), jax.sharding.get_abstract_mesh()
+        if sharding is None or not mesh.axis_types or not is_explicit(mesh):
+            return False
+        cuts = specs_of(sharding, len(self.shape))
+        return whole_blocks(cuts, mesh, self.shape, self.step.blocks) != cuts
 
 
 @cache
