@@ -3,10 +3,11 @@
     python -m benchmarks.collectives            writes results/collectives.json, prints the tables; most of an hour
     python -m benchmarks.collectives --quick    one mesh; writes no file
 
-Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit` under FSDP and with a
-second axis. Counted in the program of one chip: the arrays that its collectives yield, by kind, and their bytes. Those
-of the optimizer have a name from its scope, or that of the state. What is said of an embedding is of its output and
-gradients alone.
+Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit` under FSDP and with a second axis.
+Counted in the program of one chip: the arrays that its collectives yield, by kind, and their bytes. (This compiler
+writes a reduce-scatter as an all-reduce of which a chip keeps a piece; it counts as the all-reduce.) Those of the
+optimizer have a name from its scope, or that of the state. What is said of an embedding is of its output and gradients
+alone.
 """
 
 import os
@@ -275,12 +276,12 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["embeddings"]:
         size = f"{row['all']['bytes'] / 1e6:,.2f}"
         tables.append([row["table"], row["module"], _arrays(row["all"]), size])
-    models = [f"{m.layers} layers, {m.width} wide, with {m.hidden:,} hidden units" for m in (SMALL, LARGE)]
+    models = [f"width {m.width}, {m.hidden:,} hidden units and depth {m.layers}" for m in (SMALL, LARGE)]
     about = (
         f"`{env['command']}` at {env['commit']}: what the compiler for TPU (jax {env['versions']['jax']}) says, "
-        f"nothing has run. A decoder of {models[0]}, on {rows[0]['slice']}, and of {models[1]} on larger slices, "
-        f"its vocabulary {SMALL.vocabulary:,}. Arrays that collectives yield on one chip in a whole training step, and "
-        "their bytes."
+        f"nothing has run. A decoder of {models[0]} on {rows[0]['slice']}, of {models[1]} on larger slices, "
+        f"the vocabulary of {SMALL.vocabulary:,}. Arrays that collectives yield on one chip in a whole training step, "
+        "and their bytes; a reduce-scatter counts as the all-reduce of which a chip keeps a piece, as it is compiled."
     )
     return "\n\n".join([about, report.table(lines), report.table(tables)])
 
