@@ -38,7 +38,8 @@ dist: .venv/dist
 	cd .venv/bare && JAX_PLATFORMS=cpu bin/python -I ../../.ci/smoke.py
 
 # What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
-BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.gpu
+BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.collectives \
+	benchmarks.chips benchmarks.gpu
 bench: .venv/examples
 	for name in $(BENCHMARKS); do $(BIN)/python -m $$name $(ARGS) || exit 1; done
 	$(if $(findstring quick,$(ARGS)),,$(BIN)/python -m benchmarks readme)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import (
+    chips,
+    collectives,
     compiled,
     embedding,
     errors,
@@ -65,6 +67,8 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/quality.md", "rounding"): of(rounding),
     ("docs/quality.md", "switch"): of(switch),
     ("docs/rules.md", "state"): state.markdown,
+    ("docs/scaling.md", "collectives"): of(collectives),
+    ("docs/scaling.md", "chips"): of(chips),
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
 

@@ -21,7 +21,7 @@ from tests.tools import public_names
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-IN_FRAMEWORKS = "frameworks"  # its code runs where each framework begins: tests/frameworks/test_recipes.py
+ELSEWHERE = {"frameworks", "scaling"}  # their code runs in tests/frameworks/test_recipes.py and test_scaling_page.py
 
 
 def in_the_reference():
@@ -64,7 +64,7 @@ def run(page):
 def pages():
     """Notebooks run in every build of the site as well."""
     for page in PAGES:
-        if any(code_of(page)) and page.stem != IN_FRAMEWORKS:
+        if any(code_of(page)) and page.stem not in ELSEWHERE:
             marks = [pytest.mark.slow] if "{code-cell}" in page.read_text() else []
             yield pytest.param(page, marks=marks, id=page.stem)
 
