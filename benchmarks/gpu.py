@@ -258,10 +258,10 @@ def _about(results: Tree) -> str:
         for dtype, found in apart.items()
     ]
     return (
-        f"### {env['device']}\n\n{', '.join(versions)}; `{env['command']}` at {env['commit']}, {env['date']}. Copying an "
-        f"array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was busy for a "
-        "step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from one state: "
-        f"of {sum(row['codes'] for row in rows):,} codes this share differs, by at most "
+        f"### {env['device']}\n\n{', '.join(versions)}; `{env['command']}` at {env['commit']}, {env['date']}. "
+        f"Copying an array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was "
+        "busy for a step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from "
+        f"one state: of {sum(row['codes'] for row in rows):,} codes this share differs, by at most "
         f"{max(row['most_apart'] for row in rows)}: {', '.join(shares)}."
     )
 
