@@ -33,7 +33,7 @@ from . import compiled, report
 from .transformer import Transformer
 
 FILE = report.HOME / "results" / "collectives.json"
-SMALL, LARGE = Transformer(layers=2), Transformer(width=4096, hidden=11008, head=128, layers=1)
+SMALL, LARGE = Transformer(), Transformer(width=4096, hidden=11008, head=128, layers=1)
 TOKENS = 128  # of each sequence, of which every device has one
 SCOPE = "optimizer"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import chips, collectives
+from tests.tools import assert_an_embedding_adds_nothing
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
@@ -51,18 +52,7 @@ def test_where_blocks_straddle_scales_are_combined_and_other_blocks_end_it():
 
 
 def test_an_embedding_adds_nothing():
-    plain, ours = [
-        {
-            row["table"]: row["all"]
-            for row in json.loads(collectives.FILE.read_text())["embeddings"]
-            if name in row["module"]
-        }
-        for name in ("nn.Embed", "StableEmbed")
-    ]
-    assert plain.keys() == ours.keys() == collectives.TABLES.keys()
-    for table in plain:
-        assert ours[table]["bytes"] <= plain[table]["bytes"]
-        assert all(n <= plain[table]["arrays"][kind] for kind, n in ours[table]["arrays"].items())
+    assert_an_embedding_adds_nothing(json.loads(collectives.FILE.read_text())["embeddings"])
 
 
 def of_chips():

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
+from benchmarks import collectives
 from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small
@@ -175,3 +176,13 @@ def public_names():
             ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
             if ours and not name.startswith("_") and not inspect.ismodule(value):
                 yield f"{module.__name__}.{name}", value
+
+
+def assert_an_embedding_adds_nothing(rows):
+    """StableEmbed moves as few arrays as `nn.Embed` and `nn.LayerNorm`, and their bytes, but for sums of tokens."""
+    plain, ours = collectives.MODULES
+    moved = {(row["table"], row["module"]): row["all"] for row in rows}
+    assert moved.keys() == {(table, module) for table in collectives.TABLES for module in (plain, ours)}
+    for table in collectives.TABLES:
+        assert sum(moved[table, ours]["arrays"].values()) <= sum(moved[table, plain]["arrays"].values())
+        assert 0 < moved[table, ours]["bytes"] <= 1.001 * moved[table, plain]["bytes"]
