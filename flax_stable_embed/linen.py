@@ -180,7 +180,7 @@ class StableEmbed(Embed):
 
     def setup(self):
         super().setup()
-        self.norm = _Norm(self.features, maths.at_least_float32(self.param_dtype))
+        self.norm = _Norm(self.features, self.norm_epsilon, maths.at_least_float32(self.param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
@@ -191,11 +191,15 @@ class StableEmbed(Embed):
 
 
 class _Norm(nn.Module):
-    """The parameters of a LayerNorm; its arithmetic is one with the lookup's."""
+    """The parameters of a LayerNorm around the arithmetic that both APIs share."""
 
     features: int
+    epsilon: float
     param_dtype: Any
 
     def setup(self):
         self.scale = self.param("scale", nn.initializers.ones, (self.features,), self.param_dtype)
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return maths.normalise(x, self.scale, self.bias, self.epsilon)

@@ -21,7 +21,6 @@ from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
 
 from .ops import embedding as maths
 from .ops.embedding import NORM_EPSILON, Sharding
-from .ops.layer_norm import normalise
 
 
 class Embed(nnx.Embed):
@@ -293,7 +292,7 @@ class StableEmbed(Embed):
         """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
         table, options = self._table_and_options(inputs, out_sharding)
         dtype = self.dtype or table.dtype
-        if isinstance(self.norm, _Norm):
+        if type(self.norm) is _Norm:
             norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...], "epsilon": self.norm.epsilon}
             rows = maths.normalised_lookup(table, inputs, **norm, dtype=dtype, **options)
         else:  # a user's own
@@ -311,4 +310,4 @@ class _Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return normalise(x, self.scale[...], self.bias[...], self.epsilon)
+        return maths.normalise(x, self.scale[...], self.bias[...], self.epsilon)

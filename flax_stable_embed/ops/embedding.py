@@ -156,12 +156,14 @@ def normalised_lookup(
            [0.5, 0.5]], dtype=float32)
     """
     _check_ids(ids)
+    table = table if hasattr(table, "dtype") else jnp.asarray(table)
     dtype, mode = jnp.dtype(dtype or table.dtype), options.get("mode", "fill")
-    if not isinstance(table, LookedUpTable) and table.shape[0] > 1 and _asks_for_nothing_more(options):
-        table = jnp.asarray(table)
+    if not isinstance(table, LookedUpTable) and table.shape[0] != 1 and _asks_for_nothing_more(options):
+        how = Options(float(epsilon), options.get("padding_idx"), mode != "fill", dtype)
+        table, scale, bias = map(jnp.asarray, (table, scale, bias))
         row_numbers = row_numbers_of(ids, table.shape[0], mode)
-        if has_kernel(table, row_numbers) and row_sharding(table, row_numbers, options.get("out_sharding")) is None:
-            how = Options(epsilon, options.get("padding_idx"), mode != "fill", dtype)
+        sharding = row_sharding(table, row_numbers, options.get("out_sharding"))
+        if sharding is None and has_kernel(how, table, scale, bias, row_numbers):
             return normalised_rows(how, table, scale, bias, row_numbers)
     rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
     return normalise(rows, scale, bias, epsilon).astype(dtype)

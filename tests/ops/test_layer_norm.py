@@ -93,3 +93,25 @@ def test_normalise_takes_features_that_are_cut_on_an_explicit_axis(kinds):
 def test_normalise_of_other_numbers_raises(dtype):
     with pytest.raises(TypeError, match=f"real floating rows, got {dtype}"):
         normalise(jnp.ones((2, 3), dtype), jnp.ones(3), jnp.ones(3))
+
+
+@pytest.mark.usefixtures("passes")
+def test_derivatives_of_derivatives_under_jit_are_those_of_its_formula():
+    def by_formula(x, scale, bias):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
+
+    x, scale, bias = np.random.default_rng(6).normal(size=(3, 5)).astype(np.float32)
+    for k in range(2):
+        found, want = (
+            jax.jit(jax.hessian(lambda *args, f=f: jnp.sum(f(*args) ** 3), k))(x, scale, bias)
+            for f in (normalise, by_formula)
+        )
+        np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
+
+
+def test_in_one_pass_numbers_whose_squares_overflow_are_as_in_two():
+    x = jnp.full((1, 8), 2e19)
+    for f in (layer_norm._in_one_pass, layer_norm._in_two_passes):
+        mean, variance = f(x)
+        assert np.isfinite(mean).all() and not np.any(variance)

@@ -76,6 +76,16 @@ def test_rows_split_into_runs_of_tokens_sum_up():
     np.testing.assert_array_equal(d_bias, [tokens, 0.0])
 
 
+def primitives_of(f, *args):
+    return {equation.primitive.name for equation in jax.make_jaxpr(f)(*args).eqns}
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 # --- the primitives --------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +116,8 @@ TRANSFORMED = {
     "checkpoint": lambda f: jax.grad(jax.checkpoint(f), (0, 1, 2)),
     "reverse over reverse": lambda f: jax.grad(lambda *args: jnp.sum(jax.grad(f)(*args) ** 2), (0, 1, 2)),
     "forward over reverse": lambda f: lambda *args: jax.jvp(jax.grad(f, (0, 1)), args, args)[1],
+    "second derivatives under jit": lambda f: jax.jit(jax.hessian(f, 1)),
+    "grad of the grad of a checkpoint": lambda f: jax.grad(lambda *a: jnp.sum(jax.grad(jax.checkpoint(f))(*a) ** 2)),
     "vmap over scales": lambda f: lambda t, s, b: jax.vmap(f, (None, 0, None))(t, jnp.stack([s, 2 * s]), b),
     "vmap of a gradient": lambda f: lambda t, s, b: jax.vmap(jax.grad(f), (0, None, None))(jnp.stack([t, -t]), s, b),
     "scan": lambda f: lambda *args: jax.lax.scan(lambda c, _: (c + f(*args), None), 0.0, None, length=3)[0],
@@ -118,23 +130,62 @@ def test_every_transformation_is_that_of_the_reference(name):
     close(TRANSFORMED[name](ours)(*parameters), TRANSFORMED[name](theirs)(*parameters))
 
 
-def test_vmap_over_examples_is_the_lookup_of_each():
-    options, parameters, row_numbers, _ = case()
-    each = jax.vmap(lambda ids: normalised_rows(options, *parameters, ids))(row_numbers.reshape(8, 5))
-    close(each.reshape(40, -1), reference(options, *parameters, row_numbers))
+def test_vmap_over_examples_is_one_longer_lookup():
+    """Also backwards: kernels stay."""
+    options, parameters, row_numbers, dy = case()
+    examples, dy = row_numbers.reshape(8, 5).T, dy.reshape(8, 5, -1)
+
+    def gradients(f):
+        def loss(*parameters):
+            return jnp.sum(jax.vmap(lambda ids: f(options, *parameters, ids), in_axes=1)(examples) * dy)
+
+        return jax.grad(loss, (0, 1, 2))
+
+    close(gradients(normalised_rows)(*parameters), gradients(reference)(*parameters))
+    found = primitives_of(gradients(normalised_rows), *parameters)
+    assert {"normalised_rows", "normalised_rows_gradient"} <= found
+
+
+def test_scale_and_bias_may_have_dtypes_of_their_own():
+    options, (table, scale, bias), row_numbers, _ = case()
+    args = (table, scale.astype(jnp.bfloat16), bias)
+    found, want = (
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(options, *a, row_numbers))), (0, 1, 2))(*args)
+        for f in (normalised_rows, reference)
+    )
+    assert [x.dtype for x in found] == [x.dtype for x in args]
+    for a, b in zip(found, want):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_without_jit_it_runs_and_says_where_a_nan_is_from():
+    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    params = embed.init(jax.random.key(0), jnp.array([0]))
+    with jax.disable_jit():
+        assert embed.apply(params, jnp.arange(3)).shape == (3, operation.LEAST_FEATURES)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        embed.apply(params, jnp.array([99]))
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_batch_without_a_number_has_no_kernel():
+    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    params = embed.init(jax.random.key(0), jnp.array([0]))
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(jax.jit(embed.apply))(params, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    assert exported.out_avals[0].shape == (batch, operation.LEAST_FEATURES)
+
+
+def test_negative_numbers_against_a_promise_touch_no_row():
+    options, (table, scale, _), _, _ = case(rows=5)
+    row_numbers = jnp.array([-2, -1, -2, 1], jnp.int32)
+    dy = jnp.ones((4, table.shape[1]))
+    d_table, *_ = pallas_gpu.gradient(options, dy, table, scale, row_numbers, interpret=True)
+    np.testing.assert_array_equal(np.flatnonzero(np.any(np.asarray(d_table), axis=1)), [1])
 
 
 # --- when it runs ----------------------------------------------------------------------------------------------------
-
-
-def primitives_of(f, *args):
-    return {equation.primitive.name for equation in jax.make_jaxpr(f)(*args).eqns}
-
-
-@pytest.fixture
-def one_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +201,7 @@ def one_gpu(monkeypatch):
         ({"features": operation.LEAST_FEATURES - 1}, False),
         ({"features": operation.MOST_FEATURES + 1}, False),
         ({"num_embeddings": 1}, False),
+        ({"dtype": jnp.float8_e4m3fn}, False),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ from ._primitive import primitive
 INT32_MAX = np.iinfo(np.int32).max
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
 MOST_FEATURES = 8192  # which one program keeps in registers
+NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Options(NamedTuple):
@@ -46,16 +47,21 @@ def reference(options: Options, table: Array, scale: Array, bias: Array, row_num
     return normalise(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)
 
 
-def has_kernel(table: Array, row_numbers: Array) -> bool:
+def has_kernel(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> bool:
     """Whether one GPU computes, and the kernels can: no kernel is cut by the compiler for several."""
     alone = jax.default_backend() == "gpu" and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+    sizes = (*table.shape, *row_numbers.shape)
+    if not alone or not all(isinstance(n, int) for n in sizes):  # jax.export may have no number for one
+        return False
     fits = LEAST_FEATURES <= table.shape[1] <= MOST_FEATURES and table.size and row_numbers.size
     addressed = max(table.size, row_numbers.size * table.shape[1]) <= INT32_MAX
-    return bool(alone and fits and addressed and table.dtype in (jnp.float32, jnp.bfloat16, jnp.float16))
+    narrow = {x.dtype for x in (table, scale, bias)} | {options.dtype} <= {*map(np.dtype, NARROW)}
+    return bool(fits and addressed and narrow)
 
 
 def normalised_rows(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
     """(*batch, features) in `options.dtype`, for int32 `row_numbers` of shape (*batch); `len(table)` gives NaN."""
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
     (y,) = _forward.bind(table, scale, bias, row_numbers.ravel(), options=options)
     return y.reshape(*row_numbers.shape, table.shape[1])
 
@@ -88,8 +94,8 @@ def _gradient_kernel(dy, table, scale, row_numbers, *, options):
     return pallas_gpu.gradient(options, dy, table, scale, row_numbers)
 
 
-_forward = primitive("normalised_rows", _forward_reference, _forward_kernel)
-_tangent = primitive("normalised_rows_tangent", _tangent_reference)
+_forward = primitive("normalised_rows", _forward_reference, _forward_kernel, flat=True)
+_tangent = primitive("normalised_rows_tangent", _tangent_reference, flat=True)
 _gradient = primitive("normalised_rows_gradient", _gradient_reference, _gradient_kernel)
 
 

@@ -1,21 +1,23 @@
 """A JAX primitive that is a function of plain operations, except where a kernel stands for it."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 
 Function = Callable[..., tuple[Any, ...]]
 
 
-def primitive(name: str, reference: Function, cuda: Function | None = None) -> Primitive:
+def primitive(name: str, reference: Function, cuda: Function | None = None, *, flat: bool = False) -> Primitive:
     """A primitive with several results: `cuda` in a program for an NVIDIA GPU, elsewhere `reference`.
 
-    Under vmap, and for its derivative, it is `reference` too. Both take arrays, and static values by name.
+    Under vmap, and for its derivative, it is `reference` too. Both take arrays, and static values by name. `flat`: each
+    element of the last argument, a vector, has a row of the results, so that vmap over it alone is one longer vector.
     """
     new = Primitive(name)
     new.multiple_results = True
@@ -24,19 +26,19 @@ def primitive(name: str, reference: Function, cuda: Function | None = None) -> P
         results = jax.eval_shape(partial(reference, **static), *avals)
         return [ShapedArray(x.shape, x.dtype) for x in results]
 
-    @cache
-    def compiled(static: tuple[tuple[str, Any], ...]) -> Callable:
-        return jax.jit(partial(new.bind, **dict(static)))
-
     def derivative(primals: Any, tangents: Any, **static: Any) -> Any:
         known = tuple(ad.instantiate_zeros(t) for t in tangents)
         return jax.jvp(partial(reference, **static), primals, known)
 
     def batched(args: Any, axes: Any, **static: Any) -> Any:
+        if flat and all(axis is None for axis in axes[:-1]):
+            vectors = jnp.moveaxis(args[-1], axes[-1], 0)
+            results = new.bind(*args[:-1], vectors.ravel(), **static)
+            return [x.reshape(*vectors.shape, *x.shape[1:]) for x in results], [0] * len(results)
         results = jax.vmap(partial(reference, **static), in_axes=tuple(axes))(*args)
         return results, [0] * len(results)
 
-    new.def_impl(lambda *args, **static: compiled(tuple(static.items()))(*args))
+    new.def_impl(partial(xla.apply_primitive, new))
     new.def_abstract_eval(abstract)
     ad.primitive_jvps[new] = derivative
     batching.primitive_batchers[new] = batched

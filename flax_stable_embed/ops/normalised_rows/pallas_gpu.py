@@ -45,6 +45,7 @@ def gradient(
     """Gradients of table, scale and bias for that of the outputs, (tokens, features)."""
     tokens, features = dy.shape
     programs = pl.cdiv(tokens, RUN)
+    row_numbers = jnp.where(row_numbers < 0, table.shape[0], row_numbers)  # whoever promised otherwise
     order = jnp.argsort(row_numbers).astype(jnp.int32)
     none = np.int32(-1)  # stands for the row of no token: before the first, after the last
     rows = jnp.pad(row_numbers[order], (1, programs * RUN - tokens + 1), constant_values=none)
