@@ -30,7 +30,8 @@ def lying_like(x: Array, other: Any) -> Array:
     """`x` on devices as `other` lies, which a type says, or the array itself, or under jit the compiler alone."""
     if isinstance(other, Tracer):
         return shard_alike(placed_like(x, other), other)[0]
-    return jax.device_put(x, other.sharding) if isinstance(other, Array) else x
+    placed = isinstance(other, Array) and other.committed  # else it goes along with others, and so must `x`
+    return jax.device_put(x, other.sharding) if placed else x
 
 
 def varying_like(x: Array, *others: Array) -> Array:
