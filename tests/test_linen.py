@@ -226,8 +226,8 @@ def test_a_custom_promote_dtype_is_used(module):
     assert apply(module(7, 4, promote_dtype=to_float16), jnp.ones((7, 4)), IDS).dtype == jnp.float16
 
 
+@pytest.mark.slow
 @both_modules
-@pytest.mark.one_in(2)
 def test_float64_works_under_x64(module):
     with jax.enable_x64(True):
         embed = module(7, 4, param_dtype=jnp.float64, padding_idx=0, max_norm=0.5, scale_grad_by_freq=True)

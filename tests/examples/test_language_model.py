@@ -99,6 +99,7 @@ def test_the_state_in_8_bits_takes_what_it_should(tmp_path):
     assert "tokens/embedding" in printed  # `describe`, before the run
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     options = "--steps 150 --checkpoint-every 10 --quiet".split()
     finish(command(tmp_path / "whole", *options))

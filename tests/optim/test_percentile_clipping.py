@@ -220,8 +220,8 @@ def test_complex_numbers_count_with_their_magnitude():
     np.testing.assert_allclose(state.squared_norms, 25, rtol=1e-6)
 
 
+@pytest.mark.slow
 @either_norm
-@pytest.mark.one_in(2, start=1)
 def test_float64_stays_float64(per_parameter):
     with jax.enable_x64(True):
         grads = {"a": jnp.asarray([0.1, 0.2]), "b": jnp.ones(3, jnp.float32)}

@@ -131,6 +131,7 @@ def test_what_a_cast_lets_through_is_what_convert_state_makes(method, ways):
     assert not any("dynamic" in a or "linear" in a for pair in through for a in pair)
 
 
+@pytest.mark.slow
 @every_method
 def test_what_goes_on_as_it_was_saved_goes_on_as_where_it_came_from(method, ways):
     grads = gradients(1, params())
@@ -153,6 +154,7 @@ def test_what_goes_on_as_it_was_saved_goes_on_as_where_it_came_from(method, ways
     assert ("root", "dynamic") not in through and ("root", "blocks of 16") not in through
 
 
+@pytest.mark.slow
 @every_method
 def test_no_cast_to_or_from_codes_goes_on_also_where_shapes_are_not_looked_at(method, ways):
     for a, b in itertools.permutations(ways, 2):

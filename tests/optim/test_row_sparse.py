@@ -275,6 +275,7 @@ def test_one_array_of_ids_for_two_tables_is_ambiguous_and_mask_says_which():
     assert is_rows(updates["embedding"]) and not is_rows(updates["pos_embedding"])
 
 
+@pytest.mark.slow
 def test_two_tables_with_rows_of_different_numbers():
     params = {"a_embedding": jnp.ones((50, 3)), "b": {"embedding": jnp.ones((9, 5))}}
 
@@ -313,6 +314,7 @@ def test_rules_that_go_by_shapes_see_the_table():
     np.testing.assert_allclose(updates["embedding"].to_dense(), want["embedding"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_numpy_parameters_and_states_as_a_restore_gives_them():
     tx = fse.row_sparse(optax.adam(0.1), "catch_up")
     params, state = (jax.tree.map(np.asarray, x) for x in (params_of(), tx.init(params_of())))
@@ -365,6 +367,7 @@ def test_half_precision_tables_are_stepped_as_their_dense_selves(dtype):
     assert_close(found, lazily(tx, 3, params_of(dtype), tx.init(params_of(dtype)), of_step=of_step), 1e-2)
 
 
+@pytest.mark.slow
 def test_float64_tables_keep_their_digits():
     with jax.enable_x64():
         params = {"embedding": jnp.ones((V, D), jnp.float64)}
@@ -474,6 +477,7 @@ def test_every_id_is_the_one_row_of_a_table_of_one():
     np.testing.assert_array_equal(optax.apply_updates(params, updates)["embedding"], 0)
 
 
+@pytest.mark.slow
 def test_a_last_step_without_gradients_brings_the_whole_table_up_to_date():
     """As the docstring says: weight decay is then that of the dense optimizer in every row."""
     tx = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
@@ -488,6 +492,7 @@ def test_a_last_step_without_gradients_brings_the_whole_table_up_to_date():
     np.testing.assert_allclose(ours["embedding"], theirs["embedding"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_small_decays_add_up_over_a_long_training():
     """One part in 10^7 a step, where the sum of logarithms is already large: in float32 it would stand still."""
     tx, params = fse.row_sparse(optax.adamw(1e-3, b1=0.0, weight_decay=1e-4), "catch_up"), params_of()

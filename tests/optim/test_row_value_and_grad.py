@@ -76,7 +76,7 @@ def test_a_linen_model_has_the_gradients_of_jax(jit, ids):
     assert not dense(grads)["tokens"]["embedding"][3].any()  # padding
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_tables_have_gradients_of_their_dtype(dtype):
     params, loss = params_and_loss(param_dtype=dtype, dtype=dtype)
@@ -141,6 +141,7 @@ def test_the_outer_transformations_of_a_step_work():
         assert_same(found, want, TABLES)
 
 
+@pytest.mark.slow
 def test_ids_that_were_not_said_give_nan():
     params, loss = params_and_loss()
 
@@ -284,6 +285,7 @@ def test_what_cannot_be_raises(wrong, error, message):
         wrong(*params_and_loss())
 
 
+@pytest.mark.slow
 def test_a_sum_over_the_parameters_does_not_forget_the_table():
     """Regularisation that reads the table as an array: an error, and no gradient that lacks it."""
     params, loss = params_and_loss()
@@ -341,6 +343,7 @@ def test_a_table_that_is_cast_in_the_loss_has_its_gradient_summed_in_float32():
     assert grads["embedding"].values[0, 0] == jax.grad(loss)(params, ids)["embedding"][1, 0] == 2400
 
 
+@pytest.mark.slow
 def test_numpy_parameters_and_a_constant_table_beside_them():
     params, loss = params_and_loss()
     other = fse.linen.Embed(V + 1, D, sparse=True)

@@ -123,6 +123,7 @@ def test_leaves_that_have_no_rows_keep_fp32():
     assert types((updates, after)) == types((params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
 def test_tiers_in_x64_bfloat16_vmap_and_numbers_of_numpy(bits):
     tx = build(OPTIMIZERS[1], bits)
