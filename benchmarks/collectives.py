@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -292,6 +293,8 @@ def _arrays(entry: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
+    if find_spec("libtpu") is None:
+        return print("There is no compiler for TPU here: the extra `tpu` has one.")
     command = "python -m benchmarks.collectives"
     report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
 

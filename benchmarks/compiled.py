@@ -246,6 +246,9 @@ FILE = report.HOME / "results" / "compiled.json"
 
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
+    os.environ.update(QUIET)
+    if all(devices_of(chip) is None for chip in (*TOPOLOGIES, GPU)):
+        return print("There is no compiler for TPU or GPU here: the extras `tpu` and `cuda` have one each.")
     command = "python -m benchmarks.compiled"
     report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
 
