@@ -138,7 +138,7 @@ def devices_of(chip: str, count: int = 1) -> Any:
     from jax.experimental import topologies
 
     if chip == GPU:
-        if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
+        if not _has_cuda():
             return None
         config = (report.HOME / "h200.txtpb").read_text()
         options = {"target_config": config, "topology": f"1x1x{count}"}
@@ -146,6 +146,10 @@ def devices_of(chip: str, count: int = 1) -> Any:
     if find_spec("libtpu") is None:
         return None
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+
+
+def _has_cuda() -> bool:
+    return find_spec("jax_plugins") is not None and find_spec("jax_plugins.xla_cuda13") is not None
 
 
 @contextmanager
@@ -246,8 +250,7 @@ FILE = report.HOME / "results" / "compiled.json"
 
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    os.environ.update(QUIET)
-    if all(devices_of(chip) is None for chip in (*TOPOLOGIES, GPU)):
+    if find_spec("libtpu") is None and not _has_cuda():  # neither is loaded yet: `dumped` sets flags before
         return print("There is no compiler for TPU or GPU here: the extras `tpu` and `cuda` have one each.")
     command = "python -m benchmarks.compiled"
     report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
