@@ -161,10 +161,10 @@ def normalised_lookup(
     if not isinstance(table, LookedUpTable) and table.shape[0] != 1 and _asks_for_nothing_more(options):
         how = Options(float(epsilon), options.get("padding_idx"), mode != "fill", dtype)
         table, scale, bias = map(jnp.asarray, (table, scale, bias))
-        row_numbers = row_numbers_of(ids, table.shape[0], mode)
-        sharding = row_sharding(table, row_numbers, options.get("out_sharding"))
-        if sharding is None and has_kernel(how, table, scale, bias, row_numbers):
-            return normalised_rows(how, table, scale, bias, row_numbers)
+        if has_kernel(how, table, scale, bias, ids):
+            row_numbers = row_numbers_of(ids, table.shape[0], mode)
+            if row_sharding(table, row_numbers, options.get("out_sharding")) is None:
+                return normalised_rows(how, table, scale, bias, row_numbers)
     rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
     return normalise(rows, scale, bias, epsilon).astype(dtype)
 

@@ -19,8 +19,8 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
 
         y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias
 
-    A row far from zero keeps its digits: the variance is that of centred numbers (on GPU, of numbers less one of
-    the row's). The result is not cast back. A zero row gives `bias`, and finite gradients.
+    A row far from zero keeps its digits: the variance is that of centred numbers (on GPU and TPU, of parts of the row
+    about their own means, merged). The result is not cast back. A zero row gives `bias`, and finite gradients.
 
     Args:
       x: (..., features), real floating of any width.

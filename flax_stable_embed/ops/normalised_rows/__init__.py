@@ -21,11 +21,10 @@ import numpy as np
 from jax import Array
 from jax.interpreters import ad
 
-from .._gather import GatherOptions, at_least_float32, gather
+from .._gather import INT32_MAX, GatherOptions, at_least_float32, gather
 from ..layer_norm import normalise
 from ._primitive import primitive
 
-INT32_MAX = np.iinfo(np.int32).max
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
 MOST_FEATURES = 8192  # which one program keeps in registers
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -47,14 +46,14 @@ def reference(options: Options, table: Array, scale: Array, bias: Array, row_num
     return normalise(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)
 
 
-def has_kernel(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> bool:
+def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: Array) -> bool:
     """Whether one GPU computes, and the kernels can: no kernel is cut by the compiler for several."""
     alone = jax.default_backend() == "gpu" and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
-    sizes = (*table.shape, *row_numbers.shape)
+    sizes = (*table.shape, *ids.shape)
     if not alone or not all(isinstance(n, int) for n in sizes):  # jax.export may have no number for one
         return False
-    fits = LEAST_FEATURES <= table.shape[1] <= MOST_FEATURES and table.size and row_numbers.size
-    addressed = max(table.size, row_numbers.size * table.shape[1]) <= INT32_MAX
+    fits = LEAST_FEATURES <= table.shape[1] <= MOST_FEATURES and table.size and ids.size
+    addressed = max(table.size, ids.size * table.shape[1]) <= INT32_MAX
     narrow = {x.dtype for x in (table, scale, bias)} | {options.dtype} <= {*map(np.dtype, NARROW)}
     return bool(fits and addressed and narrow)
 
