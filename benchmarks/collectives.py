@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 
 from . import compiled, report
+from .embedding import EmbedThenNorm
 from .transformer import Transformer
 
 FILE = report.HOME / "results" / "collectives.json"
@@ -193,21 +193,9 @@ def measured(case: Case, model: Transformer | None = None) -> dict[str, Any]:
 # --- the embedding ---------------------------------------------------------------------------------------------------
 
 
-class Plain(nn.Module):
-    """Flax's own embedding and LayerNorm."""
-
-    num_embeddings: int
-    features: int
-
-    @nn.compact
-    def __call__(self, ids):
-        embedding = nn.Embed(self.num_embeddings, self.features, name="embed")(ids)
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)(embedding)
-
-
 TABLES = {"vocabulary": P("tensor", None), "features": P(None, "tensor"), "both": P("tensor", "fsdp")}
 MODULES: dict[str, Callable[[], Any]] = {
-    "`nn.Embed`, `nn.LayerNorm`": lambda: Plain(32_000, 1024),
+    "`nn.Embed`, `nn.LayerNorm`": lambda: EmbedThenNorm(32_000, 1024, use_fast_variance=False),
     "`fse.linen.StableEmbed`": lambda: fse.linen.StableEmbed(32_000, 1024),
 }
 

@@ -174,13 +174,15 @@ def growth(small: Shape, large: Shape, budget_s: float, most_rounds: int) -> dic
 class EmbedThenNorm(nn.Module):
     """What stands in Flax for a StableEmbed."""
 
-    shape: Shape
-    use_fast_variance: bool
+    num_embeddings: int
+    features: int
+    dtype: Any = None
+    use_fast_variance: bool = True
 
     @nn.compact
     def __call__(self, ids):
-        rows = nn.Embed(self.shape.num_embeddings, self.shape.features)(ids)
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=self.use_fast_variance)(rows)
+        rows = nn.Embed(self.num_embeddings, self.features, dtype=self.dtype)(ids)
+        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=self.use_fast_variance)(rows)
 
 
 def start_module(shape: Shape, name: str) -> Running:
@@ -189,8 +191,9 @@ def start_module(shape: Shape, name: str) -> Running:
     by_rows = name.endswith("rows")
     if name.startswith("bitsandbytes"):
         return _start_bitsandbytes(shape, ids, cotangent, by_rows)
-    ours = fse.linen.StableEmbed(shape.num_embeddings, shape.features, sparse=by_rows)
-    module: nn.Module = ours if name.startswith("stable") else EmbedThenNorm(shape, name == "flax")
+    sizes = shape.num_embeddings, shape.features
+    ours = fse.linen.StableEmbed(*sizes, sparse=by_rows)
+    module: nn.Module = ours if name.startswith("stable") else EmbedThenNorm(*sizes, use_fast_variance=name == "flax")
     params = module.init(jax.random.key(0), ids[0])["params"]
     differentiate = fse.row_value_and_grad if by_rows else jax.value_and_grad
 

@@ -33,6 +33,7 @@ import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS
 
 from . import report
+from .embedding import EmbedThenNorm
 from .optimizers import step_of
 from .shapes import tinyllama
 from .steps import (
@@ -181,18 +182,6 @@ def stable_embed(quick: bool, rounds: int) -> Tree:
         del runs, params, dy
         gc.collect()
     return rows
-
-
-class EmbedThenNorm(nn.Module):
-    """What stands in Flax for a StableEmbed."""
-
-    num_embeddings: int
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, ids):
-        return nn.LayerNorm(dtype=self.dtype)(nn.Embed(self.num_embeddings, self.features, dtype=self.dtype)(ids))
 
 
 def _both(module: nn.Module, params: Any, ids: Any, dy: Any) -> tuple[Any, Any]:
