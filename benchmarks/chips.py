@@ -18,7 +18,6 @@ from jax.sharding import AbstractMesh, NamedSharding
 import flax_stable_embed as fse
 
 from . import report
-from .collectives import state_shardings
 from .transformer import Transformer
 
 FILE = report.HOME / "results" / "chips.json"
@@ -57,31 +56,28 @@ def optimizers(shards: int) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def bytes_on_a_chip(shapes: Any, shardings: Any) -> int:
-    """Of a tree that is cut so."""
-    sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
-    return sum(jax.tree.leaves(sizes))
+def bytes_of_a_chip(shapes: Any, memory: str | None = None) -> int:
+    """Of arrays that are cut over chips, in this memory."""
+    here = [x for x in jax.tree.leaves(shapes) if x.sharding.memory_kind == memory]
+    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def measured(one: Slice) -> list[dict[str, Any]]:
     """A row for each optimizer."""
     model, mesh = MODELS[one.model], AbstractMesh(one.mesh, ("fsdp", "tensor"))
-    params, specs = model.shapes(), model.specs()
-    cut = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    cut = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model.specs())
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), cut)
     rows = []
     for name, tx in optimizers(max(one.mesh)).items():
-        state = jax.eval_shape(tx.init, params)
-        size = bytes_on_a_chip(state, state_shardings(state, specs, mesh))
-        report_ = fse.describe(tx, params, shardings=cut)
-        in_host = any("pinned_host" in row.overrides for row in report_.rows)
+        state = fse.abstract_state(tx, params)
         rows.append(
             one._asdict()
             | {
                 "optimizer": name,
-                "parameters": bytes_on_a_chip(params, cut),
-                "state": report_.other_bytes if in_host else size,
-                "host": size - report_.other_bytes if in_host else 0,
-                "straddling": sum(bool(row.straddles) for row in report_.rows),
+                "parameters": bytes_of_a_chip(params),
+                "state": bytes_of_a_chip(state),
+                "host": bytes_of_a_chip(state, "pinned_host"),
+                "straddling": sum(bool(row.straddles) for row in fse.describe(tx, params).rows),
             }
         )
     return rows

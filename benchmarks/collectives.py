@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,7 +39,7 @@ SMALL, LARGE = Transformer(), Transformer(width=4096, hidden=11008, head=128, la
 TOKENS = 128  # of each sequence, of which every device has one
 SCOPE = "optimizer"
 
-BASELINE = "`optax.adamw`"
+BASELINE, BY_ROWS = "`optax.adamw`", "`optax.adamw`, gradients row by row in memory"
 UPDATE, FUSED = "`update`", "`fused_update`"
 KERNELS, FREE = "`fused_update`, `partition_specs`", "`fused_update`, blocks along axes that are not cut"
 
@@ -61,6 +62,8 @@ class Case(NamedTuple):
         """With the number of shards that someone with this mesh would promise."""
         if self.step == BASELINE:
             return optax.adamw(1e-3)
+        if self.step == BY_ROWS:
+            return optax.chain(optax.stateless(_by_rows), optax.adamw(1e-3))
         if self.step == FREE:
             first = fse.Rule(state_format=fse.StateFormat(block_axis=0, shards=1))
             last = fse.StateFormat(block_axis=-1, shards=1)
@@ -69,16 +72,24 @@ class Case(NamedTuple):
         return fse.adamw8bit(1e-3, state_format=fse.StateFormat(shards=max(self.mesh)), partition_specs=specs)
 
 
+def _by_rows(grads: Any, params: Any) -> Any:
+    """Gradients in the layout in which a kernel takes them."""
+    del params
+    return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), grads)
+
+
 def _cases() -> list[Case]:
     cases = []
     for where, meshes, steps in (
-        ("v5e:4x4", ((16, 1), (4, 4)), (BASELINE, UPDATE, FUSED, KERNELS)),
-        ("v5e:16x16", ((256, 1), (16, 16)), (BASELINE, FUSED, FREE)),
-        ("v5p:4x4x4", ((64, 1), (16, 4)), (BASELINE, FUSED)),
+        ("v5e:4x4", ((16, 1), (4, 4)), (BASELINE, BY_ROWS, UPDATE, FUSED, KERNELS)),
+        ("v5e:16x16", ((256, 1), (16, 16)), (BASELINE, BY_ROWS, FUSED, FREE)),
+        ("v5p:4x4x4", ((64, 1), (16, 4)), (BASELINE, BY_ROWS, FUSED)),
     ):
         for mesh, axes, step in product(meshes, ("Auto", "Explicit"), steps):
             if (step == FREE and mesh[1] > 1) or (step in (KERNELS, UPDATE) and axes == "Explicit"):
                 continue  # every axis is cut; types already say it, and both paths have the same arrays to step
+            if step == BY_ROWS and (mesh[1] == 1 or (axes == "Auto" and KERNELS not in steps)):
+                continue  # what stands beside kernels on a mesh of two axes
             cases.append(Case(where, mesh, axes, step))
     return cases
 
@@ -96,26 +107,13 @@ def mesh_of(case: Case) -> Mesh:
     return Mesh(np.array(devices).reshape(case.mesh), ("fsdp", "tensor"), axis_types=kinds)
 
 
-def state_shardings(state: Any, specs: Any, mesh: Mesh) -> Any:
-    """How a state lies: every array of a parameter's rank as the parameter, but for cuts that do not divide it."""
-    by_path = {jax.tree_util.keystr(path): spec for path, spec in jax.tree_util.tree_flatten_with_path(specs)[0]}
-
-    def place(path, x):
-        name = jax.tree_util.keystr(path)
-        spec = next((spec for of, spec in by_path.items() if name.endswith(of)), P())
-        ways = [mesh.shape[axis] if axis else 1 for axis in spec]
-        return NamedSharding(mesh, P(*(axis if d % n == 0 else None for axis, n, d in zip(spec, ways, x.shape))))
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
 def compiled_step(case: Case, model: Transformer) -> Any:
     """Gradients and the optimizer's step, parameters and state in place, as the compiler leaves them."""
     tx, mesh = case.optimizer, mesh_of(case)
     specs, fused = model.specs(), case.step in (FUSED, KERNELS, FREE)
 
-    def shaped(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def shaped(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     def step(params, state, ids):
         loss, grads = jax.value_and_grad(model.loss)(params, ids)
@@ -126,9 +124,8 @@ def compiled_step(case: Case, model: Transformer) -> Any:
             return optax.apply_updates(params, updates), state, loss
 
     with jax.set_mesh(mesh):
-        params = jax.tree.map(lambda x, spec: shaped(x, NamedSharding(mesh, spec)), model.shapes(), specs)
-        state = jax.eval_shape(tx.init, model.shapes())
-        state = jax.tree.map(shaped, state, state_shardings(state, specs, mesh))
+        params = jax.tree.map(shaped, model.shapes(), specs)
+        state = fse.abstract_state(tx, params)
         ids = jax.ShapeDtypeStruct((case.mesh[0], TOKENS), jnp.int32, sharding=NamedSharding(mesh, P("fsdp")))
         return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids).compile()
 
@@ -175,7 +172,7 @@ def counted(moved: list[Moved]) -> dict[str, Any]:
 
 def straddling(case: Case, model: Transformer) -> int | None:
     """Of how many parameters a block lies on several chips, as `fse.describe` says."""
-    if case.step == BASELINE:
+    if case.step in (BASELINE, BY_ROWS):
         return None
     with jax.set_mesh(mesh_of(case)):
         rows = fse.describe(case.optimizer, model.shapes(), shardings=model.specs()).rows

@@ -13,6 +13,7 @@ from .optim._rules import StateFormat as StateFormat
 from .optim._rules import where as where
 from .optim._transform import chain as chain
 from .optim._transform import fused_update as fused_update
+from .optim.abstract_state import abstract_state as abstract_state
 from .optim.adagrad import ScaleByAdagrad8bitState as ScaleByAdagrad8bitState
 from .optim.adagrad import adagrad8bit as adagrad8bit
 from .optim.adagrad import scale_by_adagrad8bit as scale_by_adagrad8bit

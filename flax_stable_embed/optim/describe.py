@@ -11,7 +11,8 @@ import jax
 import optax
 
 from ._report import Record, Row, Stayed, aligned, trace_init
-from ._straddling import cuts_of, straddling
+from ._shardings import Placed, placed_by_path
+from ._straddling import straddling
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,16 @@ def describe(tx: optax.GradientTransformation, params: Any, *, shardings: Any = 
         StateFormat(shards=16), for all or by a rule.
     up 64 on axis 0, root (16, 1) whole blocks
     """
-    cuts = cuts_of(shardings, params)
+    placed = placed_by_path(shardings, params)
     state, records = trace_init(tx, params)
-    rows = tuple(_with_cut(row, record, cuts.get(row.path)) for _, record in records for row in record.rows)
+    rows = tuple(_with_cut(row, record, placed.get(row.path)) for _, record in records for row in record.rows)
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     return StateReport(rows, size - sum(row.bytes for row in rows), stayed)
 
 
-def _with_cut(row: Row, record: Record, ways: tuple[int, ...] | None) -> Row:
+def _with_cut(row: Row, record: Record, known: Placed | None) -> Row:
     shape, decision = record.parameters[row.path]
-    if ways is None or len(ways) != len(shape):  # a wrapper that reshapes
+    if known is None or len(known.shape) != len(shape):  # a wrapper that reshapes
         return row
-    return row._replace(cut=ways, straddles=straddling(row.path, shape, decision, ways))
+    return row._replace(cut=known.pieces, straddles=straddling(row.path, shape, decision, known.pieces))

@@ -27,6 +27,18 @@ def test_a_training_step_moves_what_it_moves_with_optax(topology):
 
 
 @pytest.mark.slow
+def test_kernels_move_what_optax_moves_for_gradients_in_rows(topology):
+    """Of a vocabulary of which the compiler scatters the gradient of the output matrix along its other axis."""
+    del topology
+    model = SMALL._replace(vocabulary=32_000)
+    steps = (counted.KERNELS, counted.BY_ROWS, counted.BASELINE)
+    ours, by_rows, plain = (counted.measured(case(step), model) for step in steps)
+    assert ours["optimizer"] == {"arrays": {}, "bytes": 0}
+    assert ours["all"] == by_rows["all"]
+    assert 0 < by_rows["all"]["bytes"] / plain["all"]["bytes"] - 1 < 0.03
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_blocks_on_several_chips_combine_their_scales_and_say_so(topology, axes):
     """No codes, parameters or gradients: scales, of which there is one for 32 elements, a few times."""

@@ -274,16 +274,23 @@ def test_abstract_init_keeps_the_shardings_of_its_shapes(case, kind):
 
 @every_kind_of_optimizer
 @every_kind
-def test_init_under_jit_with_the_shardings_of_the_state(case, kind):
+def test_init_under_jit_with_the_shardings_of_the_abstract_state(case, kind):
     mesh, tx = mesh_of(kind), build(case)
     with jax.set_mesh(mesh):
         params = place(parameters(kernel=KERNEL), mesh, P("a", "b"))
-        eager = tx.init(params)
-        replicated = NamedSharding(mesh, P())
-        out = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else replicated, eager)
-        state = jax.jit(tx.init, out_shardings=out)(params)
+        eager, abstract = tx.init(params), fse.abstract_state(tx, params)
+        assert jax.tree.structure(eager) == jax.tree.structure(abstract)
+        for x, like in zip(jax.tree.leaves(eager), jax.tree.leaves(abstract), strict=True):
+            assert (x.shape, x.dtype) == (like.shape, like.dtype)
+            assert like.sharding.mesh == mesh
+            if isinstance(x.sharding, NamedSharding):
+                assert like.sharding.is_equivalent_to(x.sharding, x.ndim)
+            else:  # counts, which go along with others
+                assert like.sharding.is_fully_replicated
+        state = jax.jit(tx.init, out_shardings=shardings(abstract))(params)
         assert_8bit(case, state)
         assert_same_bits(state, eager)
+        assert equivalent(state, abstract)
 
 
 @every_kind_of_optimizer

@@ -1,0 +1,203 @@
+"""Shapes of states with shardings: those that arrays get, for every transform, wrapper and framework."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_stable_embed as fse
+from tests.tools import assert_same_bits
+
+SMALL = fse.StateFormat(min_size=0)
+SHAPES = {"kernel": (256, 32), "wte": {"embedding": (64, 32)}, "bias": (32,)}
+SPECS = {"kernel": P("a", "b"), "wte": {"embedding": P("b")}, "bias": P()}
+IN_HOST = (("kernel", fse.Rule(memory_kind="pinned_host")),)
+
+
+def mesh_of(kind=AxisType.Auto, shape=(2, 4)):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("a", "b"), axis_types=(kind,) * 2, devices=devices)
+
+
+def shapes():
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def placed(mesh):
+    named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    return jax.device_put(jax.tree.map(lambda x: jnp.ones(x.shape), shapes()), named)
+
+
+def only_matrices(tree):
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+
+def adamw(**options):
+    return fse.adamw8bit(1e-3, **{"state_format": SMALL} | options)
+
+
+TRANSFORMS = {
+    "adamw8bit": adamw,
+    "pinned_host": lambda: adamw(rules=IN_HOST),
+    "rowwise": lambda: adamw(rules=(("wte", "rowwise"), ("kernel", "bf16"))),
+    "blocks that straddle": lambda: adamw(state_format=fse.StateFormat(block_size=256, min_size=0)),
+    "MultiSteps": lambda: optax.MultiSteps(optax.chain(optax.clip(1.0), adamw()), 2),
+    "masked": lambda: optax.masked(adamw(), only_matrices),
+    "inject": lambda: optax.inject_hyperparams(fse.lion8bit)(1e-3, state_format=SMALL),
+    "quantize_state": lambda: fse.quantize_state(optax.adamw(1e-3), state_format=SMALL),
+    "row_sparse": lambda: fse.row_sparse(adamw()),
+    "clipped": lambda: optax.chain(fse.percentile_clipping(), adamw()),
+    "stochastic": lambda: fse.stochastic_round_updates(adamw()),
+    "optax.adamw": lambda: optax.adamw(1e-3),
+}
+
+
+def assert_lies_as(like, state):
+    assert jax.tree.structure(state) == jax.tree.structure(like)
+    for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        assert (x.shape, x.dtype) == (shape.shape, shape.dtype)
+        if isinstance(x.sharding, NamedSharding):
+            assert shape.sharding.is_equivalent_to(x.sharding, x.ndim)
+            assert (shape.sharding.memory_kind == "pinned_host") == (x.sharding.memory_kind == "pinned_host")
+        else:
+            assert shape.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_it_is_how_the_state_of_arrays_lies(name, kind):
+    tx, mesh = TRANSFORMS[name](), mesh_of(kind)
+    params = placed(mesh)
+    state, like = tx.init(params), fse.abstract_state(tx, params)
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(like))
+    assert_lies_as(like, state)
+    with jax.set_mesh(mesh):
+        assert fse.abstract_state(tx, shapes(), shardings=SPECS) == like
+    out = jax.tree.map(lambda x: x.sharding, like)
+    assert_same_bits(jax.jit(tx.init, out_shardings=out)(params), state)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sums_over_an_axis_are_cut_along_the_others(kind):
+    """Where optax itself would keep them whole."""
+    tx, mesh = optax.adafactor(1e-3, min_dim_size_to_factor=16), mesh_of(kind)
+    with jax.set_mesh(mesh):
+        params = placed(mesh)
+        like = fse.abstract_state(tx, params)
+        assert_same_bits(
+            jax.jit(tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, like))(params), tx.init(params)
+        )
+    assert {((256,), P("a")), ((32,), P("b"))} <= {(x.shape, x.sharding.spec) for x in jax.tree.leaves(like[0])}
+
+
+def test_a_state_in_the_host_says_so():
+    like = fse.abstract_state(adamw(rules=IN_HOST), placed(mesh_of()))
+    kinds = {
+        jax.tree_util.keystr(path): x.sharding.memory_kind for path, x in jax.tree_util.tree_leaves_with_path(like)
+    }
+    assert {path for path, kind in kinds.items() if kind == "pinned_host"} == {
+        f"[0].{field}['kernel']" for field in ("mu", "nu", "mu_absmax", "nu_absmax")
+    }
+
+
+def test_of_devices_that_nobody_has():
+    """And of cuts in which blocks straddle: codes stay cut, scales do not."""
+    pod = AbstractMesh((256,), ("fsdp",))
+    tx, cut = adamw(), NamedSharding(pod, P("fsdp"))
+    like = fse.abstract_state(tx, {"kernel": jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16, sharding=cut)})
+    assert like[0].mu["kernel"].sharding.spec == P("fsdp", None)
+    assert like[0].mu_absmax["kernel"].sharding.spec == P(None, None)
+    assert like[0].count.sharding == NamedSharding(pod, P())
+
+
+def test_what_is_none_is_whole():
+    like = fse.abstract_state(
+        adamw(),
+        shapes(),
+        shardings={"kernel": NamedSharding(mesh_of(), P("a")), "wte": {"embedding": None}, "bias": None},
+    )
+    assert like[0].mu["kernel"].sharding.spec == P("a", None)
+    assert like[0].mu["wte"]["embedding"].sharding.is_fully_replicated
+
+
+def test_without_a_known_sharding_it_is_that_of_init():
+    tx = adamw()
+    assert fse.abstract_state(tx, shapes()) == jax.eval_shape(tx.init, shapes())
+    assert fse.abstract_state(tx, {}) == jax.eval_shape(tx.init, {})
+
+
+def test_a_single_device():
+    device = SingleDeviceSharding(jax.devices()[3])
+    like = fse.abstract_state(adamw(rules=IN_HOST), shapes(), shardings=jax.tree.map(lambda _: device, shapes()))
+    assert {x.sharding.device_set == device.device_set for x in jax.tree.leaves(like)} == {True}
+    assert like[0].mu["kernel"].sharding.memory_kind == "pinned_host"
+    assert like[0].mu["bias"].sharding == device
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_nnx_variables(kind):
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        init = nnx.with_partitioning(nnx.initializers.ones, ("a", "b"))
+        model = nnx.Linear(256, 32, kernel_init=init, use_bias=False, rngs=nnx.Rngs(0))
+        params = nnx.state(model, nnx.Param)
+        params = jax.device_put(params, nnx.get_named_sharding(params, mesh))
+        tx = adamw()
+        state, like = tx.init(params), fse.abstract_state(tx, params)
+        assert_lies_as(like, state)
+        assert like[0].mu["kernel"].get_value().sharding.is_equivalent_to(NamedSharding(mesh, P("a", "b")), 2)
+        restored = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
+        assert_same_bits(restored, state)
+
+
+def test_linen_boxes():
+    mesh = mesh_of()
+    box = nn.Partitioned(jnp.ones((256, 32)), names=("a", "b"))
+    params = {"kernel": box.replace(value=jax.device_put(box.value, NamedSharding(mesh, P("a", "b"))))}
+    tx = adamw()
+    like = fse.abstract_state(tx, params)
+    assert_lies_as(like, tx.init(params))
+    assert like[0].mu["kernel"].value.sharding.is_equivalent_to(NamedSharding(mesh, P("a", "b")), 2)
+
+
+def test_orbax_restores_into_it_on_another_mesh(tmp_path):
+    tx, params = adamw(rules=IN_HOST), placed(mesh_of())
+    state = tx.init(params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        other = jax.tree.map(lambda spec: NamedSharding(mesh_of(shape=(4, 1)), spec), SPECS)
+        like = fse.abstract_state(tx, shapes(), shardings=other)
+        restored = checkpointer.restore(tmp_path / "state", like)
+    assert_same_bits(restored, state)
+    assert_lies_as(like, restored)
+
+
+BAD = {
+    "no shardings": ({"kernel": "a"}, TypeError, "must be a tree of PartitionSpec or NamedSharding"),
+    "no mesh": ({"kernel": P("a")}, ValueError, r"jax.set_mesh\(mesh\)"),
+    "another tree": ({}, ValueError, "must be a tree like the parameters"),
+    "unequal pieces": ({"kernel": NamedSharding(AbstractMesh((3,), ("a",)), P("a"))}, ValueError, "cannot be cut"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_says_the_way_out(name):
+    given, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        fse.abstract_state(adamw(), {"kernel": jax.ShapeDtypeStruct((256, 32), jnp.float32)}, shardings=given)
+
+
+def test_parameters_on_several_meshes_are_refused():
+    two = {"a": NamedSharding(mesh_of(), P("a")), "b": NamedSharding(mesh_of(shape=(4, 2)), P("a"))}
+    params = {name: jax.ShapeDtypeStruct((256, 32), jnp.float32, sharding=where) for name, where in two.items()}
+    with pytest.raises(ValueError, match="must be of one mesh"):
+        fse.abstract_state(adamw(), params)
+    with pytest.raises(ValueError, match="must be of one mesh"):
+        fse.abstract_state(adamw(), params, shardings=two | {"b": SingleDeviceSharding(jax.devices()[0])})
