@@ -57,6 +57,12 @@ def _step_down(value, level: Array, n: Array) -> Array:
     return level - (value(level) > n).astype(jnp.int32)
 
 
+def _nearest_integer(x: Array) -> Array:
+    """int32 of float32 in [0, 2^22], half to even, from the bits of 2^23 + x; XLA's conversion checks the range."""
+    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)  # first: a sum may be contracted with a product
+    return lax.bitcast_convert_type(whole + np.float32(2.0**23), jnp.int32) - np.int32(0x4B000000)
+
+
 def _root(signed: bool) -> Code:
     top = 127 if signed else 255
 
@@ -69,7 +75,7 @@ def _root(signed: bool) -> Code:
 
     def nearest(n, negative):
         del negative
-        return lax.round(scaled(n), lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
+        return _nearest_integer(scaled(n))
 
     def below(n):
         return _step_down(value, scaled(n).astype(jnp.int32), n)
@@ -170,10 +176,11 @@ def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
         lower, upper = code.value(level), code.value(level + 1)
         level = level + ((magnitude - lower) > uniform * (upper - lower)).astype(jnp.int32)
     if code.smallest_level:
-        level = jnp.maximum(level, (magnitude >= TINY).astype(jnp.int32))
+        level = jnp.where(magnitude >= TINY, jnp.maximum(level, code.smallest_level), 0)
     if not code.bottom:
         return (code.zero + level).astype(code.dtype)
-    return (code.zero + jnp.where(negative, -jnp.minimum(level, code.bottom), level)).astype(code.dtype)
+    below_zero = level if code.bottom == code.top else jnp.minimum(level, code.bottom)
+    return (code.zero + jnp.where(negative, -below_zero, level)).astype(code.dtype)
 
 
 def decode(codes: Array, code: Code) -> Array:

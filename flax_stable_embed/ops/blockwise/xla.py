@@ -1,15 +1,17 @@
 """The step in plain jax.numpy: the reference, which defines the answer, and the same in chunks for CPU.
 
 Reference (`plain`): the whole array at once, in its own shape, so that XLA can partition it on any mesh.
-CPU (`chunked`): a loop over pieces of about 1 MB that stay in the cache, in place on the parameter, the codes and the
-scales. A loop over a sharded axis would gather it, so the loop runs on each device's own piece (`per_shard.py`).
-What limits it on CPU: arithmetic (the codecs), not memory; XLA splits each chunk over the cores.
+CPU (`chunked`): a loop over pieces that stay in the cache, in place on the parameter, the codes and the scales. A loop
+over a sharded axis would gather it, so the loop runs on each device's own piece (`per_shard.py`).
+What limits it on CPU: arithmetic (roots and divisions of the codecs); XLA splits each piece over the cores.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from functools import partial
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +19,20 @@ from jax import Array, lax
 
 from .._sharding import placed_like
 from .blocks import Blocks
-from .codecs import hashed_uniform
-from .quantize import dequantize_view, linear_index, merge, positions, quantize_view, split
+from .codecs import TINY, hashed_uniform
+from .quantize import codes_of, dequantize_view, linear_index, merge, positions, quantize_view, split
 from .step import Operands, Step, apply_rule, without_overflow
 
 PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
 
+Stored = tuple[Array, list[tuple[Array, Array]]]
 
-def plain(step: Step, operands: Operands, index: Array | None = None):
-    """The reference. `index` is the global row-major position of each element, where it is not the array's own."""
+
+def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable | None = None):
+    """The reference. `index` is the global row-major position of each element, where it is not the array's own.
+
+    `store(step, out, moments, uniform)` is another form of `_store`, with the same results.
+    """
     blocks, shape = step.blocks, operands.g.shape
     old = tuple(
         dequantize_view(split(codes, blocks, moment.code.zero), absmax, blocks.axis, moment.code)
@@ -33,27 +40,26 @@ def plain(step: Step, operands: Operands, index: Array | None = None):
     )
     p = None if operands.p is None else split(operands.p, blocks)
     out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
-    new = without_overflow(new)
     uniform = None
     if operands.key is not None:
         index = linear_index(shape) if index is None else index
         uniform = hashed_uniform(split(index, blocks), operands.key)
-    stored = [
-        quantize_view(x, blocks.axis, moment.code, uniform if moment.stochastic else None)
-        for x, moment in zip(new, step.moments)
-    ]
+    out, stored = (store or _store)(step, out, new, uniform)
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
 
 
-def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
-    """`plain` in a loop over pieces, in place; the array lies at `origin` of a global array of `shape`.
+def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+    """The output, and codes and scales of each new moment, in split views."""
+    return out, [
+        quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
+        for x, moment in zip(without_overflow(new), step.moments)
+    ]
 
-    A piece is copied out, computed, and copied back. The computation sits in a conditional that is always true (no
-    scale is negative), because XLA does not fuse across one: else it fuses reads of the old codes into writes of the
-    new ones, cannot order the two, and copies whole arrays on every turn (measured: ten times slower).
-    """
+
+def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
+    """`plain` in a loop over pieces, in place; the array lies at `origin` of a global array of `shape`."""
     axis, size = step.blocks
     local = operands.g.shape
     if not operands.g.size:
@@ -63,30 +69,69 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
     scales = (view[0], step.blocks.count(local), *view[2:])
     merged_step = dataclasses.replace(step, blocks=Blocks(1, size))
     whole = operands._replace(
-        g=operands.g.reshape(view),
-        p=None if operands.p is None else operands.p.reshape(view),
+        g=_bits(operands.g.reshape(view)),
+        p=None if operands.p is None else _bits(operands.p.reshape(view)),
         codes=tuple(c.reshape(view) for c in operands.codes),
         absmax=tuple(a.reshape(scales) for a in operands.absmax),
     )
     in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
-    out = whole.p if step.fused else whole.g if in_place else jnp.zeros(view, step.dtype)
-
-    def compute(piece: Operands, at):
-        index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
-        return plain(merged_step, piece, index)
+    out = whole.p if step.fused else whole.g if in_place else _bits(jnp.zeros(view, step.dtype))
 
     def one(at, lengths, carry):
         out, codes, absmax = carry
         before = whole._replace(codes=codes, absmax=absmax)
         before = before._replace(p=out) if step.fused else before._replace(g=out) if in_place else before
         piece = _slice(before, at, lengths, size)
+        piece = piece._replace(
+            g=_of_bits(piece.g, operands.g.dtype), p=None if piece.p is None else _of_bits(piece.p, operands.p.dtype)
+        )
+        index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
+        if lengths[1] % size == 0:
+            return _write(carry, plain(merged_step, piece, index, _store_once), at, size)
+        # A short last block is padded. The code for it then rounds by the piece's shape (its products and sums are
+        # contracted or not), unless it is as the reference is; in a conditional, of which see `_store_once`.
         unchanged = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
-        always = ~(piece.absmax[0].ravel()[0] < 0)
-        return _write(carry, lax.cond(always, lambda: compute(piece, at), lambda: unchanged), at, size)
+        always = ~(piece.absmax[0].ravel()[0] < 0)  # no scale is negative
+        return _write(carry, lax.cond(always, lambda: plain(merged_step, piece, index), lambda: unchanged), at, size)
 
     out, codes, absmax = _loop(view, size, one, (out, whole.codes, whole.absmax))
     scales = step.blocks.absmax_shape(local)
-    return out.reshape(local), tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
+    out = _of_bits(out, step.dtype).reshape(local)
+    return out, tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
+
+
+def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+    """`_store`, from moments that are computed once.
+
+    Left alone, XLA computes new moments again in each of the five loops that read them, and checks each time whether
+    they are finite. It does not where a library's reduction or a conditional takes them. So scales come from the
+    largest and the smallest number, sums say whether all are finite, and only where one is not `_store` decides.
+    All that is written comes out of the conditional: else XLA could fuse a read of an array into a later write of it,
+    and would copy the whole array on every turn. A branch that changed nothing of the output would let it pass by.
+    """
+    inside = step.blocks.axis + 1
+    tops = [jnp.maximum(jnp.max(x, axis=inside), 0.0) for x in new]
+    lows = [jnp.min(x, axis=inside) if moment.signed else None for x, moment in zip(new, step.moments)]
+    finite = jnp.isfinite(sum(jnp.sum(jnp.sum(x, axis=inside)) for x in new))
+
+    def of_finite():
+        scales = [top if low is None else jnp.maximum(top, -low) for top, low in zip(tops, lows)]
+        scales = [jnp.where(scale >= TINY, scale, 0.0) for scale in scales]
+        return out, [
+            (codes_of(x, jnp.expand_dims(scale, inside), moment.code, uniform if moment.stochastic else None), scale)
+            for x, scale, moment in zip(new, scales, step.moments)
+        ]
+
+    return lax.cond(finite, of_finite, lambda: _store(step, jnp.where(finite, 0.0, out), new, uniform))
+
+
+def _bits(x: Array) -> Array:
+    """Numbers of 16 bits as integers: to read a piece of bfloat16, XLA on CPU would cast the whole array."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _of_bits(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def _slice(operands: Operands, at, lengths, size) -> Operands:
@@ -104,7 +149,7 @@ def _write(carry, results, at, size):
     (out, codes, absmax), (new_out, new_codes, new_absmax) = carry, results
     at_scale = (at[0], at[1] // size, *at[2:])
     return (
-        lax.dynamic_update_slice(out, new_out, at),
+        lax.dynamic_update_slice(out, _bits(new_out), at),
         tuple(lax.dynamic_update_slice(c, x, at) for c, x in zip(codes, new_codes)),
         tuple(lax.dynamic_update_slice(a, x, at_scale) for a, x in zip(absmax, new_absmax)),
     )

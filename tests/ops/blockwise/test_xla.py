@@ -1,5 +1,6 @@
 """The step: chunks against the reference, in place and without temporaries, and the same bits on every mesh."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -71,6 +72,18 @@ def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_p
     np.testing.assert_allclose(out, want_out, rtol=2e-7, atol=2e-7)  # one rounding: of p + u, contracted or not
 
 
+@pytest.mark.parametrize("numbers", [np.nan, np.inf, 1e30, 3e38], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
+def test_chunks_with_what_is_not_finite_are_the_reference(numbers, fused, small_pieces):
+    """In some pieces and not in others: NaN, infinities, squares that overflow, and finite sums that do."""
+    step = a_step((64, 96), fused=fused)
+    operands = operands_of(step, (64, 96))
+    operands = operands._replace(g=operands.g.at[3, 5].set(numbers).at[40, 7:90].set(-numbers))
+    found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
+    for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(xla.plain, static_argnums=0), step, operands)))):
+        np.testing.assert_allclose(got, want, rtol=2e-7, atol=2e-7 if got.ndim == 2 and got.dtype == np.float32 else 0)
+
+
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.one_in(3)
 def test_every_codec_runs_in_chunks(codec, small_pieces):
@@ -97,7 +110,7 @@ def test_fused_step_works_in_place_without_temporaries_of_the_parameters_size(sh
     memory = compiled(
         lambda g, p, codes, absmax: operands._replace(g=g, p=p, codes=codes, absmax=absmax), step, operands
     )
-    assert memory.temp_size_in_bytes < 0.5 * operands.p.nbytes + 6e6  # a few pieces of 1 MB
+    assert memory.temp_size_in_bytes < 0.5 * operands.p.nbytes + 8e6  # a few pieces of 1 MB
     assert memory.alias_size_in_bytes == memory.output_size_in_bytes - memory_of_tuple(step)
 
 
@@ -112,6 +125,33 @@ def compiled(place, step, operands):
     return function.lower(*arrays).compile().memory_analysis()
 
 
+RULES = {
+    "adam": adam_like,
+    "of the old moment": lambda g, m, v, b1, b2: (jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g, v)),
+    "of the gradient": lambda g, m, v, b1, b2: (g, (b1 * m + g, b2 * v + g * g)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.one_in(3)
+def test_no_turn_of_the_loop_copies_a_whole_array(rule, fused, dtype):
+    """Whatever the order in which a rule reads what is overwritten, and with a dtype that XLA on CPU casts."""
+    shape = (4096, 4096)
+    step = dataclasses.replace(a_step(shape, fused=fused, dtype=np.dtype(dtype)), rule=RULES[rule])
+    operands = operands_of(step, shape, dtype=dtype)
+
+    def function(g, p, codes, absmax):
+        return step_blockwise(step, operands._replace(g=g, p=p, codes=codes, absmax=absmax))
+
+    arrays = operands.g, operands.p, operands.codes, operands.absmax
+    donated = (1, 2, 3) if fused else (0, 2, 3)
+    memory = jax.jit(function, donate_argnums=donated).lower(*arrays).compile().memory_analysis()
+    as_integers = 0 if dtype == jnp.float32 else operands.g.nbytes + (operands.p.nbytes if fused else 0)
+    assert memory.temp_size_in_bytes < as_integers + 10e6  # codes alone have 16.8e6 bytes
+
+
 def test_update_has_at_most_the_updates_themselves():
     shape = (2048, 2048)
     step = a_step(shape, fused=False)
@@ -123,7 +163,7 @@ def test_update_has_at_most_the_updates_themselves():
         return p + u, codes, absmax
 
     memory = update_and_apply.lower(operands.g, operands.p, operands.codes, operands.absmax).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.0 * operands.p.nbytes + 6e6
+    assert memory.temp_size_in_bytes < 1.0 * operands.p.nbytes + 8e6
 
 
 def test_a_gradient_made_in_the_same_program_is_overwritten_by_the_update():
@@ -137,7 +177,7 @@ def test_a_gradient_made_in_the_same_program_is_overwritten_by_the_update():
         return p + u, codes, absmax
 
     memory = train.lower(operands.g, operands.p, operands.codes, operands.absmax).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.0 * operands.p.nbytes + 6e6
+    assert memory.temp_size_in_bytes < 1.0 * operands.p.nbytes + 8e6
 
 
 # --- on meshes ---
