@@ -20,6 +20,17 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return all(kind is AxisType.Explicit for kind in mesh.axis_types)
 
 
+def is_for_one_device(axis_context: Any) -> bool:
+    """Whether a program with this context is one device's own: all there is, or a part that is written by hand."""
+    if hasattr(axis_context, "num_devices"):
+        return axis_context.num_devices == 1
+    if hasattr(axis_context, "manual_axes"):
+        mesh = axis_context.mesh
+        by_hand = set(axis_context.manual_axes) | set(mesh.manual_axes)
+        return mesh.size == 1 or by_hand == set(mesh.axis_names)
+    return True  # pmap
+
+
 def placed_like(x: Array, other: Array) -> Array:
     """`x` with the sharding that the type of `other` says, if it says one."""
     sharding = explicit_sharding(other)

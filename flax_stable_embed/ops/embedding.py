@@ -141,7 +141,8 @@ def normalised_lookup(
 ) -> jax.Array:
     """`normalise(lookup(table, ids, **options), scale, bias, epsilon)` in `dtype`, by default the table's.
 
-    Computed in float32 whatever the dtypes. On one GPU, kernels do it where rows are neither scaled nor weighted.
+    Computed in float32 whatever the dtypes. On one GPU or TPU, kernels do it where rows are neither scaled nor
+    weighted.
 
     Args:
       table, ids, options: as of `lookup`, with `dtype` that of the result.

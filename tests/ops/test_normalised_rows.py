@@ -7,7 +7,7 @@ import pytest
 
 import flax_stable_embed as fse
 from flax_stable_embed.ops import normalised_rows as operation
-from flax_stable_embed.ops.normalised_rows import Options, normalised_rows, pallas_gpu, reference
+from flax_stable_embed.ops.normalised_rows import Options, normalised_rows, pallas_gpu, pallas_tpu, reference
 
 RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
@@ -43,20 +43,55 @@ CASES = {
 }
 
 
+LANES, ROWS = pallas_tpu.LANES, pallas_tpu.ROWS
+CASES_ON_TPU = {
+    "a chunk and a bit": {"tokens": 13},
+    "one token": {"tokens": 1},
+    "one row for many chunks": {"rows": 2, "tokens": 300},
+    "a tile full of tokens": {"rows": ROWS, "tokens": 2 * ROWS},
+    "tiles of rows, the last one cut": {"rows": 3 * ROWS + 5, "tokens": 100},
+    "tiles without tokens": {"rows": 9 * ROWS, "tokens": 7},
+    "more tokens than a tile": {"tokens": pallas_tpu.MOST_TOKENS + 9},
+    "features that fill registers": {"features": 8 * LANES},
+    "padding": {"padding_idx": 0, "tokens": 100},
+    "ids outside": {"outside": True, "tokens": 100},
+    "ids outside, and a last tile that is full": {"rows": ROWS, "outside": True, "tokens": 100},
+    "ids outside and padding": {"outside": True, "padding_idx": 8, "tokens": 70},
+    "bfloat16 output": {"out": jnp.bfloat16},
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.one_in(14, start=3)
-def test_the_kernels_equal_the_reference(name):
-    options, (table, scale, bias), row_numbers, dy = case(**CASES[name])
-    y = pallas_gpu.forward(options, table, scale, bias, row_numbers, interpret=True)
+def test_the_kernels_for_gpu_equal_the_reference(name):
+    assert_equals_the_reference(pallas_gpu, **CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES_ON_TPU)
+@pytest.mark.one_in(13, start=11)
+def test_the_kernels_for_tpu_equal_the_reference(name):
+    assert_equals_the_reference(pallas_tpu, **{"features": 2 * LANES} | CASES_ON_TPU[name])
+
+
+@pytest.mark.slow
+def test_the_kernels_for_tpu_wait_for_what_they_read():
+    """Memory that nobody wrote is NaN, and copies arrive as late as they may."""
+    late = pallas_tpu.pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+    assert_equals_the_reference(pallas_tpu, late, rows=3 * ROWS + 5, features=2 * LANES, tokens=300, outside=True)
+
+
+def assert_equals_the_reference(kernels, interpret=True, **of_case):
+    options, (table, scale, bias), row_numbers, dy = case(**of_case)
+    y = kernels.forward(options, table, scale, bias, row_numbers, interpret=interpret)
     expected, pullback = jax.vjp(lambda *args: reference(options, *args, row_numbers), table, scale, bias)
-    gradients = pallas_gpu.gradient(options, dy, table, scale, row_numbers, interpret=True)
+    gradients = kernels.gradient(options, dy, table, scale, row_numbers, interpret=interpret)
     eps = {2: 2**-7, 4: 3e-6}
     for ours, theirs in zip((y, *gradients), (expected, *pullback(dy))):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
-        largest = np.nanmax(np.abs(theirs), initial=0.0)
+        largest = np.abs(theirs).max(initial=0.0, where=~np.isnan(theirs))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=eps[y.dtype.itemsize] * largest + 1e-12)
-    assert np.isnan(np.asarray(y, np.float32)).any() == CASES[name].get("outside", False)
+    assert np.isnan(np.asarray(y, np.float32)).any() == of_case.get("outside", False)
 
 
 def test_rows_split_into_runs_of_tokens_sum_up():
@@ -76,13 +111,34 @@ def test_rows_split_into_runs_of_tokens_sum_up():
     np.testing.assert_array_equal(d_bias, [tokens, 0.0])
 
 
+def test_a_row_of_nan_stays_in_its_row_on_tpu():
+    """Rows without tokens are never read, and those beside it have gradients of their own."""
+    options, (table, scale, bias), _, _ = case(rows=5, features=LANES)
+    table, row_numbers = table.at[jnp.array([1, 3])].set(jnp.nan), jnp.array([0, 1, 2, 0], jnp.int32)
+    dy = jnp.ones((4, LANES)).at[1, 0].set(jnp.inf)
+    y = pallas_tpu.forward(options, table, scale, bias, row_numbers, interpret=True)
+    np.testing.assert_array_equal(np.isnan(y).any(axis=1), [False, True, False, False])
+    d_table, *_ = pallas_tpu.gradient(options, dy, table, scale, row_numbers, interpret=True)
+    np.testing.assert_array_equal(np.isnan(d_table).any(axis=1), [False, True, False, False, False])
+    np.testing.assert_array_equal(d_table[3:], 0.0)
+
+
 def primitives_of(f, *args):
     return {equation.primitive.name for equation in jax.make_jaxpr(f)(*args).eqns}
 
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    one_device_of(monkeypatch, "gpu")
+
+
+@pytest.fixture
+def one_tpu(monkeypatch):
+    one_device_of(monkeypatch, "tpu")
+
+
+def one_device_of(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -213,6 +269,39 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
     assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
     in_nnx = fse.nnx.StableEmbed(**options, rngs=fse.nnx.nnx.Rngs(0))
     assert ("normalised_rows" in primitives_of(lambda ids: in_nnx(ids), ids)) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"padding_idx": 3, "dtype": jnp.bfloat16, "mode": "clip"}, True),
+        ({"param_dtype": jnp.bfloat16}, False),
+        ({"dtype": jnp.float16}, False),
+        ({"features": operation.LEAST_FEATURES + 1}, False),
+        ({"max_norm": 1.0}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("one_tpu")
+def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
+    embed, ids = (
+        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options),
+        jnp.arange(6),
+    )
+    params = embed.init(jax.random.key(0), ids)
+    assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
+
+
+@pytest.mark.usefixtures("one_tpu")
+def test_more_ids_than_fit_into_scalar_memory_have_no_kernel_on_tpu():
+    embed, ids = (
+        fse.linen.StableEmbed(11, operation.LEAST_FEATURES),
+        jnp.zeros(operation.MOST_TOKENS_ON_TPU + 1, jnp.int32),
+    )
+    params = jax.eval_shape(embed.init, jax.random.key(0), ids)
+    assert "normalised_rows" in primitives_of(embed.apply, params, ids[1:])
+    assert "normalised_rows" not in primitives_of(embed.apply, params, ids)
 
 
 def test_where_several_devices_compute_it_is_not():

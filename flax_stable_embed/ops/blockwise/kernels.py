@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .._sharding import explicit_sharding, is_explicit
+from .._sharding import explicit_sharding, is_explicit, is_for_one_device
 from .blocks import Blocks
 from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
 from .step import Operands, Step
@@ -119,7 +119,7 @@ def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
     if kernel.name != "pallas_tpu":
         return _lower_elsewhere(context, *flat, kernel=kernel)
 
-    alone = _is_for_one_device(context.module_context.axis_context)
+    alone = is_for_one_device(context.module_context.axis_context)
     if kernel.required and not alone:
         raise NotImplementedError(
             "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are cut: use "
@@ -163,17 +163,6 @@ def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
 mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
 mlir.register_lowering(_step_by_kernel, _lower_for_cuda, platform="cuda")
 mlir.register_lowering(_step_by_kernel, _lower_elsewhere)
-
-
-def _is_for_one_device(axis_context: Any) -> bool:
-    """Whether a program with this context is one device's own: all there is, or a part that is written by hand."""
-    if hasattr(axis_context, "num_devices"):
-        return axis_context.num_devices == 1
-    if hasattr(axis_context, "manual_axes"):
-        mesh = axis_context.mesh
-        by_hand = set(axis_context.manual_axes) | set(mesh.manual_axes)
-        return mesh.size == 1 or by_hand == set(mesh.axis_names)
-    return True  # pmap
 
 
 def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):

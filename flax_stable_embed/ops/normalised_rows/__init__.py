@@ -1,9 +1,10 @@
-"""Rows of a table, normalised, as one operation: what a stable embedding does, where kernels for GPU do it.
+"""Rows of a table, normalised, as one operation: what a stable embedding does, where kernels for GPU and TPU do it.
 
     y_i = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias,    x = table[ids_i]
 
-`reference` defines it. XLA on GPU looks rows up again for each sum over them, and writes what the gradient needs in
-between; here a kernel reads a row and writes its output, and another one the gradient (pallas_gpu.py).
+`reference` defines it. XLA on GPU looks rows up again for each sum over them, and on TPU writes them to memory first;
+on both it writes what the gradient needs in between. Here a kernel reads a row and writes its output, and another one
+the gradient (pallas_gpu.py, pallas_tpu.py).
 
 The gradient of a LayerNorm is linear in the output's gradient: that of a row which several tokens look up is that of
 the sum of their gradients. So ids are sorted and a row is normalised once.
@@ -13,6 +14,7 @@ not say by themselves (vmap, derivatives of derivatives, other platforms) is wha
 """
 
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,7 @@ from ._primitive import primitive
 
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
 MOST_FEATURES = 8192  # which one program keeps in registers
+MOST_TOKENS_ON_TPU = 2**17  # half of the memory for scalars
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -47,15 +50,22 @@ def reference(options: Options, table: Array, scale: Array, bias: Array, row_num
 
 
 def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: Array) -> bool:
-    """Whether one GPU computes, and the kernels can: no kernel is cut by the compiler for several."""
-    alone = jax.default_backend() == "gpu" and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+    """Whether one GPU or TPU computes, and its kernels can: no kernel is cut by the compiler for several."""
+    platform = jax.default_backend()
+    alone = platform in ("gpu", "tpu") and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
     sizes = (*table.shape, *ids.shape)
     if not alone or not all(isinstance(n, int) for n in sizes):  # jax.export may have no number for one
         return False
     fits = LEAST_FEATURES <= table.shape[1] <= MOST_FEATURES and table.size and ids.size
     addressed = max(table.size, ids.size * table.shape[1]) <= INT32_MAX
     narrow = {x.dtype for x in (table, scale, bias)} | {options.dtype} <= {*map(np.dtype, NARROW)}
-    return bool(fits and addressed and narrow)
+    return bool(fits and addressed and narrow and (platform == "gpu" or _fits_tpu(options, table, ids)))
+
+
+def _fits_tpu(options: Options, table: Array, ids: Array) -> bool:
+    """Single rows can be copied where they fill lanes, and those of 16-bit tables lie in pairs; ids are in SMEM."""
+    dtypes = table.dtype == jnp.float32 and options.dtype != jnp.float16
+    return dtypes and table.shape[1] % 128 == 0 and ids.size <= MOST_TOKENS_ON_TPU
 
 
 def normalised_rows(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
@@ -69,10 +79,13 @@ def _forward_reference(table, scale, bias, row_numbers, *, options):
     return (reference(options, table, scale, bias, row_numbers),)
 
 
-def _forward_kernel(table, scale, bias, row_numbers, *, options):
-    from . import pallas_gpu
+def _forward_kernel(module, table, scale, bias, row_numbers, *, options):
+    return (_import(module).forward(options, table, scale, bias, row_numbers),)
 
-    return (pallas_gpu.forward(options, table, scale, bias, row_numbers),)
+
+def _import(module: str) -> Any:
+    """The kernels of a platform: no kernel language is imported before one is lowered."""
+    return import_module(f".{module}", __name__)
 
 
 def _tangent_reference(d_table, d_scale, d_bias, table, scale, row_numbers, *, options):
@@ -87,15 +100,17 @@ def _gradient_reference(dy, table, scale, row_numbers, *, options):
     return jax.vjp(of_parameters, table, scale, jnp.zeros_like(scale))[1](dy)
 
 
-def _gradient_kernel(dy, table, scale, row_numbers, *, options):
-    from . import pallas_gpu
-
-    return pallas_gpu.gradient(options, dy, table, scale, row_numbers)
+def _gradient_kernel(module, dy, table, scale, row_numbers, *, options):
+    return _import(module).gradient(options, dy, table, scale, row_numbers)
 
 
-_forward = primitive("normalised_rows", _forward_reference, _forward_kernel, flat=True)
+def _by_platform(kernel: Any) -> dict[str, Any]:
+    return {"cuda": partial(kernel, "pallas_gpu"), "tpu": partial(kernel, "pallas_tpu")}
+
+
+_forward = primitive("normalised_rows", _forward_reference, _by_platform(_forward_kernel), flat=True)
 _tangent = primitive("normalised_rows_tangent", _tangent_reference, flat=True)
-_gradient = primitive("normalised_rows_gradient", _gradient_reference, _gradient_kernel)
+_gradient = primitive("normalised_rows_gradient", _gradient_reference, _by_platform(_gradient_kernel))
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, options: Options) -> Any:

@@ -1,6 +1,6 @@
 """A JAX primitive that is a function of plain operations, except where a kernel stands for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,18 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
+from .._sharding import is_for_one_device
+
 Function = Callable[..., tuple[Any, ...]]
 
 
-def primitive(name: str, reference: Function, cuda: Function | None = None, *, flat: bool = False) -> Primitive:
-    """A primitive with several results: `cuda` in a program for an NVIDIA GPU, elsewhere `reference`.
+def primitive(
+    name: str, reference: Function, kernels: Mapping[str, Function] | None = None, *, flat: bool = False
+) -> Primitive:
+    """A primitive with several results: in a program for one device the kernel of its platform, else `reference`.
 
-    Under vmap, and for its derivative, it is `reference` too. Both take arrays, and static values by name. `flat`: each
+    `kernels` are by platform, as JAX calls it. A program for several devices is cut by the compiler, and no kernel is.
+    Under vmap, and for its derivative, it is `reference` too. All take arrays, and static values by name. `flat`: each
     element of the last argument, a vector, has a row of the results, so that vmap over it alone is one longer vector.
     """
     new = Primitive(name)
@@ -43,6 +48,14 @@ def primitive(name: str, reference: Function, cuda: Function | None = None, *, f
     ad.primitive_jvps[new] = derivative
     batching.primitive_batchers[new] = batched
     mlir.register_lowering(new, mlir.lower_fun(reference, multiple_results=True))
-    if cuda is not None:
-        mlir.register_lowering(new, mlir.lower_fun(cuda, multiple_results=True), platform="cuda")
+    for platform, kernel in (kernels or {}).items():
+        mlir.register_lowering(new, _on_one_device(kernel, reference), platform=platform)
     return new
+
+
+def _on_one_device(kernel: Function, reference: Function) -> Callable[..., Any]:
+    def lower(context: Any, *args: Any, **static: Any) -> Any:
+        alone = is_for_one_device(context.module_context.axis_context)
+        return mlir.lower_fun(kernel if alone else reference, multiple_results=True)(context, *args, **static)
+
+    return lower
