@@ -112,25 +112,48 @@ NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "af
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]\{([^}]*)\}")
 
 
-def memory_bytes(text: str) -> int:
-    """Bytes that the operations of a compiled program read from and write to the chip's memory, not its scratch."""
+class Operation(NamedTuple):
+    """One of a compiled program, and the arrays in the chip's memory, not its scratch, that it writes and reads."""
+
+    name: str
+    results: list["Stored"]
+    operands: list["Stored"]
+
+
+class Stored(NamedTuple):
+    """An array in the chip's memory."""
+
+    shape: tuple[int, ...]
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.width
+
+
+def operations(text: str) -> Iterator[Operation]:
+    """What a compiled program does, in turn."""
     entry = text[text.index("\nENTRY ") :]
-    sizes, total = {}, 0
+    stored: dict[str, list[Stored]] = {}
     for line in entry.splitlines()[1:]:
         found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)", line)
         if not found:
             continue
         name, result, operation, rest = found.groups()
-        sizes[name] = sum(
-            prod(int(n) for n in extents.split(",") if n) * SIZES.get(dtype, 0)
+        stored[name] = [
+            Stored(tuple(int(n) for n in extents.split(",") if n), SIZES.get(dtype, 0))
             for dtype, extents, layout in ARRAY.findall(result)
             if "S(" not in layout
-        )
+        ]
         if operation in NO_WORK or operation.endswith("-start"):
             continue
         operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
-        total += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
-    return total
+        yield Operation(name, stored[name], [x for operand in operands for x in stored.get(operand, [])])
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes that the operations of a compiled program read from and write to the chip's memory, not its scratch."""
+    return sum(x.bytes for operation in operations(text) for x in (*operation.results, *operation.operands))
 
 
 def devices_of(chip: str, count: int = 1) -> Any:

@@ -1,9 +1,12 @@
 """The stable embedding as one operation: kernels against the reference, and every transformation of JAX."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import flax_stable_embed as fse
 from flax_stable_embed.ops import normalised_rows as operation
@@ -76,11 +79,11 @@ def test_the_kernels_for_tpu_equal_the_reference(name):
 @pytest.mark.slow
 def test_the_kernels_for_tpu_wait_for_what_they_read():
     """Memory that nobody wrote is NaN, and copies arrive as late as they may."""
-    late = pallas_tpu.pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+    late = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
     assert_equals_the_reference(pallas_tpu, late, rows=3 * ROWS + 5, features=2 * LANES, tokens=300, outside=True)
 
 
-def assert_equals_the_reference(kernels, interpret=True, **of_case):
+def assert_equals_the_reference(kernels, interpret: Any = True, **of_case):
     options, (table, scale, bias), row_numbers, dy = case(**of_case)
     y = kernels.forward(options, table, scale, bias, row_numbers, interpret=interpret)
     expected, pullback = jax.vjp(lambda *args: reference(options, *args, row_numbers), table, scale, bias)
