@@ -296,17 +296,6 @@ def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
     assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
 
 
-@pytest.mark.usefixtures("one_tpu")
-def test_more_ids_than_fit_into_scalar_memory_have_no_kernel_on_tpu():
-    embed, ids = (
-        fse.linen.StableEmbed(11, operation.LEAST_FEATURES),
-        jnp.zeros(operation.MOST_TOKENS_ON_TPU + 1, jnp.int32),
-    )
-    params = jax.eval_shape(embed.init, jax.random.key(0), ids)
-    assert "normalised_rows" in primitives_of(embed.apply, params, ids[1:])
-    assert "normalised_rows" not in primitives_of(embed.apply, params, ids)
-
-
 def test_where_several_devices_compute_it_is_not():
     embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES), jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)

@@ -13,6 +13,7 @@ Three JAX primitives: the function, its derivative and its gradient, which is th
 not say by themselves (vmap, derivatives of derivatives, other platforms) is what JAX makes of `reference`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ from ._primitive import primitive
 
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
 MOST_FEATURES = 8192  # which one program keeps in registers
-MOST_TOKENS_ON_TPU = 2**17  # half of the memory for scalars
+MOST_TOKENS_ON_TPU = 2**17  # of a gradient: its sorted ids fill half of the memory for scalars
+MODULES = {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}  # of kernels, by what JAX calls the platform
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -59,13 +61,12 @@ def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: A
     fits = LEAST_FEATURES <= table.shape[1] <= MOST_FEATURES and table.size and ids.size
     addressed = max(table.size, ids.size * table.shape[1]) <= INT32_MAX
     narrow = {x.dtype for x in (table, scale, bias)} | {options.dtype} <= {*map(np.dtype, NARROW)}
-    return bool(fits and addressed and narrow and (platform == "gpu" or _fits_tpu(options, table, ids)))
+    return bool(fits and addressed and narrow and (platform == "gpu" or _fits_tpu(options, table)))
 
 
-def _fits_tpu(options: Options, table: Array, ids: Array) -> bool:
-    """Single rows can be copied where they fill lanes, and those of 16-bit tables lie in pairs; ids are in SMEM."""
-    dtypes = table.dtype == jnp.float32 and options.dtype != jnp.float16
-    return dtypes and table.shape[1] % 128 == 0 and ids.size <= MOST_TOKENS_ON_TPU
+def _fits_tpu(options: Options, table: Array) -> bool:
+    """Single rows can be copied where they fill lanes; those of 16-bit tables lie in pairs."""
+    return table.dtype == jnp.float32 and options.dtype != jnp.float16 and table.shape[1] % 128 == 0
 
 
 def normalised_rows(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
@@ -79,7 +80,7 @@ def _forward_reference(table, scale, bias, row_numbers, *, options):
     return (reference(options, table, scale, bias, row_numbers),)
 
 
-def _forward_kernel(module, table, scale, bias, row_numbers, *, options):
+def _forward_kernel(module: str, table, scale, bias, row_numbers, *, options):
     return (_import(module).forward(options, table, scale, bias, row_numbers),)
 
 
@@ -100,12 +101,14 @@ def _gradient_reference(dy, table, scale, row_numbers, *, options):
     return jax.vjp(of_parameters, table, scale, jnp.zeros_like(scale))[1](dy)
 
 
-def _gradient_kernel(module, dy, table, scale, row_numbers, *, options):
+def _gradient_kernel(module: str, dy, table, scale, row_numbers, *, options):
+    if module == "pallas_tpu" and row_numbers.size > MOST_TOKENS_ON_TPU:
+        return _gradient_reference(dy, table, scale, row_numbers, options=options)
     return _import(module).gradient(options, dy, table, scale, row_numbers)
 
 
-def _by_platform(kernel: Any) -> dict[str, Any]:
-    return {"cuda": partial(kernel, "pallas_gpu"), "tpu": partial(kernel, "pallas_tpu")}
+def _by_platform(kernel: Callable[..., Any]) -> dict[str, Any]:
+    return {platform: partial(kernel, module) for platform, module in MODULES.items()}
 
 
 _forward = primitive("normalised_rows", _forward_reference, _by_platform(_forward_kernel), flat=True)
