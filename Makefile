@@ -39,7 +39,7 @@ dist: .venv/dist
 
 # What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
 BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.collectives \
-	benchmarks.chips benchmarks.gpu
+	benchmarks.chips benchmarks.lookups benchmarks.gpu
 bench: .venv/examples
 	for name in $(BENCHMARKS); do $(BIN)/python -m $$name $(ARGS) || exit 1; done
 	$(if $(findstring quick,$(ARGS)),,$(BIN)/python -m benchmarks readme)
