@@ -13,7 +13,7 @@ from benchmarks import compiled as counted
 from benchmarks import lookups
 from flax_stable_embed.ops import normalised_rows as operation
 
-SHAPE = lookups.Shape(4096, 4096, 16384)  # rows and outputs are larger than the scratch memory of a chip
+SHAPE = lookups.Shape(2048, 8192, 8192)  # rows and outputs are larger than the scratch memory of a chip
 
 
 @cache
@@ -53,6 +53,12 @@ def test_that_is_a_fraction_of_what_xla_moves(topology, what, share):
 def test_every_shape_compiles(topology, chip, shape):
     shape, device = lookups.Shape(*shape), topology(counted.TOPOLOGIES[chip])[0]
     assert counted.kernels(lookups.compiled(shape, "kernels", lookups.BOTH, device, jnp.bfloat16).as_text()) == 2
+
+
+def test_indices_are_32_bit_whatever_jax_has(topology):
+    with jax.enable_x64(True):
+        program = lookups.compiled(lookups.Shape(300, 768, 100), "kernels", lookups.BOTH, topology("v5e:2x2")[0])
+    assert counted.kernels(program.as_text()) == 2
 
 
 def test_more_tokens_than_fit_into_scalar_memory_have_xlas_gradient(topology):

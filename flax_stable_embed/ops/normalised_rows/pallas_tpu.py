@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, enable_x64, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -37,77 +37,79 @@ VMEM_BYTES = 32 << 20
 
 def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: Array, interpret: Any = False) -> Array:
     """Outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
-    (tokens,), features = row_numbers.shape, table.shape[1]
-    tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
-    tiles = pl.cdiv(tokens, tile)
-    row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, -1)
-    row_numbers = jnp.pad(row_numbers, (0, tiles * tile - tokens)).reshape(tiles, 1, tile)
-    numbers = partial(pl.BlockSpec, (None, None, tile), memory_space=pltpu.SMEM)
-    whole = pl.BlockSpec((1, features), lambda i: (0, 0))
-    return pl.pallas_call(
-        partial(_forward, options.epsilon, _unroll(interpret)),
-        grid=(tiles,),
-        in_specs=[
-            numbers(lambda i: (i, 0, 0)),
-            numbers(lambda i: (jnp.minimum(i + 1, tiles - 1), 0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            whole,
-            whole,
-        ],
-        out_specs=pl.BlockSpec((tile, features), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((2, tile, features), table.dtype),
-            pltpu.SMEM((2,), jnp.int32),
-            pltpu.SemaphoreType.DMA((2,)),
-        ],
-        compiler_params=_parameters(),
-        name="normalised_rows",
-        interpret=interpret,
-    )(row_numbers, row_numbers, table, scale[None], bias[None])
+    with enable_x64(False):  # Mosaic knows no 64-bit indices
+        (tokens,), features = row_numbers.shape, table.shape[1]
+        tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
+        tiles = pl.cdiv(tokens, tile)
+        row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, -1)
+        row_numbers = jnp.pad(row_numbers, (0, tiles * tile - tokens)).reshape(tiles, 1, tile)
+        numbers = partial(pl.BlockSpec, (None, None, tile), memory_space=pltpu.SMEM)
+        whole = pl.BlockSpec((1, features), lambda i: (0, 0))
+        return pl.pallas_call(
+            partial(_forward, options.epsilon, _unroll(interpret)),
+            grid=(tiles,),
+            in_specs=[
+                numbers(lambda i: (i, 0, 0)),
+                numbers(lambda i: (jnp.minimum(i + 1, tiles - 1), 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                whole,
+                whole,
+            ],
+            out_specs=pl.BlockSpec((tile, features), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
+            scratch_shapes=[
+                pltpu.VMEM((2, tile, features), table.dtype),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+            compiler_params=_parameters(),
+            name="normalised_rows",
+            interpret=interpret,
+        )(row_numbers, row_numbers, table, scale[None], bias[None])
 
 
 def gradient(
     options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: Any = False
 ) -> tuple[Array, Array, Array]:
     """Gradients of table, scale and bias for that of the outputs, (tokens, features)."""
-    (tokens, features), tiles, pieces = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
-    codes, starts, outside = _sorted_tokens(table, row_numbers)
-    height = pl.cdiv(pieces, SUBLANES) * SUBLANES
-    chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(height)))
-    dy = jnp.pad(dy.astype(jnp.float32), ((0, codes.size - tokens), (0, 0)))
-    dy = dy.reshape(-1, SUBLANES, pieces, LANES).transpose(0, 2, 1, 3)
-    of_norm = jax.ShapeDtypeStruct((SUBLANES, features), jnp.float32)
-    whole = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
-    d_table, d_scale, d_bias = pl.pallas_call(
-        partial(_gradient, options, _unroll(interpret)),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(tiles,),
-            in_specs=[
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec((1, features), lambda i, *_: (0, 0)),
-            ],
-            out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), whole, whole],
-            scratch_shapes=[
-                pltpu.VMEM((chunks, SUBLANES, height, LANES), jnp.float32),
-                pltpu.SemaphoreType.DMA((chunks,)),
-                pltpu.VMEM((2, ROWS, features), table.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SMEM((2,), jnp.int32),
-                pltpu.VMEM(((ROWS + SUBLANES) * height, LANES), jnp.float32),
-                pltpu.VMEM((ROWS + SUBLANES, LANES), jnp.int32),
-                pltpu.SMEM((ROWS // SUBLANES + 1,), jnp.int32),
-            ],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(table.shape, table.dtype), of_norm, of_norm],
-        compiler_params=_parameters(),
-        name="normalised_rows_gradient",
-        interpret=interpret,
-    )(codes, starts, dy, table, scale[None])
-    d_scale = jnp.where(outside, np.float32(np.nan), d_scale.sum(axis=0))
-    return d_table, d_scale.astype(scale.dtype), d_bias.sum(axis=0).astype(scale.dtype)
+    with enable_x64(False):  # Mosaic knows no 64-bit indices
+        (tokens, features), tiles, pieces = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
+        codes, starts, outside = _sorted_tokens(table, row_numbers)
+        height = pl.cdiv(pieces, SUBLANES) * SUBLANES
+        chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(height)))
+        dy = jnp.pad(dy.astype(jnp.float32), ((0, codes.size - tokens), (0, 0)))
+        dy = dy.reshape(-1, SUBLANES, pieces, LANES).transpose(0, 2, 1, 3)
+        of_norm = jax.ShapeDtypeStruct((SUBLANES, features), jnp.float32)
+        whole = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
+        d_table, d_scale, d_bias = pl.pallas_call(
+            partial(_gradient, options, _unroll(interpret)),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(tiles,),
+                in_specs=[
+                    pl.BlockSpec(memory_space=pl.ANY),
+                    pl.BlockSpec(memory_space=pl.ANY),
+                    pl.BlockSpec((1, features), lambda i, *_: (0, 0)),
+                ],
+                out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), whole, whole],
+                scratch_shapes=[
+                    pltpu.VMEM((chunks, SUBLANES, height, LANES), jnp.float32),
+                    pltpu.SemaphoreType.DMA((chunks,)),
+                    pltpu.VMEM((2, ROWS, features), table.dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((2,), jnp.int32),
+                    pltpu.VMEM(((ROWS + SUBLANES) * height, LANES), jnp.float32),
+                    pltpu.VMEM((ROWS + SUBLANES, LANES), jnp.int32),
+                    pltpu.SMEM((ROWS // SUBLANES + 1,), jnp.int32),
+                ],
+            ),
+            out_shape=[jax.ShapeDtypeStruct(table.shape, table.dtype), of_norm, of_norm],
+            compiler_params=_parameters(),
+            name="normalised_rows_gradient",
+            interpret=interpret,
+        )(codes, starts, dy, table, scale[None])
+        d_scale = jnp.where(outside, np.float32(np.nan), d_scale.sum(axis=0))
+        return d_table, d_scale.astype(scale.dtype), d_bias.sum(axis=0).astype(scale.dtype)
 
 
 def _parameters() -> pltpu.CompilerParams:
