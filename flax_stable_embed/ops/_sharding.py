@@ -3,9 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 
@@ -38,9 +38,11 @@ def placed_like(x: Array, other: Array) -> Array:
 
 
 def lying_like(x: Array, other: Any) -> Array:
-    """`x` on devices as `other` lies, which a type says, or the array itself, or under jit the compiler alone."""
+    """`x` on devices as `other` of its shape lies: by its type, as an array, or under jit as the compiler puts it."""
     if isinstance(other, Tracer):
-        return shard_alike(placed_like(x, other), other)[0]
+        # Element by element the compiler cuts both alike. That no number is both it does not see.
+        wide = other.astype(jnp.float32)
+        return jnp.where((wide > 256) & (wide < -256), jnp.zeros_like(x), placed_like(x, other))
     placed = isinstance(other, Array) and other.committed  # else it goes along with others, and so must `x`
     return jax.device_put(x, other.sharding) if placed else x
 
