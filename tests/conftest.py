@@ -1,6 +1,9 @@
-"""Eight virtual CPU devices, and no silent broadcasting of ranks, in every test."""
+"""Eight virtual CPU devices, and no silent broadcasting of ranks, in every test; equal programs are compiled once."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import Counter
 
 import pytest
@@ -11,6 +14,14 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A tenth of the time: most tests make functions of their own, which jit knows only by what they compile to. A folder for
+# each process, since JAX writes into it without a lock.
+COMPILED = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.hookimpl(tryfirst=True)
