@@ -15,7 +15,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A tenth of the time: most tests make functions of their own, which jit knows only by what they compile to. A folder for
+# Saves a tenth of the time: most tests make functions of their own, alike only in what they compile to. A folder for
 # each process, since JAX writes into it without a lock.
 COMPILED = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
