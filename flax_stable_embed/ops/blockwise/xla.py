@@ -105,7 +105,8 @@ def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array |
 
     Left alone, XLA computes new moments again in each of the five loops that read them, and checks each time whether
     they are finite. It does not where a library's reduction or a conditional takes them. So scales come from the
-    largest and the smallest number, sums say whether all are finite, and only where one is not `_store` decides.
+    largest and the smallest number, sums say whether all are finite (those extremes drop NaN, jaxlib 0.10.2), and only
+    where one is not `_store` decides.
     All that is written comes out of the conditional: else XLA could fuse a read of an array into a later write of it,
     and would copy the whole array on every turn. A branch that changed nothing of the output would let it pass by.
     """
