@@ -41,8 +41,8 @@ def lying_like(x: Array, other: Any) -> Array:
     """`x` on devices as `other` of its shape lies: by its type, as an array, or under jit as the compiler puts it."""
     if isinstance(other, Tracer):
         # Element by element the compiler cuts both alike. That no number is both it does not see.
-        wide = other.astype(jnp.float32)
-        return jnp.where((wide > 256) & (wide < -256), jnp.zeros_like(x), placed_like(x, other))
+        wide, x = other.astype(jnp.float32), placed_like(x, other)
+        return jnp.where((wide > 256) & (wide < -256), jnp.zeros_like(x), x)
     placed = isinstance(other, Array) and other.committed  # else it goes along with others, and so must `x`
     return jax.device_put(x, other.sharding) if placed else x
 

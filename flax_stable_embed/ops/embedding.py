@@ -11,7 +11,6 @@ Source: torch.nn.Embedding (padding_idx, max_norm, scale_grad_by_freq) and bitsa
 
 import functools
 import inspect
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -360,9 +359,10 @@ def check_norm_options(norm_epsilon: float, param_dtype: Any, dtype: Any) -> Non
         if value is not None and not jnp.issubdtype(value, jnp.floating):
             raise TypeError(f"`{name}` of a StableEmbed must be a real floating dtype, got {jnp.dtype(value)}.")
     _check_number("norm_epsilon", norm_epsilon)
-    if not (norm_epsilon > 0 and math.isfinite(norm_epsilon)):
+    float32 = np.finfo(np.float32)
+    if not float32.tiny <= norm_epsilon <= float32.max:
         raise ValueError(
-            f"`norm_epsilon` must be positive and finite, got {norm_epsilon}: a padding row has variance 0. "
+            f"`norm_epsilon` must be positive and finite in float32, got {norm_epsilon}: a padding row has variance 0. "
             f"Try {NORM_EPSILON}."
         )
 

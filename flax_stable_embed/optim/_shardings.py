@@ -29,14 +29,16 @@ def placed_by_path(shardings: Any, params: Any) -> dict[str, Placed]:
         TypeError: `shardings` holds something else than shardings.
         ValueError: it is no tree like the parameters, names axes that a mesh does not have, or cuts unequal pieces.
     """
-    pairs = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]
-    arrays = {path_name(path): unbox(box) for path, box in pairs if hasattr(unbox(box), "shape")}
+    pairs = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_box(x))[0]
+    leaves = {path_name(path): unbox(box) for path, box in pairs}
+    arrays = {path: x for path, x in leaves.items() if hasattr(x, "shape")}
     if shardings is None:
         found = {path: getattr(x, "sharding", None) for path, x in arrays.items()}
         found = {path: sharding for path, sharding in found.items() if isinstance(sharding, NamedSharding)}
         return {path: _placed(path, arrays[path].shape, sharding) for path, sharding in found.items()}
     pairs = jax.tree_util.tree_flatten_with_path(shardings, is_leaf=_is_sharding)[0]
     given = {path_name(path): sharding for path, sharding in pairs}
+    given = {path: sharding for path, sharding in given.items() if path in arrays or path not in leaves}
     for path, sharding in given.items():
         if not _is_sharding(sharding):
             raise TypeError(

@@ -1,10 +1,12 @@
 """The state that an optimizer would make, as shapes with shardings: to restore into, to place by, to compile for."""
 
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ._boxes import is_box, rebox, unbox
 from ._rules import path_name
@@ -14,7 +16,8 @@ from ._shardings import placed_by_path
 def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: Any = None) -> Any:
     """`jax.eval_shape(tx.init, params)` with the sharding of every array, and nothing allocated.
 
-    Whatever `tx.init` makes in the likeness of a parameter is cut as the parameter is; so are the scales of 8-bit
+    Whatever `tx.init` makes in the likeness of a parameter is cut as the parameter is (by JAX's types; where an `init`
+    does what these do not follow, say `optax.flatten`'s, by paths that end as the parameter's); so are scales of 8-bit
     moments, but for axes that their number of blocks does not divide. All else, such as counts, is whole on every
     device. Moments in the host's memory (`fse.Rule(memory_kind="pinned_host")`) have it in their sharding. For every
     transform of optax, alone or wrapped, and for NNX variables and Linen boxes.
@@ -49,27 +52,71 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: 
     if not known:
         return jax.eval_shape(tx.init, params)
     where = _where(list(known.values()))
+    state, avals, shardings = _by_types(tx, params, known, where) or _by_paths(tx, params, known, where)
+    leaves, tree = jax.tree.flatten(state)
+    in_host = [aval.memory_space == jax.memory.Space.Host for aval in avals]
+    shardings = [s.with_memory_kind("pinned_host") if host else s for s, host in zip(shardings, in_host)]
+    return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, shardings))
+
+
+Found = tuple[Any, list[Any], list[Sharding]]  # the state's shapes, and what JAX and we know of each
+
+
+def _by_types(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found | None:
+    """As JAX infers them; None where an `init` does what it does not follow.
+
+    Types of Explicit axes say how an array is cut, through whatever is done with it.
+    """
     mesh = where.mesh if isinstance(where, NamedSharding) else AbstractMesh((), ())
-    # Types of Explicit axes say how an array is cut, and JAX infers them through whatever an `init` does.
-    typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # knows the kind of its devices, where there are any
+    typed = typed.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+    def typed_like(sharding: Sharding | None) -> NamedSharding:
+        return NamedSharding(typed, sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec())
+
+    shapes = _shapes(params, lambda path: typed_like(known.get(path)))
+    try:
+        with jax.sharding.use_abstract_mesh(typed):
+            jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
+    except Exception:  # of any kind; one that is not of types comes again
+        return None
+    named = isinstance(where, NamedSharding)
+    return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else where for x in jaxpr.out_avals]
+
+
+def _by_paths(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found:
+    """The same, where an array at a path that ends as a parameter's is cut like it if it divides; all else is whole."""
+
+    def placed(path, x):
+        name = f"/{path_name(path)}"
+        own = next((sharding for of, sharding in known.items() if name.endswith(f"/{of}")), None)
+        if not isinstance(where, NamedSharding):
+            return where
+        if not isinstance(own, NamedSharding) or len(own.spec) > x.ndim:
+            return NamedSharding(where.mesh, PartitionSpec())
+        ways = [prod(own.mesh.shape[n] for n in _names(axis)) for axis in own.spec]
+        return NamedSharding(
+            own.mesh, PartitionSpec(*(axis if d % n == 0 else None for axis, n, d in zip(own.spec, ways, x.shape)))
+        )
+
+    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(_shapes(params, lambda path: None))
+    return state, jaxpr.out_avals, [placed(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> Any:
+    """Parameters as shapes with shardings, in their wrappers."""
 
     def shape(path, box):
-        x, sharding = unbox(box), known.get(path_name(path))
+        x = unbox(box)
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             return box
-        spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-        return rebox(box, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(typed, spec)))
+        return rebox(box, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(path_name(path))))
 
-    def placed(x, aval):
-        kind = "pinned_host" if aval.memory_space == jax.memory.Space.Host else None
-        sharding = NamedSharding(mesh, aval.sharding.spec) if isinstance(where, NamedSharding) else where
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.with_memory_kind(kind) if kind else sharding)
+    return jax.tree_util.tree_map_with_path(shape, params, is_leaf=is_box)
 
-    shapes = jax.tree_util.tree_map_with_path(shape, params, is_leaf=is_box)
-    with jax.sharding.use_abstract_mesh(typed):
-        jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
-    leaves, tree = jax.tree.flatten(state)
-    return tree.unflatten(map(placed, leaves, jaxpr.out_avals))
+
+def _names(axis: Any) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
 def _where(shardings: list[Sharding]) -> Sharding:

@@ -3,11 +3,23 @@
 import importlib.util
 import os
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.compiled import QUIET
 
 os.environ.update(QUIET)  # read when libtpu is loaded
+
+
+@pytest.fixture(autouse=True)
+def compiled_each_time():
+    """A program for a chip that is not here can be kept, but not loaded again."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+        if not enabled:
+            yield
 
 
 @pytest.fixture(scope="session")

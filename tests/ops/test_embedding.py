@@ -319,8 +319,15 @@ def test_negative_padding_is_counted_from_the_end():
 @pytest.mark.parametrize(
     ("norm_epsilon", "param_dtype", "dtype", "error", "message"),
     [
-        (0.0, jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite, got 0\.0"),
-        (float("inf"), jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite, got inf"),
+        (0.0, jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite in float32, got 0\.0"),
+        (1e-46, jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite in float32, got 1e-46"),
+        (
+            float("inf"),
+            jnp.float32,
+            None,
+            ValueError,
+            r"`norm_epsilon` must be positive and finite in float32, got inf",
+        ),
         ("1e-5", jnp.float32, None, TypeError, r"`norm_epsilon` must be a Python number"),
         (1e-5, jnp.int8, None, TypeError, r"`param_dtype` of a StableEmbed must be a real floating dtype, got int8"),
         (1e-5, jnp.float32, jnp.complex64, TypeError, r"`dtype` of a StableEmbed .* got complex64"),

@@ -51,6 +51,9 @@ TRANSFORMS = {
     "masked": lambda: optax.masked(adamw(), only_matrices),
     "inject": lambda: optax.inject_hyperparams(fse.lion8bit)(1e-3, state_format=SMALL),
     "quantize_state": lambda: fse.quantize_state(optax.adamw(1e-3), state_format=SMALL),
+    "quantize_state, straddling": lambda: fse.quantize_state(
+        optax.adamw(1e-3), state_format=fse.StateFormat(block_size=256, min_size=0)
+    ),
     "row_sparse": lambda: fse.row_sparse(adamw()),
     "clipped": lambda: optax.chain(fse.percentile_clipping(), adamw()),
     "stochastic": lambda: fse.stochastic_round_updates(adamw()),
@@ -94,6 +97,43 @@ def test_sums_over_an_axis_are_cut_along_the_others(kind):
             jax.jit(tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, like))(params), tx.init(params)
         )
     assert {((256,), P("a")), ((32,), P("b"))} <= {(x.shape, x.sharding.spec) for x in jax.tree.leaves(like[0])}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_learning_rate_that_lies_on_the_mesh(kind):
+    """As one does that was restored; types of another mesh cannot be mixed with it."""
+    mesh = mesh_of(kind)
+    rate = jax.device_put(jnp.float32(1e-3), NamedSharding(mesh, P()))
+    tx, params = optax.inject_hyperparams(fse.adamw8bit)(rate, state_format=SMALL), placed(mesh)
+    assert_lies_as(fse.abstract_state(tx, params), tx.init(params))
+
+
+def test_an_init_that_types_do_not_follow_is_placed_by_paths():
+    def init(params):
+        sums = jnp.concatenate([p.ravel() for p in jax.tree.leaves(params)])
+        return {"mu": jax.tree.map(jnp.zeros_like, params), "sums": sums}
+
+    tx, params = optax.GradientTransformation(init, lambda g, s, p=None: (g, s)), placed(mesh_of())
+    like = fse.abstract_state(optax.chain(tx, adamw()), params)
+    assert like[0]["mu"]["kernel"].sharding.spec == P("a", "b") and like[0]["sums"].sharding.is_fully_replicated
+    assert_lies_as(like[1], adamw().init(params))
+    flat = fse.abstract_state(optax.flatten(optax.adam(1e-3)), params)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(flat))
+
+
+def test_an_init_that_fails_fails():
+    def init(params):
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        fse.abstract_state(optax.GradientTransformation(init, lambda g, s, p=None: (g, s)), placed(mesh_of()))
+
+
+def test_what_is_no_array_has_no_sharding():
+    cut = NamedSharding(mesh_of(), P("a"))
+    params = {"kernel": jax.ShapeDtypeStruct((256, 32), jnp.float32), "number": 2.0, "none": None}
+    like = fse.abstract_state(optax.adamw(1e-3), params, shardings={"kernel": cut, "number": cut, "none": None})
+    assert like[0].mu["kernel"].sharding.spec == P("a", None) and like[0].mu["none"] is None
 
 
 def test_a_state_in_the_host_says_so():

@@ -131,4 +131,4 @@ def test_a_fused_step_that_is_donated_in_the_order_of_its_results_has_no_tempora
     tx = make(1e-3)
     step = jax.jit(lambda params, state, grads: fse.fused_update(tx, grads, state, params), donate_argnums=(0, 1))
     memory = step.lower(params, jax.eval_shape(tx.init, params), params).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.5 * 4 * 2048 * 2048
+    assert memory.temp_size_in_bytes < 0.6 * 4 * 2048 * 2048  # ten pieces of 1 MB, of three moments

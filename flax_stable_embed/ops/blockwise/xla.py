@@ -86,10 +86,10 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
             g=_of_bits(piece.g, operands.g.dtype), p=None if piece.p is None else _of_bits(piece.p, operands.p.dtype)
         )
         index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
-        if lengths[1] % size == 0:
+        if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
             return _write(carry, plain(merged_step, piece, index, _store_once), at, size)
-        # A short last block is padded. The code for it then rounds by the piece's shape (its products and sums are
-        # contracted or not), unless it is as the reference is; in a conditional, of which see `_store_once`.
+        # A short last block is padded, and 16 bits are cast. The code for such moments alone rounds in another way
+        # (which of two products is contracted into a sum), unless it is as the reference; in a conditional, as there.
         unchanged = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
         always = ~(piece.absmax[0].ravel()[0] < 0)  # no scale is negative
         return _write(carry, lax.cond(always, lambda: plain(merged_step, piece, index), lambda: unchanged), at, size)

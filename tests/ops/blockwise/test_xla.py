@@ -84,6 +84,18 @@ def test_chunks_with_what_is_not_finite_are_the_reference(numbers, fused, small_
         np.testing.assert_allclose(got, want, rtol=2e-7, atol=2e-7 if got.ndim == 2 and got.dtype == np.float32 else 0)
 
 
+@pytest.mark.parametrize("shape", [(512, 1024), (64, 96), (3, 5, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.one_in(3)
+def test_chunks_give_the_bits_of_the_reference_for_gradients_of_16_bits(shape, dtype):
+    step = a_step(shape, fused=True)
+    operands = operands_of(step, shape)._replace(g=operands_of(step, shape, seed=1, dtype=dtype).g)
+    _, *found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
+    _, *wanted = run(jax.jit(xla.plain, static_argnums=0), step, operands)
+    for got, want in zip(*map(jax.tree.leaves, (found, wanted))):
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.one_in(3)
 def test_every_codec_runs_in_chunks(codec, small_pieces):
