@@ -1,12 +1,13 @@
 """Shardings that a type says, which it does under a mesh with Explicit axes; elsewhere the compiler chooses."""
 
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
@@ -18,6 +19,15 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     """Whether types say for all axes of a mesh what they cut."""
     return all(kind is AxisType.Explicit for kind in mesh.axis_types)
+
+
+def where_it_divides(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A sharding for an array of another shape of that rank: without the cuts that would not give equal pieces."""
+    spec = []
+    for d, names in zip(shape, sharding.spec):
+        ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+        spec.append(names if d % ways == 0 else None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def is_for_one_device(axis_context: Any) -> bool:

@@ -19,6 +19,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ..ops._sharding import where_it_divides
 from ..ops.blockwise.blocks import Blocks
 from ..ops.blockwise.codecs import CODECS, Code
 from ..ops.blockwise.quantize import dequantize, quantize
@@ -146,11 +147,9 @@ def _sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSha
         return None
     if isinstance(p, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    spec = []
-    for axis, names in enumerate(sharding.spec):
-        ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
-        spec.append(names if blocks is not None and shape[axis] % ways == 0 else None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    if blocks is None:
+        return NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(sharding.spec)))
+    return where_it_divides(sharding, shape)
 
 
 # --- the name of a format --------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """The state that an optimizer would make, as shapes with shardings: to restore into, to place by, to compile for."""
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ..ops._sharding import where_it_divides
 from ._boxes import is_box, rebox, unbox
 from ._rules import path_name
 from ._shardings import placed_by_path
@@ -94,10 +94,7 @@ def _by_paths(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding)
             return where
         if not isinstance(own, NamedSharding) or len(own.spec) > x.ndim:
             return NamedSharding(where.mesh, PartitionSpec())
-        ways = [prod(own.mesh.shape[n] for n in _names(axis)) for axis in own.spec]
-        return NamedSharding(
-            own.mesh, PartitionSpec(*(axis if d % n == 0 else None for axis, n, d in zip(own.spec, ways, x.shape)))
-        )
+        return where_it_divides(own, x.shape)
 
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(_shapes(params, lambda path: None))
     return state, jaxpr.out_avals, [placed(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
@@ -113,10 +110,6 @@ def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> 
         return rebox(box, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(path_name(path))))
 
     return jax.tree_util.tree_map_with_path(shape, params, is_leaf=is_box)
-
-
-def _names(axis: Any) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
 def _where(shardings: list[Sharding]) -> Sharding:

@@ -15,11 +15,14 @@ os.environ.update(QUIET)  # read when libtpu is loaded
 @pytest.fixture(autouse=True)
 def compiled_each_time():
     """A program for a chip that is not here can be kept, but not loaded again."""
-    for enabled in (False, True):
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
-        if not enabled:
-            yield
+    keep_compiled(False)
+    yield
+    keep_compiled(True)
+
+
+def keep_compiled(enabled):
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

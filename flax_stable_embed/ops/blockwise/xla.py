@@ -28,7 +28,15 @@ PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large
 Stored = tuple[Array, list[tuple[Array, Array]]]
 
 
-def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable | None = None):
+def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+    """The output, and codes and scales of each new moment, in split views."""
+    return out, [
+        quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
+        for x, moment in zip(without_overflow(new), step.moments)
+    ]
+
+
+def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = _store):
     """The reference. `index` is the global row-major position of each element, where it is not the array's own.
 
     `store(step, out, moments, uniform)` is another form of `_store`, with the same results.
@@ -44,18 +52,10 @@ def plain(step: Step, operands: Operands, index: Array | None = None, store: Cal
     if operands.key is not None:
         index = linear_index(shape) if index is None else index
         uniform = hashed_uniform(split(index, blocks), operands.key)
-    out, stored = (store or _store)(step, out, new, uniform)
+    out, stored = store(step, out, new, uniform)
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
-
-
-def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
-    """The output, and codes and scales of each new moment, in split views."""
-    return out, [
-        quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
-        for x, moment in zip(without_overflow(new), step.moments)
-    ]
 
 
 def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
