@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import optax
 
 import flax_stable_embed as fse
-from flax_stable_embed.ops.blockwise import pallas_tpu
 from flax_stable_embed.ops.blockwise.blocks import Blocks
+from flax_stable_embed.ops.blockwise_step import pallas_tpu
 
 from . import report
 

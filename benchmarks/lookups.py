@@ -22,7 +22,7 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 
-from flax_stable_embed.ops.normalised_rows import Options, normalised_rows, reference
+from flax_stable_embed.ops.embedding.normalised_rows.api import Options, normalised_rows, reference
 
 from . import report
 from .compiled import QUIET, Stored, devices_of, operations

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from .ops import embedding as maths
-from .ops.embedding import NORM_EPSILON, Sharding
-from .ops.embedding import pretrained as pretrained
+from .ops.embedding.gather import Sharding
+from .ops.embedding.initializers import pretrained as pretrained
+from .ops.embedding.layer_norm import NORM_EPSILON
 
 
 def _option(default: Any) -> Any:

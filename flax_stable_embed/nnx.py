@@ -20,7 +20,8 @@ from flax.errors import TraceContextError
 from flax.nnx.nn.dtypes import promote_dtype as _promote_dtype
 
 from .ops import embedding as maths
-from .ops.embedding import NORM_EPSILON, Sharding
+from .ops.embedding.gather import Sharding
+from .ops.embedding.layer_norm import NORM_EPSILON
 
 
 class Embed(nnx.Embed):

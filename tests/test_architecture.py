@@ -22,7 +22,7 @@ ALLOWED = {
     "optim": {"jax", "numpy", "optax", "ops"},
     "interop": {"jax", "numpy", "optax", "flax", "ops", "optim", "linen", "nnx"},
 }
-WITH_FLAX = {"optim/_boxes.py", "optim/row_value_and_grad.py"}
+WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
 
 
 def imports_of(path):

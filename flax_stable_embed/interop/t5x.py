@@ -11,17 +11,17 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from ..optim._catch_up import RowSparseState
-from ..optim._state_fields import is_hole
-from ..optim.adagrad import ScaleByAdagrad8bitState
-from ..optim.adam import ScaleByAdam8bitState
-from ..optim.ademamix import ScaleByAdemamix8bitState
-from ..optim.lion import ScaleByLion8bitState
-from ..optim.percentile_clipping import PercentileClippingState
-from ..optim.quantize_state import QuantizedState
-from ..optim.rmsprop import ScaleByRmsprop8bitState
-from ..optim.sgd import ScaleBySgd8bitState
-from ..optim.stochastic_rounding import StochasticRoundState
+from ..optim.methods.adagrad import ScaleByAdagrad8bitState
+from ..optim.methods.adam import ScaleByAdam8bitState
+from ..optim.methods.ademamix import ScaleByAdemamix8bitState
+from ..optim.methods.lion import ScaleByLion8bitState
+from ..optim.methods.rmsprop import ScaleByRmsprop8bitState
+from ..optim.methods.sgd import ScaleBySgd8bitState
+from ..optim.rows.catch_up import RowSparseState
+from ..optim.transforms.percentile_clipping import PercentileClippingState
+from ..optim.transforms.quantize_state import QuantizedState
+from ..optim.transforms.stochastic_rounding import StochasticRoundState
+from ..optim.trees import is_hole
 
 _STATES = (
     PercentileClippingState,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flax_stable_embed import linen, nnx
-from flax_stable_embed.ops import embedding as maths
+from flax_stable_embed.ops.embedding import lookup as maths
 from tests.golden.make_embedding import CASES, FROZEN, inputs, torch_answers
 
 case_and_api = pytest.mark.parametrize("api", ["linen", "nnx"])

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from flax_stable_embed.optim._boxes import unbox
+from flax_stable_embed.optim.boxes import unbox
 
 TX = fse.scale_by_adam8bit(state_format=fse.StateFormat(min_size=0))
 

@@ -17,7 +17,11 @@ from ...ops.blockwise.codecs import table
 from ...ops.blockwise.quantize import quantize
 
 BLOCK = 256
+
+
 OLD_BLOCK = 2048  # before its version 0.44
+
+
 SAME_ULPS = 4  # maps that differ by less are the same one, computed on another machine
 
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ...optim._engine import Engine, Tail
-from ...optim._rules import StateFormat
-from ...optim._transform import FusedTransformation, optimizer
-from ...optim._trust_ratio import clipped
+from ...optim.engine.engine import Engine
+from ...optim.engine.tail import Tail
+from ...optim.engine.transform import optimizer
+from ...optim.fused_update import FusedTransformation
+from ...optim.methods.trust_ratio import clipped
+from ...optim.storage.state_format import StateFormat
 
 STATE_FORMAT = StateFormat("dynamic", block_size=256, block_axis=-1)
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ops.blockwise.blocks import Blocks
-from ...optim._method import MomentName
-from ...optim._rules import Decision
-from ...optim._storage import decode, encode
+from ...optim.storage.moments import MomentName, decode, encode
+from ...optim.storage.rules import Decision
 from . import _blocks as flat
 from ._report import How
 

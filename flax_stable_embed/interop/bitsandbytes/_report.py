@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ...optim._report import aligned
+from ...optim.states.describe import aligned
 
 How = Literal["exact", "decoded", "encoded", "absent"]
 

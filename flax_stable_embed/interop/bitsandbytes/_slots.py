@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ...optim._boxes import is_box, rebox, unbox
-from ...optim._layout import Layout
-from ...optim._method import Method
-from ...optim._rules import path_name
-from ...optim.adagrad import ScaleByAdagrad8bitState
-from ...optim.adam import ScaleByAdam8bitState
-from ...optim.ademamix import ScaleByAdemamix8bitState
-from ...optim.lion import ScaleByLion8bitState
-from ...optim.rmsprop import ScaleByRmsprop8bitState
-from ...optim.sgd import ScaleBySgd8bitState
+from ...optim.boxes import is_box, rebox, unbox
+from ...optim.engine.method import Method
+from ...optim.methods.adagrad import ScaleByAdagrad8bitState
+from ...optim.methods.adam import ScaleByAdam8bitState
+from ...optim.methods.ademamix import ScaleByAdemamix8bitState
+from ...optim.methods.lion import ScaleByLion8bitState
+from ...optim.methods.rmsprop import ScaleByRmsprop8bitState
+from ...optim.methods.sgd import ScaleBySgd8bitState
+from ...optim.trees import path_name
+from ._layout import Layout
 from ._moments import Place
 from ._pairs import Axes, Key
 

@@ -17,11 +17,13 @@ import numpy as np
 from flax import nnx
 
 from ... import nnx as modules
-from ...ops.embedding import at_least_float32
-from ...optim._boxes import unbox
+from ...ops.dtypes import at_least_float32
+from ...optim.boxes import unbox
 from ._tensors import as_numpy, open_tensors
 
 NORM = {"scale": "norm.weight", "bias": "norm.bias"}
+
+
 SHOWN = 12  # names of tensors in an error
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import optax
 
-from ...ops.blockwise.implementations import Implementation
-from ...optim._rules import StateFormat
-from ...optim._transform import FusedTransformation
-from ...optim.adagrad import engine as adagrad_engine
-from ...optim.lion import engine as lion_engine
-from ...optim.rmsprop import engine as rmsprop_engine
-from ...optim.sgd import engine as sgd_engine
+from ...ops.blockwise_step.api import Implementation
+from ...optim.fused_update import FusedTransformation
+from ...optim.methods.adagrad import engine as adagrad_engine
+from ...optim.methods.lion import engine as lion_engine
+from ...optim.methods.rmsprop import engine as rmsprop_engine
+from ...optim.methods.sgd import engine as sgd_engine
+from ...optim.storage.state_format import StateFormat
 from ._formula import STATE_FORMAT, decayed
 
 

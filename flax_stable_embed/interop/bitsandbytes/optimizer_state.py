@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
-from ...optim._layout import layout
-from ...optim._storage import is_codes
+from ...optim.storage.moments import is_codes
 from . import _blocks as flat
+from ._layout import layout
 from ._moments import Stored, to_ours, to_theirs
 from ._pairs import Axes, Key, check_shape, pair
 from ._report import ConversionReport, Converted
@@ -25,7 +25,11 @@ from ._slots import Arrays, Slot, slots, states_of
 from ._tensors import as_numpy
 
 NESTED = "__bnb_optimizer_quant_state__"  # where 0.50 puts tensors, to hide them from FSDP
+
+
 STRAIGHT: Mapping[str, Sequence[int]] = MappingProxyType({})
+
+
 CLIPS = ("lamb", "lars")  # these keep `unorm_vec`, which every step writes before it reads
 
 
@@ -166,9 +170,6 @@ def dump_optimizer_state(
     return {"state": states, "param_groups": groups}, ConversionReport(tuple(rows))
 
 
-# --- torch's side ----------------------------------------------------------------------------------------------------
-
-
 def _unwrapped(key: Key, state: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise ValueError(f"`state_dict` has {state!r} for the state of parameter {key!r}, which must be a mapping.")
@@ -244,9 +245,6 @@ def _groups(given: Any, keys: list[Key], states: int, name: str) -> list[dict[st
             )
     more = {"alpha": 0.0, "t_alpha": None, "t_beta3": None} if states == 2 else {}
     return [{**more, **group, "params": list(group["params"])} for group in groups]
-
-
-# --- our counts ------------------------------------------------------------------------------------------------------
 
 
 def _common_step(saved: Mapping[Key, Mapping], step: int | None) -> int:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ...ops.blockwise.implementations import Implementation
-from ...optim._method import check_numbers
-from ...optim._rules import StateFormat
-from ...optim._transform import FusedTransformation
-from ...optim.adam import engine as adam_engine
-from ...optim.ademamix import engine as ademamix_engine
+from ...ops.blockwise_step.api import Implementation
+from ...optim.arguments import check_numbers
+from ...optim.fused_update import FusedTransformation
+from ...optim.methods.adam import engine as adam_engine
+from ...optim.methods.ademamix import engine as ademamix_engine
+from ...optim.storage.state_format import StateFormat
 from ._formula import STATE_FORMAT, correction, decayed, log
 
 

@@ -15,7 +15,6 @@ Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.
 float32 values; `linear` is that paper's ablation; `root` is ours.
 """
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -108,7 +107,11 @@ def _linear(signed: bool) -> Code:
 
 
 _DECADES = 7
+
+
 _TENTH = 13421773 * 8  # float32(0.1) in units of 2^-30
+
+
 _SPAN = 15099494  # float32(1 - float32(0.1)), the length of a decade, in units of 2^-24
 
 
@@ -159,6 +162,8 @@ def _dynamic(signed: bool) -> Code:
 
 
 Codec = Literal["root", "dynamic", "linear"]
+
+
 CODECS: dict[str, Callable[[bool], Code]] = {"root": _root, "dynamic": _dynamic, "linear": _linear}
 
 
@@ -190,28 +195,6 @@ def decode(codes: Array, code: Code) -> Array:
         return code.value(level)
     magnitude = code.value(lax.abs(level))
     return jnp.where(level < 0, -magnitude, magnitude)
-
-
-def mix(x: Array) -> Array:
-    """Scrambles uint32: the 32-bit finaliser with the constants of C. Wellons' hash-prospector (lowbias32)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return x ^ (x >> 16)
-
-
-def array_key(path: str, count: Array) -> Array:
-    """The key of one array at one step, uint32: the CRC-32 of its path and the step's number."""
-    return mix(jnp.uint32(zlib.crc32(path.encode())) + mix(count.astype(jnp.uint32)))
-
-
-def hashed_bits(index: Array, key: Array) -> Array:
-    """Random uint32 from a uint32 counter and key, the same on every device and mesh."""
-    return mix(index * (key | np.uint32(1)) + key)
-
-
-def hashed_uniform(index: Array, key: Array) -> Array:
-    """Uniform float32 of [0, 1) from the top 24 of `hashed_bits`."""
-    return (hashed_bits(index, key) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def table(codec: str, signed: bool) -> np.ndarray:

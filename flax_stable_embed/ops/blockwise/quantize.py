@@ -7,10 +7,9 @@ What is not finite stays its own affair: NaN and infinities get the code of zero
 Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._sharding import placed_like
+from ..counter_random import hashed_uniform, linear_index
 from .blocks import Blocks
-from .codecs import CODECS, TINY, Code, Codec, array_key, decode, encode, hashed_bits, hashed_uniform
+from .codecs import CODECS, TINY, Code, Codec, decode, encode
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -210,45 +209,3 @@ def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:
     axis = blocks.axis
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return x if x.shape == shape else lax.slice_in_dim(x, 0, shape[axis], axis=axis)
-
-
-def random_bits(path: str, count: Array, like: Array) -> Array:
-    """Random uint32 for every element of the array `like` at this step, which lie on devices as it does."""
-    return placed_like(hashed_bits(linear_index(like.shape), array_key(path, count)), like)
-
-
-def positions(
-    at: Sequence[Any], lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], origin, shape
-) -> Array:
-    """Row-major positions, uint32 (modulo 2^32), in an array of `shape` of the elements of a piece of it.
-
-    The array of extents `local` lies at `origin` in it (empty: at its beginning). Of its axes, those in one of `groups`
-    count as one; along each of these the piece starts at `at` and has a length, or is a single element and has no axis
-    (None).
-    """
-    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
-    kept = [n for n in lengths if n is not None]
-    total, axis = jnp.zeros(kept, jnp.int32), 0  # sums and products of int32 wrap like those of uint32
-    for start, length, dims in zip(at, lengths, groups):
-        flat, share = jnp.asarray(start).astype(jnp.int32), jnp.int32(0)
-        if length is not None:
-            flat = flat + lax.broadcasted_iota(jnp.int32, [length if k == axis else 1 for k in range(len(kept))], axis)
-            axis += 1
-        for dim in reversed(dims):
-            index = flat if dim == dims[0] else lax.rem(flat, np.int32(local[dim]))
-            index = index + origin[dim].astype(jnp.int32) if len(origin) else index
-            share, flat = (
-                share + index * np.uint32(strides[dim] % 2**32).view(np.int32),
-                lax.div(flat, np.int32(local[dim])),
-            )
-        total = total + share
-    return lax.bitcast_convert_type(total, jnp.uint32)
-
-
-def linear_index(shape: tuple[int, ...]) -> Array:
-    """The row-major position of every element, uint32 (modulo 2^32)."""
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return index

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, encode, hashed_uniform, table
+from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, encode, table
+from flax_stable_embed.ops.counter_random import hashed_uniform
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

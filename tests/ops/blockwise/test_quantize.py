@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_stable_embed.ops import dequantize, quantize
+from flax_stable_embed.ops.blockwise import quantize
 from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, table
+from flax_stable_embed.ops.blockwise.quantize import dequantize
 
 ALL = pytest.mark.parametrize("codec", list(CODECS))
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

@@ -1,0 +1,1 @@
+"""One optimizer step on one array whose moments are stored in blocks."""

@@ -1,0 +1,27 @@
+"""What kernels are given besides arrays: hyper-parameters, and the key and place that random numbers follow from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..counter_random import hashed_uniform, positions
+from .step import Operands
+
+
+def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
+    """The hyper-parameters in the order of their names, float32; and int32, the key's bits and the array's place."""
+    hyper = [jnp.asarray(operands.hyper[name], jnp.float32) for name in sorted(operands.hyper)]
+    place = [jnp.asarray(x).astype(jnp.int32) for x in origin or (0,) * operands.g.ndim]
+    key = jnp.uint32(0) if operands.key is None else operands.key
+    return jnp.stack(hyper or [jnp.float32(0)]), jnp.stack([lax.bitcast_convert_type(key, jnp.int32), *place])
+
+
+def uniform_of(
+    integers: Any, at: Sequence, lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], shape
+) -> Array:
+    """Random numbers for a piece of the array; `integers` are those of `scalars_of`, the rest is for `positions`."""
+    origin = [integers[1 + k] for k in range(len(local))]
+    index = positions(at, lengths, groups, local, origin, shape)
+    return hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))

@@ -1,0 +1,299 @@
+"""The step as one Mosaic kernel for TPU: every array is read once and written once, in place.
+
+Blocks across rows (any axis but the last): a tile holds whole blocks of some columns. One loop over its rows decodes,
+applies the rule, writes the output, keeps the new moments in scratch memory and collects their largest magnitudes; a
+second loop encodes. Scales come in groups of eight blocks, the height of a register, which stay in memory while the
+tiles of these blocks pass by.
+Blocks along the last axis: a tile holds whole blocks of some rows, and a block's numbers stay in registers.
+
+What limits it: memory, 16.06 bytes a parameter for Adam. Codes follow the formats of `codecs.py`, computed with the
+instructions that are cheap here (`kernel_codecs.py`), so that a code can differ by one where a number lies within a few
+ulp of a boundary. Compiled for v5e, v5p and v6e; it has not run on one yet.
+"""
+
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..blockwise.blocks import Blocks
+from ..blockwise.codecs import TINY
+from .capabilities import LANES, ROWS
+from .kernel_codecs import arithmetic_of, by_logarithm, magnitude_of, without_overflow
+from .kernel_scalars import scalars_of, uniform_of
+from .step import Operands, Step, apply_rule
+
+SUBLANES = 8  # of a float32 register; a register of bytes has ROWS, and loops go by as many
+
+
+TILE_ROWS, TILE_COLUMNS = 512, 512
+
+
+PIECE = ROWS * TILE_COLUMNS  # elements that one turn of a loop takes
+
+
+VMEM_BYTES = 64 << 20  # of 128 MB on v5e and v6e, 95 on v5p; tiles of the common shapes need 12
+
+
+class Tiling(NamedTuple):
+    """How the grid walks over an array: `view` is its shape with axes merged, `groups` says which.
+
+    tile: extents along the view; None is an axis that is walked one by one.
+    blocked: the axis of the view that the blocks lie in.
+    count: blocks in a tile.
+    """
+
+    view: tuple[int, ...]
+    groups: tuple[range, ...]
+    tile: tuple[int | None, ...]
+    blocked: int
+    count: int
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        return tuple(n for n in self.tile if n is not None)
+
+    @property
+    def order(self) -> list[int]:
+        """The axes of the view, the slowest in the grid first: the blocked one is the fastest."""
+        return [k for k in range(len(self.view)) if k != self.blocked] + [self.blocked]
+
+
+def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
+    """The tiles of an array of this shape that has blocks of `size` along `axis`."""
+    ndim, blocks = len(shape), -(-shape[axis] // size)
+    if axis == ndim - 1:
+        view = prod(shape[:-1]), shape[-1]
+        height = next((n for n in (2 * ROWS, ROWS) if n <= view[0]), view[0])
+        count = max(1, min(2 * TILE_COLUMNS // size, shape[-1] // size))
+        return Tiling(view, (range(axis), range(axis, ndim)), (height, min(count * size, shape[-1])), 1, count)
+    last = max(axis + 1, ndim - 2)  # what lies after it, to the last two axes, is tiled; what is between is walked
+    between = (range(axis + 1, last),) if last > axis + 1 else ()
+    groups = (range(axis), range(axis, axis + 1), *between, *(range(k, k + 1) for k in range(last, ndim)))
+    per_group = min(blocks, SUBLANES)
+    if last == ndim - 1:
+        count = max(k for k in (1, 2, 4, 8) if per_group % k == 0 and (k == 1 or k * size <= TILE_ROWS))
+        inner: tuple[int, ...] = (min(shape[-1], TILE_COLUMNS if size <= TILE_ROWS else LANES),)
+    else:
+        count, high = 1, size <= TILE_ROWS // 2 and (shape[-2] % ROWS == 0 or shape[-2] < ROWS)
+        inner = (min(shape[-2], ROWS if high else SUBLANES), min(shape[-1], LANES))
+    tile = (None, count * size, *[None for _ in between], *inner)
+    return Tiling(tuple(prod(shape[k] for k in group) for group in groups), groups, tile, 1, count)
+
+
+def run(
+    step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = (), *, interpret: bool = False
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """One kernel on one device's own array, which lies at `origin` of a global array of `shape`."""
+    local = operands.g.shape
+    if len(local) == 1:
+        return _as_rows(step, operands, origin, shape or local, interpret)
+    plan = tiling(local, *step.blocks)
+    blocks = step.blocks.count(local)
+    of_scales = tuple(blocks if k == plan.blocked else n for k, n in enumerate(plan.view))
+    arrays = [x.reshape(plan.view) for x in (operands.g, operands.p, *operands.codes) if x is not None]
+    scales = [x.reshape(of_scales) for x in operands.absmax]
+    names = sorted(operands.hyper)
+    numbers, integers = scalars_of(operands, origin)
+
+    order = plan.order
+    grid = tuple(pl.cdiv(plan.view[k], plan.tile[k] or 1) for k in order)
+    in_grid = [order.index(k) for k in range(len(plan.view))]
+    across_rows = plan.blocked < len(plan.view) - 1
+    group = min(blocks, SUBLANES) if across_rows else blocks
+
+    def at(*ids):
+        return tuple(ids[j] for j in in_grid)
+
+    def scales_at(*ids):
+        ids = list(at(*ids))
+        ids[plan.blocked] = lax.div(ids[plan.blocked] * np.int32(plan.count), np.int32(group)) if across_rows else 0
+        return tuple(ids)
+
+    whole = pl.BlockSpec(plan.tile, at)
+    few = pl.BlockSpec(tuple(group if k == plan.blocked else n for k, n in enumerate(plan.tile)), scales_at)
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    inputs = [numbers, integers, *arrays, *scales]
+    outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype), *[_like(x) for x in arrays[-len(operands.codes) :]]]
+    outputs += [_like(x) for x in scales]
+    first = 3 + (operands.p is not None)  # of the codes among the inputs
+    kept = len(operands.codes) + len(scales)
+    aliases = {first + k: 1 + k for k in range(kept)} | ({3: 0} if step.fused else {})
+    block = (step.blocks.size, *plan.inner[1:]) if across_rows else None
+    out, *stored = pl.pallas_call(
+        partial(_kernel, step, plan, names, (local, shape or local), operands.p is not None),
+        grid=grid,
+        in_specs=[scalars, scalars, *[whole for _ in arrays], *[few for _ in scales]],
+        out_specs=[whole, *[whole for _ in operands.codes], *[few for _ in scales]],
+        out_shape=outputs,
+        input_output_aliases=aliases,
+        scratch_shapes=[pltpu.VMEM(block, jnp.float32) for _ in operands.codes] if block else [],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=VMEM_BYTES
+        ),
+        name=f"{step.rule.__name__}_8bit",
+        interpret=interpret,
+    )(*inputs)
+    codes, absmax = stored[: len(operands.codes)], stored[len(operands.codes) :]
+    old = operands.absmax
+    return (
+        out.reshape(local),
+        tuple(x.reshape(local) for x in codes),
+        tuple(x.reshape(like.shape) for x, like in zip(absmax, old)),
+    )
+
+
+def _as_rows(step: Step, operands: Operands, origin: tuple, shape: tuple[int, ...], interpret: bool):
+    """The step of a vector, as an array with a block in each row."""
+    size = step.blocks.size
+    g, p, codes = jax.tree.map(lambda x: x.reshape(-1, size), operands[:3])
+    absmax = tuple(a[:, None] for a in operands.absmax)
+    operands = operands._replace(g=g, p=p, codes=codes, absmax=absmax)
+    origin = (origin[0] // size, jnp.int32(0)) if origin else ()
+    by_rows = replace(step, blocks=Blocks(1, size))
+    out, codes, absmax = run(by_rows, operands, origin, (shape[0] // size, size), interpret=interpret)
+    return out.reshape(-1), tuple(c.reshape(-1) for c in codes), tuple(a[:, 0] for a in absmax)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+class _Refs(NamedTuple):
+    """What a kernel is given: references to the tile's part of each operand and result."""
+
+    g: Any
+    p: Any
+    codes: tuple
+    absmax: tuple
+    out: Any
+    new_codes: tuple
+    new_absmax: tuple
+    scratch: tuple
+
+
+def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integers, *references):
+    given = iter(references)
+
+    def several() -> tuple:
+        return tuple(next(given) for _ in step.moments)
+
+    g, p = next(given), next(given) if has_p else None
+    refs = _Refs(g, p, several(), several(), next(given), several(), several(), tuple(given))
+    hyper = {name: numbers[k] for k, name in enumerate(names)}
+    ids = {k: pl.program_id(j) for j, k in enumerate(plan.order)}
+    body = _blocks_across_rows if plan.blocked < len(plan.view) - 1 else _blocks_along_rows
+    starts = [ids[k] * np.int32(plan.tile[k] or 1) for k in range(len(plan.view))]
+
+    def uniform(offset, lengths):
+        """Random numbers for a piece at `offset` of the tile."""
+        offset, lengths = list(offset), list(lengths)
+        at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
+        return uniform_of(integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
+
+    body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform)
+
+
+def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
+    size, columns = step.blocks.size, plan.inner[1:]
+    turn = ROWS if len(columns) == 1 else max(1, PIECE // prod(columns))
+    turn = next(n for n in range(min(turn, size), 0, -1) if size % n == 0)
+    turns = size // turn
+    loop = partial(lax.fori_loop, np.int32(0), np.int32(turns), unroll=min(turns, 8))
+    short = local[step.blocks.axis] % size != 0
+    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+    group, first_block = refs.absmax[0].shape[0], lax.div(start, np.int32(size))
+
+    def one_block(k, _):
+        row = lax.rem(first_block + k, np.int32(group))
+        scale = [absmax[pl.ds(row, 1)] for absmax in refs.absmax]
+
+        def at(i):
+            """Rows of a turn in the tile, and in scratch memory."""
+            return pl.ds(pl.multiple_of(k * size + i * turn, turn), turn), pl.ds(pl.multiple_of(i * turn, turn), turn)
+
+        def first(i, largest):
+            rows, kept = at(i)
+            old = [way.decode(c[rows], s) for way, c, s in zip(ways, refs.codes, scale)]
+            out, new = apply_rule(step, refs.g[rows], _part(refs.p, rows), tuple(old), hyper)
+            refs.out[rows] = out
+            new = without_overflow(new)
+            if short:
+                row = start + k * size + i * turn + lax.broadcasted_iota(jnp.int32, new[0].shape, 0)
+                new = [jnp.where(row < local[step.blocks.axis], x, 0.0) for x in new]
+            for x, scratch in zip(new, refs.scratch):
+                scratch[kept] = x
+            return tuple(jnp.maximum(a, _fold(magnitude_of(x, m))) for a, x, m in zip(largest, new, step.moments))
+
+        height = SUBLANES if len(columns) == 1 else 1
+        zeros = tuple(jnp.zeros((height, *columns), jnp.float32) for _ in step.moments)
+        largest = [jnp.max(a, axis=0, keepdims=True) for a in loop(first, zeros)]
+        absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
+        for ref, a in zip(refs.new_absmax, absmax):
+            ref[pl.ds(row, 1)] = a
+        factors = [way.prepare(a) for way, a in zip(ways, absmax)]
+
+        def second(i, _):
+            rows, kept = at(i)
+            random = None
+            if step.stochastic:
+                random = uniform([k * size + i * turn, *[0 for _ in columns]], (turn, *columns))
+            for way, scratch, factor, ref in zip(ways, refs.scratch, factors, refs.new_codes):
+                ref[rows] = way.encode(scratch[kept], factor, random)
+
+        loop(second, None)
+
+    lax.fori_loop(np.int32(0), np.int32(plan.count), one_block, None)
+
+
+def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
+    height, width = plan.inner
+    size = min(step.blocks.size, width)
+    turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
+    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+
+    def rows_at(i, _):
+        rows = pl.ds(i * turn, turn)
+        scales = [absmax[rows] for absmax in refs.absmax]
+        block = lax.broadcasted_iota(jnp.int32, scales[0].shape, 1)
+        for k in range(plan.count):
+            lanes = pl.ds(k * size, size)
+            own = block == first_block + k
+            scale = [jnp.sum(jnp.where(own, s, 0.0), axis=1, keepdims=True) for s in scales]
+            old = [way.decode(c[rows, lanes], s) for way, c, s in zip(ways, refs.codes, scale)]
+            p = _part(refs.p, (rows, lanes))
+            out, new = apply_rule(step, refs.g[rows, lanes], p, tuple(old), hyper)
+            refs.out[rows, lanes] = out
+            new = without_overflow(new)
+            if local[-1] % size:
+                lane = start + k * size + lax.broadcasted_iota(jnp.int32, new[0].shape, 1)
+                new = [jnp.where(lane < local[-1], x, 0.0) for x in new]
+            largest = [jnp.max(magnitude_of(x, m), axis=1, keepdims=True) for x, m in zip(new, step.moments)]
+            absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
+            scales = [jnp.where(own, a, s) for a, s in zip(absmax, scales)]
+            random = uniform([i * turn, k * size], (turn, size)) if step.stochastic else None
+            for way, x, a, ref in zip(ways, new, absmax, refs.new_codes):
+                ref[rows, lanes] = way.encode(x, way.prepare(a), random)
+        for ref, s in zip(refs.new_absmax, scales):
+            # Tiles of the same rows come one after the other and each knows its own blocks.
+            ref[rows] = jnp.where((block >= first_block) & (block < first_block + plan.count), s, ref[rows])
+
+    lax.fori_loop(np.int32(0), np.int32(height // turn), rows_at, None)
+
+
+def _part(ref: Any, at: Any) -> Any:
+    return None if ref is None else ref[at]
+
+
+def _fold(x: Array) -> Array:
+    """The largest of the rows: of all where they are an axis of their own, else of every eighth."""
+    if x.ndim > 2:
+        return jnp.max(x, axis=0, keepdims=True)
+    return jnp.max(x.reshape(-1, SUBLANES, x.shape[-1]), axis=0)

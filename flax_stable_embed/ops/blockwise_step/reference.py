@@ -1,0 +1,48 @@
+"""The step in plain jax.numpy: the reference, which defines the answer, and the same in chunks for CPU.
+
+Reference (`plain`): the whole array at once, in its own shape, so that XLA can partition it on any mesh.
+CPU (`chunked`): a loop over pieces that stay in the cache, in place on the parameter, the codes and the scales. A loop
+over a sharded axis would gather it, so the loop runs on each device's own piece (`per_shard.py`).
+What limits it on CPU: arithmetic (roots and divisions of the codecs); XLA splits each piece over the cores.
+"""
+
+from collections.abc import Callable
+
+from jax import Array
+
+from ..blockwise.quantize import dequantize_view, merge, quantize_view, split
+from ..counter_random import hashed_uniform, linear_index
+from ..sharding import placed_like
+from .step import Operands, Step, apply_rule, without_overflow
+
+Stored = tuple[Array, list[tuple[Array, Array]]]
+
+
+def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+    """The output, and codes and scales of each new moment, in split views."""
+    return out, [
+        quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
+        for x, moment in zip(without_overflow(new), step.moments)
+    ]
+
+
+def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = _store):
+    """The reference. `index` is the global row-major position of each element, where it is not the array's own.
+
+    `store(step, out, moments, uniform)` is another form of `_store`, with the same results.
+    """
+    blocks, shape = step.blocks, operands.g.shape
+    old = tuple(
+        dequantize_view(split(codes, blocks, moment.code.zero), absmax, blocks.axis, moment.code)
+        for codes, absmax, moment in zip(operands.codes, operands.absmax, step.moments)
+    )
+    p = None if operands.p is None else split(operands.p, blocks)
+    out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
+    uniform = None
+    if operands.key is not None:
+        index = linear_index(shape) if index is None else index
+        uniform = hashed_uniform(split(index, blocks), operands.key)
+    out, stored = store(step, out, new, uniform)
+    codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
+    absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
+    return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax

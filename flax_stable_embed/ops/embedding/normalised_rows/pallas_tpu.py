@@ -1,0 +1,329 @@
+"""Normalised rows and their gradient as two Mosaic kernels for TPU. The table stays in HBM, and its rows are copied.
+
+Forward: a program for each tile of tokens. It starts the copies of the next tile's rows, waits for its own, and
+normalises them in VMEM. A row outside the table is filled with NaN there.
+
+Gradient: tokens sorted by row, and a program for each tile of `ROWS` rows of the table. The output's gradients, which
+lie anywhere, come in the order of the rows through a ring of copies that reaches over the ends of tiles. They are
+added up in registers from a row's first token on, and each sum is written over the last, so that the whole one stays.
+Then those rows that have tokens, copied while the tile before was in work, are normalised once.
+
+A single row of a float32 array in HBM is cut into pieces of 128 lanes, 8 rows apart. For a sum that fills registers
+these become the rows of a matrix: (tokens / 8, pieces, 8, 128) is what the array is in memory, and a view of it.
+
+What limits them: for wide rows memory, for narrow ones the dozen instructions that start a copy. Compiled for v5e, v5p
+and v6e; they have not run on one yet.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, enable_x64, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES, SUBLANES = 128, 8  # of a float32 register
+
+
+PACKED = 16  # rows of a bfloat16 register
+
+
+TILE_BYTES = 2 << 20  # of rows that are copied at a time, enough to fill the time that a copy takes to arrive
+
+
+MOST_TOKENS = 256  # of a forward tile
+
+
+ROWS = 64  # of the table, for each program of the gradient
+
+
+OUTSIDE, NOWHERE = ROWS, ROWS + 1  # stand for the row outside the table, and for tokens of other tiles
+
+
+MOST_CHUNKS = 32  # of 8 tokens in the ring
+
+
+VMEM_BYTES = 32 << 20
+
+
+def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: Array, interpret: Any = False) -> Array:
+    """Outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
+    with enable_x64(False):  # Mosaic knows no 64-bit indices
+        (tokens,), features = row_numbers.shape, table.shape[1]
+        tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
+        tiles = pl.cdiv(tokens, tile)
+        row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, -1)
+        row_numbers = jnp.pad(row_numbers, (0, tiles * tile - tokens)).reshape(tiles, 1, tile)
+        numbers = partial(pl.BlockSpec, (None, None, tile), memory_space=pltpu.SMEM)
+        whole = pl.BlockSpec((1, features), lambda i: (0, 0))
+        return pl.pallas_call(
+            partial(_forward, options.epsilon, _unroll(interpret)),
+            grid=(tiles,),
+            in_specs=[
+                numbers(lambda i: (i, 0, 0)),
+                numbers(lambda i: (jnp.minimum(i + 1, tiles - 1), 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                whole,
+                whole,
+            ],
+            out_specs=pl.BlockSpec((tile, features), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
+            scratch_shapes=[
+                pltpu.VMEM((2, tile, features), table.dtype),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+            compiler_params=_parameters(),
+            name="normalised_rows",
+            interpret=interpret,
+        )(row_numbers, row_numbers, table, scale[None], bias[None])
+
+
+def gradient(
+    options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: Any = False
+) -> tuple[Array, Array, Array]:
+    """Gradients of table, scale and bias for that of the outputs, (tokens, features)."""
+    with enable_x64(False):  # Mosaic knows no 64-bit indices
+        (tokens, features), tiles, pieces = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
+        codes, starts, outside = _sorted_tokens(table, row_numbers)
+        height = pl.cdiv(pieces, SUBLANES) * SUBLANES
+        chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(height)))
+        dy = jnp.pad(dy.astype(jnp.float32), ((0, codes.size - tokens), (0, 0)))
+        dy = dy.reshape(-1, SUBLANES, pieces, LANES).transpose(0, 2, 1, 3)
+        of_norm = jax.ShapeDtypeStruct((SUBLANES, features), jnp.float32)
+        whole = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
+        d_table, d_scale, d_bias = pl.pallas_call(
+            partial(_gradient, options, _unroll(interpret)),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(tiles,),
+                in_specs=[
+                    pl.BlockSpec(memory_space=pl.ANY),
+                    pl.BlockSpec(memory_space=pl.ANY),
+                    pl.BlockSpec((1, features), lambda i, *_: (0, 0)),
+                ],
+                out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), whole, whole],
+                scratch_shapes=[
+                    pltpu.VMEM((chunks, SUBLANES, height, LANES), jnp.float32),
+                    pltpu.SemaphoreType.DMA((chunks,)),
+                    pltpu.VMEM((2, ROWS, features), table.dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((2,), jnp.int32),
+                    pltpu.VMEM(((ROWS + SUBLANES) * height, LANES), jnp.float32),
+                    pltpu.VMEM((ROWS + SUBLANES, LANES), jnp.int32),
+                    pltpu.SMEM((ROWS // SUBLANES + 1,), jnp.int32),
+                ],
+            ),
+            out_shape=[jax.ShapeDtypeStruct(table.shape, table.dtype), of_norm, of_norm],
+            compiler_params=_parameters(),
+            name="normalised_rows_gradient",
+            interpret=interpret,
+        )(codes, starts, dy, table, scale[None])
+        d_scale = jnp.where(outside, np.float32(np.nan), d_scale.sum(axis=0))
+        return d_table, d_scale.astype(scale.dtype), d_bias.sum(axis=0).astype(scale.dtype)
+
+
+def _parameters() -> pltpu.CompilerParams:
+    """Checks of bounds would double the instructions of a copy, and addresses are within them."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+    )
+
+
+def _unroll(interpret: Any) -> int:
+    """Turns of a loop to write out; the interpreter's program need not be as long."""
+    return 1 if interpret else SUBLANES
+
+
+def _exists(row_numbers: Array, table: Array) -> Array:
+    return (row_numbers >= 0) & (row_numbers < table.shape[0])
+
+
+def _forward(epsilon: float, unroll: int, numbers, next_numbers, table, scale, bias, y, x, outside, arrived):
+    step = pl.program_id(0)
+    slot, (tile, features) = step & 1, y.shape
+
+    def fetch(numbers: Any, slot: Array) -> None:
+        """Starts a tile's copies, and notes whether a number is negative."""
+
+        def one(k, signs):
+            row = numbers[k]
+            source = table.at[pl.ds(jnp.maximum(row, 0), 1)]
+            pltpu.make_async_copy(source, x.at[slot, pl.ds(k, 1)], arrived.at[slot]).start()
+            return signs | row
+
+        outside[slot] = lax.fori_loop(0, tile, one, jnp.int32(0), unroll=unroll)
+
+    pl.when(step == 0)(lambda: fetch(numbers, slot))
+    pl.when(step + 1 < pl.num_programs(0))(lambda: fetch(next_numbers, 1 - slot))
+    _wait(x.at[slot], arrived.at[slot])
+
+    @pl.when(outside[slot] < 0)
+    def _():
+        @pl.loop(0, tile)
+        def _(k):
+            @pl.when(numbers[k] < 0)
+            def _():
+                x[slot, pl.ds(k, 1)] = jnp.full((1, features), np.nan, x.dtype)
+
+    @pl.loop(0, tile // PACKED)
+    def _(k):
+        rows = pl.ds(pl.multiple_of(k * PACKED, PACKED), PACKED)
+        unit, _ = _standardised(x[slot, rows], epsilon)
+        y[rows] = (unit * scale[...] + bias[...]).astype(y.dtype)
+
+
+def _wait(copied: Any, semaphore: Any) -> None:
+    """For as many bytes as `copied` has, by any number of copies."""
+    pltpu.make_async_copy(copied, copied, semaphore).wait()
+
+
+def _standardised(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """As in layer_norm.py."""
+    centred = x - _mean(x)
+    reciprocal = lax.rsqrt(_mean(centred * centred) + epsilon)
+    return centred * reciprocal, reciprocal
+
+
+def _mean(x: Array) -> Array:
+    return jnp.sum(x, axis=1, keepdims=True) / x.shape[1]
+
+
+def _sorted_tokens(table: Array, row_numbers: Array) -> tuple[Array, Array, Array]:
+    """Codes of tokens in the order of their rows, where each tile of rows starts in it, and whether any has no row.
+
+    A code is the token's number, its row in the tile, whether that row is to be read, and whether it is another one
+    than before. There are zeros after the last code, up to a multiple of 8.
+    """
+    tokens, tiles = row_numbers.size, pl.cdiv(table.shape[0], ROWS)
+    known = jnp.where(_exists(row_numbers, table), row_numbers, table.shape[0])
+    rows, order = lax.sort((known, lax.iota(jnp.int32, tokens)), num_keys=1)
+    outside = rows == table.shape[0]
+    first = rows != jnp.pad(rows[:-1], (1, 0), constant_values=-1)
+    local = jnp.where(outside, OUTSIDE, rows % ROWS)
+    codes = (order << 9) | (local << 2) | ((first & ~outside) << 1) | first
+    inner = jnp.searchsorted(rows, jnp.arange(1, tiles) * ROWS, method="compare_all").astype(jnp.int32)
+    starts = jnp.pad(inner, (1, 1), constant_values=(0, tokens))
+    return jnp.pad(codes, (0, -tokens % SUBLANES)), starts, outside[-1]
+
+
+def _token(code: Array) -> Array:
+    return code >> 9
+
+
+def _row(code: Array) -> Array:
+    return (code >> 2) & 127
+
+
+def _is_read(code: Array) -> Array:
+    return (code & 2) != 0
+
+
+def _is_first(code: Array) -> Array:
+    return (code & 1) != 0
+
+
+def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_table, d_scale, d_bias, *scratch):
+    ring, arrived, x, read, wanted, total, known, filled = scratch
+    step, steps = pl.program_id(0), pl.num_programs(0)
+    slot, pieces, height = step & 1, dy.shape[1], ring.shape[2]
+    chunks, start, end = codes.shape[0] // SUBLANES, starts[step], starts[step + 1]
+
+    def fetch_terms(chunk):
+        place = chunk & (ring.shape[0] - 1)
+
+        @pl.loop(0, SUBLANES, unroll=unroll)
+        def _(k):
+            token = _token(codes[chunk * SUBLANES + k])
+            source = dy.at[token >> 3, :, token & 7]
+            pltpu.make_async_copy(source, ring.at[place, k, pl.ds(0, pieces)], arrived.at[place]).start()
+
+    def fetch_rows(tile, slot):
+        """All rows at once where they are no more than the tile's tokens, else each row that has one."""
+        first, last = starts[tile], starts[tile + 1]
+        rows = min(ROWS, table.shape[0])
+        whole = (last - first >= rows) & (tile * ROWS + rows <= table.shape[0])
+
+        def fetch(row, count):
+            source = table.at[pl.ds(tile * ROWS + row, count)]
+            pltpu.make_async_copy(source, x.at[slot, pl.ds(row, count)], read.at[slot]).start()
+
+        def of_token(k, count):
+            needed = _is_read(codes[k])
+            pl.when(needed)(lambda: fetch(_row(codes[k]), 1))
+            return count + needed
+
+        pl.when(whole)(lambda: fetch(0, rows))
+        count = lax.fori_loop(first, jnp.where(whole, first, last), of_token, jnp.int32(0))
+        wanted[slot] = jnp.where(whole, rows, count)
+
+    def add(chunk, total_of_row):
+        place = chunk & (ring.shape[0] - 1)
+        pl.when(chunk * SUBLANES >= start)(lambda: _wait(ring.at[place, :, pl.ds(0, pieces)], arrived.at[place]))
+
+        def add_one(k, total_of_row):
+            token = chunk * SUBLANES + k
+            code, own = codes[token], (token >= start) & (token < end)
+            total_of_row = ring[place, k] + jnp.where(_is_first(code), 0.0, total_of_row)
+            row = jnp.where(own, _row(code), NOWHERE)
+            total[pl.ds(pl.multiple_of(row * height, SUBLANES), height)] = total_of_row
+            known[pl.ds(row, 1)] = jnp.full((1, LANES), step)
+            filled[row >> 3] = step
+            return total_of_row
+
+        total_of_row = lax.fori_loop(0, SUBLANES, add_one, total_of_row, unroll=unroll)
+        done = chunk * SUBLANES + SUBLANES <= end
+        pl.when(done & (chunk + ring.shape[0] < chunks))(lambda: fetch_terms(chunk + ring.shape[0]))
+        return total_of_row
+
+    def totals(group):
+        """(8, features) of eight rows, zero where they have no token; and which have one."""
+        exists = known[pl.ds(group * SUBLANES, SUBLANES)][:, :1] == step
+        of_pieces = [total[pl.ds(group * SUBLANES * height + k, SUBLANES, stride=height)] for k in range(pieces)]
+        return jnp.where(exists, jnp.concatenate(of_pieces, axis=1), 0.0), exists
+
+    def finish(group):
+        rows = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
+        of_rows, exists = totals(group)
+        unit, reciprocal = _standardised(jnp.where(exists, x[slot, rows], 0.0), options.epsilon)
+        h = of_rows * scale[...]
+        d_rows = reciprocal * (h - _mean(h) - unit * _mean(h * unit))
+        if options.padding_idx is not None:
+            number = step * ROWS + group * SUBLANES + lax.broadcasted_iota(jnp.int32, exists.shape, 0)
+            d_rows = jnp.where(number == options.padding_idx, 0.0, d_rows)
+        d_table[rows] = d_rows
+        d_scale[...] += of_rows * unit
+        d_bias[...] += of_rows
+
+    @pl.when(step == 0)
+    def _():
+        known[...] = jnp.full_like(known, -1)
+        for k in range(filled.shape[0]):
+            filled[k] = -1
+        d_scale[...] = jnp.zeros_like(d_scale)
+        d_bias[...] = jnp.zeros_like(d_bias)
+        pl.loop(0, min(ring.shape[0], chunks))(fetch_terms)
+        fetch_rows(step, slot)
+
+    pl.when(step + 1 < steps)(lambda: fetch_rows(step + 1, 1 - slot))
+    lax.fori_loop(start >> 3, (end + SUBLANES - 1) >> 3, add, jnp.zeros((height, LANES), jnp.float32))
+    for k in range(ROWS.bit_length()):
+        pl.when((wanted[slot] >> k) & 1 == 1)(lambda k=k: _wait(x.at[slot, pl.ds(0, 1 << k)], read.at[slot]))
+
+    @pl.loop(0, ROWS // SUBLANES)
+    def _(group):
+        pl.when(filled[group] == step)(lambda: finish(group))
+
+        @pl.when(filled[group] != step)
+        def _():
+            d_table[pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)] = jnp.zeros(
+                (SUBLANES, d_table.shape[1]), d_table.dtype
+            )
+
+    @pl.when(step == steps - 1)
+    def _():  # the row outside has a gradient of the bias
+        of_rows, _ = totals(OUTSIDE // SUBLANES)
+        d_bias[...] += jnp.where(lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0) == 0, of_rows, 0.0)

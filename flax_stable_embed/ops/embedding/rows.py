@@ -1,0 +1,260 @@
+"""A few rows of a large table: gradients and updates of the rows that a batch touched, and nothing of the rest.
+
+`SparseRows` is distinct row numbers, and one row of values for each; all other rows are zero.
+"""
+
+from typing import Any
+
+import jax.extend.random
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
+
+from ..dtypes import at_least_float32
+from ..sharding import explicit_sharding, placed_like
+from .gather import row_numbers_of, row_sharding, take
+
+
+def _no_randomness(*args: Any) -> Any:
+    raise TypeError("row numbers are no random keys; see flax_stable_embed.SparseRows.")
+
+
+# Row numbers have a dtype of their own, in which nothing can be scaled, added or cast: whoever takes them for numbers
+# of a gradient gets an error, and its text names it. JAX has such dtypes for random keys.
+_ROW_NUMBERS = jax.extend.random.define_prng_impl(
+    key_shape=(1,),
+    seed=_no_randomness,
+    split=_no_randomness,
+    random_bits=_no_randomness,
+    fold_in=_no_randomness,
+    name="fse_row_numbers",
+    tag="row numbers of fse.SparseRows, which fse.row_sparse and fse.clip_by_global_norm understand",
+)
+
+
+def sealed(row_numbers: Array) -> Array:
+    """Row numbers in that dtype."""
+    return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None], impl=_ROW_NUMBERS)
+
+
+def unsealed(numbers: Array) -> Array:
+    """Row numbers as int32."""
+    return jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
+
+
+def distinct(row_numbers: Array, num_rows: int) -> Array:
+    """The distinct row numbers in ascending order, padded with distinct ones from `num_rows` on.
+
+    Its size is static: that of `row_numbers`, or the table's if that is less. Two sorts and no scatter.
+
+    >>> distinct(jnp.array([[3, 1], [3, 5]]), num_rows=5)
+    Array([1, 3, 7, 8], dtype=int32)
+    """
+    ordered = jnp.sort(_everywhere(row_numbers).ravel())
+    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])[: ordered.size]
+    found = jnp.sort(jnp.where(first, ordered, num_rows))[:num_rows]
+    return jnp.where(found < num_rows, found, num_rows + jnp.arange(found.size, dtype=jnp.int32))
+
+
+def _everywhere(x: Array) -> Array:
+    """The array, replicated where its mesh has Explicit axes."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
+    """Where each row number is among `indices` (from `distinct`); their number where it is not."""
+    if indices.size == 0:
+        return jnp.zeros_like(row_numbers)
+    numbers = _everywhere(row_numbers)
+    at = jnp.searchsorted(indices, numbers).astype(jnp.int32)
+    found = indices.at[at].get(mode="fill", fill_value=-1) == numbers
+    return placed_like(jnp.where(found & (numbers < num_rows), at, indices.size), row_numbers)
+
+
+def take_rows(table: Array, indices: Array) -> Array:
+    """Rows of a table; zeros for padding."""
+    return take(table, indices, row_sharding(table, indices, None), fill_value=0)
+
+
+def beside_rows(table: Array, indices: Array, values: Array) -> Array:
+    """Values for rows of a table, where a mesh has Explicit axes placed as these rows are."""
+    sharding = row_sharding(table, indices, None)
+    return values if sharding is None else jax.sharding.reshard(values, sharding)
+
+
+def set_rows(table: Array, indices: Array, values: Array) -> Array:
+    """The table with `values` in these distinct rows. On a donated table, in place."""
+    return table.at[indices].set(values.astype(table.dtype), **_scatter_options(table))
+
+
+def add_to_rows(table: Array, indices: Array, values: Array) -> Array:
+    """The table with `values` added to these distinct rows, rounded to its dtype once. On a donated table, in place."""
+    if jnp.promote_types(table.dtype, values.dtype) != table.dtype:
+        return set_rows(table, indices, take_rows(table, indices) + values)
+    return table.at[indices].add(values.astype(table.dtype), **_scatter_options(table))
+
+
+def _scatter_options(table: Array) -> dict[str, Any]:
+    options = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
+    return {**options, "out_sharding": explicit_sharding(table)}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class SparseRows:
+    r"""Some rows of a (num_rows, features) array whose other rows are zero: a row gradient, or a row update.
+
+    $$x = \sum_k e_{i_k} v_k^T, \quad i_k \text{ distinct}$$
+
+    Always: `indices` (n,) int32 is distinct and ascending; those of `num_rows` and more are padding, with values zero.
+    `values` (n, features) holds a row for each. n is static: under jit, the number of ids that were looked up.
+
+    A tree with `values` and sealed row numbers for leaves. optax's transforms cannot compute with the latter and raise
+    an error, instead of scaling or adding row numbers; `fse.row_sparse`, `fse.global_norm`,
+    `fse.clip_by_global_norm` and `fse.sum_microbatches` understand them. `table + rows` adds the values to the rows of
+    a table, so that `optax.apply_updates` takes an update of this kind.
+
+    The names are those of torch's and TensorFlow's sparse gradients. `rows * number`, `rows / number`, `-rows`,
+    `rows + rows` (of n1 + n2 rows) and `rows - rows` are what they are for dense arrays. Inside of `jax.shard_map`, the
+    sum over devices is that of all their rows: `SparseRows.of_lookups(all_gather(rows.indices, axis),
+    all_gather(rows.values, axis), rows.num_rows)`.
+
+    >>> import jax.numpy as jnp, flax_stable_embed as fse
+    >>> gradient = fse.SparseRows.of_lookups(jnp.array([3, 1, 3]), jnp.ones((3, 2)), num_rows=5)
+    >>> gradient.indices, gradient.values[:2].tolist()
+    (Array([1, 3, 7], dtype=int32), [[1.0, 1.0], [2.0, 2.0]])
+    >>> (jnp.zeros((5, 2)) - 0.5 * gradient)[:, 0]
+    Array([ 0. , -0.5,  0. , -1. ,  0. ], dtype=float32)
+    """
+
+    __array_ufunc__ = None  # numpy's arrays and numbers leave arithmetic to the methods below
+
+    def __init__(self, indices: Array, values: Array, num_rows: int):
+        self._sealed, self.values, self.num_rows = sealed(indices), values, num_rows
+
+    @classmethod
+    def of_lookups(cls, ids: Any, terms: Any, num_rows: int) -> "SparseRows":
+        """The sum of `terms` (*batch, features) over equal `ids` (*batch), in at least float32.
+
+        Negative ids count from the end; those outside the table are dropped.
+
+        Raises:
+            ValueError: terms that do not fit the ids, or ids that are no integers.
+        """
+        ids, terms = jnp.asarray(ids), jnp.asarray(terms)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"`ids` must be integers, got {ids.dtype}.")
+        if terms.shape[:-1] != ids.shape or terms.ndim == 0:
+            raise ValueError(f"`terms` must have the shape of `ids`, {ids.shape}, and features; got {terms.shape}.")
+        row_numbers = row_numbers_of(ids, num_rows).ravel()
+        indices = distinct(row_numbers, num_rows)
+        return cls(indices, _summed(indices, row_numbers, terms.reshape(-1, terms.shape[-1]), num_rows), num_rows)
+
+    @property
+    def indices(self) -> Array:
+        """(n,) int32, distinct and ascending; padding from `num_rows` on."""
+        return unsealed(self._sealed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the dense array."""
+        return self.num_rows, self.values.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        """The values' dtype."""
+        return self.values.dtype
+
+    def with_values(self, values: Array) -> "SparseRows":
+        """The same rows with other values."""
+        return self.tree_unflatten(self.num_rows, (values, self._sealed))
+
+    def summed_over_first_axis(self) -> "SparseRows":
+        """The sum of what `jax.lax.scan` or `jax.vmap` has stacked: indices (k, n), values (k, n, features)."""
+        return _merged(self.indices, self.values, self.num_rows)
+
+    def to_dense(self) -> Array:
+        """The dense array, (num_rows, features)."""
+        return set_rows(jnp.zeros(self.shape, self.dtype), self.indices, self.values)
+
+    def tree_flatten(self):
+        return (self.values, self._sealed), self.num_rows
+
+    def tree_flatten_with_keys(self):
+        return ((GetAttrKey("values"), self.values), (GetAttrKey("indices"), self._sealed)), self.num_rows
+
+    @classmethod
+    def tree_unflatten(cls, num_rows, children):
+        new = object.__new__(cls)
+        (new.values, new._sealed), new.num_rows = children, num_rows
+        return new
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseRows(indices={getattr(self._sealed, 'shape', '?')}, values={self.values!r}, {self.num_rows} rows)"
+        )
+
+    def __radd__(self, table: Any) -> Any:
+        if isinstance(table, int) and table == 0:  # where `sum` begins
+            return self
+        table = jnp.asarray(table)
+        if table.shape != self.shape:
+            raise ValueError(f"rows of a table of shape {self.shape} cannot be added to an array of {table.shape}.")
+        return add_to_rows(table, self.indices, self.values)
+
+    def __rsub__(self, table: Any) -> Array:
+        return (-self).__radd__(table)
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, SparseRows):
+            return self.__radd__(other)
+        if other.shape != self.shape:
+            raise ValueError(f"rows of tables of the shapes {self.shape} and {other.shape} cannot be added.")
+        indices = jnp.concatenate([self.indices, other.indices])
+        return _merged(indices, jnp.concatenate([self.values, other.values]), self.num_rows)
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other
+
+    def __neg__(self) -> "SparseRows":
+        return self.with_values(-self.values)
+
+    def __mul__(self, factor: Any) -> "SparseRows":
+        return self.with_values(self.values * _scalar(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "SparseRows":
+        return self.with_values(self.values / _scalar(divisor))
+
+
+def _scalar(x: Any) -> Any:
+    if jnp.ndim(x) != 0:
+        raise ValueError(f"SparseRows can be multiplied by numbers, got an array of shape {jnp.shape(x)}.")
+    return x
+
+
+def _merged(indices: Array, values: Array, num_rows: int) -> SparseRows:
+    """One SparseRows of the rows in all that were put one after the other, those of equal number summed."""
+    row_numbers = jnp.minimum(indices.ravel(), num_rows)
+    kept = distinct(row_numbers, num_rows)
+    return SparseRows(kept, _summed(kept, row_numbers, values.reshape(-1, values.shape[-1]), num_rows), num_rows)
+
+
+def _summed(indices: Array, row_numbers: Array, terms: Array, num_rows: int) -> Array:
+    wide = jnp.zeros((indices.size, terms.shape[-1]), at_least_float32(terms.dtype))
+    at = positions(indices, row_numbers, num_rows)
+    return wide.at[at].add(terms.astype(wide.dtype), mode="drop").astype(terms.dtype)
+
+
+def is_sparse_rows(x: Any) -> bool:
+    """Whether `x` is a SparseRows, for the `is_leaf` of tree functions."""
+    return isinstance(x, SparseRows)
+
+
+def is_none_or_rows(x: Any) -> bool:
+    """Whether `x` stands for one gradient without being an array, for the `is_leaf` of tree functions."""
+    return x is None or is_sparse_rows(x)

@@ -1,0 +1,1 @@
+"""What every 8-bit optimizer runs on."""

@@ -1,0 +1,1 @@
+"""Embedding tables by their rows."""

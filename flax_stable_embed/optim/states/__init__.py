@@ -1,0 +1,1 @@
+"""Questions to ask of a whole state: describe, abstract_state, convert_state."""

@@ -1,0 +1,1 @@
+"""How a moment is stored, and who decides."""

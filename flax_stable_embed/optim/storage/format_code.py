@@ -1,0 +1,115 @@
+"""The `format` vector of a state: written, read and checked."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import zip_longest
+
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from ...ops.blockwise.blocks import Blocks
+from ...ops.blockwise.codecs import CODECS
+from .rules import Rules
+from .state_format import StateFormat
+
+
+def format_of(rules: Rules, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
+    """A state's `format`, from paths and shapes of the parameters in 8 bits."""
+    return format_bytes(rules.formats, [(path, shape, *rules.blocks(path, shape)) for path, shape in in_bytes])
+
+
+def check_format(rules: Rules, vector: Array, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raises unless a state's `format` is of these rules: by its length, as dtypes and shapes can be the same."""
+    if vector.shape != format_of(rules, in_bytes).shape:
+        raise ValueError(
+            "The state's `format` says that other rules or another `state_format` made it"
+            f"{differs(rules, vector)}. Make the optimizer with those that made the state, or convert the state: "
+            "fse.convert_state."
+        )
+
+
+def differs(rules: Rules, vector: Array) -> str:
+    """What the rules would change in the formats that a state's `format` names, in parentheses."""
+    found = format_difference(vector, rules.formats)
+    return f" ({found})" if found else ""
+
+
+_FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
+
+
+_CODECS = list(CODECS)
+
+
+def format_bytes(
+    formats: Sequence[StateFormat], in_bytes: Sequence[tuple[str, tuple[int, ...], StateFormat, Blocks]] = ()
+) -> np.ndarray:
+    """The formats in use as one small uint8 vector.
+
+    Its length differs for every sequence of codecs, so that a checkpoint of another codec fails on shape (orbax casts
+    dtypes without a word): 12 bytes times the sequence read as a number in bijective base 3. Where the shapes of codes
+    and scales do not tell how every parameter is stored, the length tells that too, but for one chance in 66: it is 72
+    times that number, and a checksum that is no multiple of 12.
+
+    Args:
+        formats: the optimizer's, then those of the rules in order.
+        in_bytes: path, shape, format and blocks of the parameters in 8 bits.
+    """
+    number, content = 0, []
+    for f in formats:
+        codec = _CODECS.index(f.codec) + 1
+        number = 3 * number + codec
+        numbers = (f.block_size or 0, f.shards, f.min_size)
+        axis = 255 if f.block_axis is None else f.block_axis % 254
+        content += [codec, int(f.rounding == "stochastic"), axis]
+        content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
+    untold = [f"{path} {f.codec} {blocks}" for path, shape, f, blocks in in_bytes if _untold(shape, f, blocks, formats)]
+    length = _FORMAT_SIZE * number
+    if untold:
+        tens, ones = divmod(zlib.crc32("; ".join(sorted(untold)).encode()) % 66, _FORMAT_SIZE - 1)
+        length = _FORMAT_SIZE * (6 * number + tens) + ones + 1
+    vector = np.zeros(length, np.uint8)
+    vector[: len(content)] = content
+    return vector
+
+
+def _untold(shape: tuple[int, ...], f: StateFormat, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
+    """Whether the shape of the scales may be that of other codes, or of no codes at all."""
+    whole = not shape or blocks.size in (1, shape[blocks.axis])
+    another_size = not whole and blocks.size & (blocks.size - 1) != 0  # 384 and 512 both cut 768 in two
+    no_codes = all(n == 1 for n in blocks.absmax_shape(shape))  # as for a parameter that is not in 8 bits
+    return f.codec != formats[0].codec or another_size or no_codes
+
+
+def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
+    """What `formats` would change in the formats that a state's `format` names; of a tracer's, the codecs alone."""
+    length = vector.shape[0]
+    number, codecs = length // _FORMAT_SIZE // (6 if length % _FORMAT_SIZE else 1), []
+    while number > 0:
+        number, codec = divmod(number - 1, 3)
+        codecs.insert(0, _CODECS[codec])
+    made, told = [StateFormat(codec) for codec in codecs], ("codec",)
+    if not isinstance(vector, Tracer):
+        made, told = _formats_of(np.asarray(vector), len(codecs)), [f.name for f in fields(StateFormat)]
+    found = []
+    for i, (a, b) in enumerate(zip_longest(made, formats)):
+        name = "`state_format`" if i == 0 else f"the rules' format {i}"
+        if a is None or b is None:
+            found.append(f"{name} is {'new here' if a is None else 'missing here'}")
+            continue
+        pairs = {field: (getattr(a, field), getattr(b, field)) for field in told}
+        changes = [f"{field} {x!r}, here {y!r}" for field, (x, y) in pairs.items() if x != y]
+        found += [f"{name} had {', and '.join(changes)}"] if changes else []
+    return "; ".join(found)
+
+
+def _formats_of(vector: np.ndarray, n: int) -> list[StateFormat]:
+    """The formats that a vector of `format_bytes` names."""
+    formats = []
+    for codec, stochastic, axis, *rest in vector[: n * _FORMAT_SIZE].reshape(n, _FORMAT_SIZE).tolist():
+        size, shards, min_size = (int.from_bytes(rest[i : i + 3], "little") for i in (0, 3, 6))
+        axis = None if axis == 255 else axis - 254 if axis > 127 else axis
+        rounding = "stochastic" if stochastic else "nearest"
+        formats.append(StateFormat(_CODECS[codec - 1], rounding, size or None, axis, shards, min_size))
+    return formats

@@ -1,0 +1,282 @@
+"""The optimizers of `interop.bitsandbytes`: defaults, contracts, and cases that bitsandbytes does not test."""
+
+import inspect
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_stable_embed as fse
+from flax_stable_embed.interop import bitsandbytes
+from flax_stable_embed.interop.bitsandbytes import two_states
+from flax_stable_embed.interop.bitsandbytes._formula import correction
+from tests.interop.bitsandbytes.tools import BLOCKS, fused, normal
+from tests.tools import REPRESENTATIVE
+
+OPTIMIZERS = {
+    "adam8bit": {},
+    "adamw8bit": {},
+    "sgd8bit": {"learning_rate": 1e-2, "momentum": 0.9},
+    "rmsprop8bit": {},
+    "adagrad8bit": {},
+    "lion8bit": {},
+    "lamb8bit": {},
+    "lars8bit": {"learning_rate": 1e-2, "momentum": 0.9},
+    "ademamix8bit": {"t_alpha": 8, "t_beta3": 12},
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+# For what does not depend on the formula: the others join in `make test-all`.
+every_kind_of_optimizer = pytest.mark.parametrize(
+    "name",
+    [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+)
+
+
+def make(name, **options):
+    return getattr(bitsandbytes, name)(**OPTIMIZERS[name], **options)
+
+
+def without_decay(name):
+    factory = getattr(bitsandbytes, name)
+    assert "weight_decay" in inspect.signature(factory).parameters
+    return factory(**OPTIMIZERS[name], weight_decay=0.0, state_format=BLOCKS)
+
+
+# --- signatures ------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_bitsandbytes():
+    expected = {
+        "adam8bit": (1e-3, {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0}),
+        "adamw8bit": (1e-3, {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}),
+        "lamb8bit": (1e-3, {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0, "max_unorm": 1.0}),
+        "ademamix8bit": (
+            1e-3,
+            {"b1": 0.9, "b2": 0.999, "b3": 0.9999, "alpha": 5.0, "t_alpha": None, "t_beta3": None, "eps": 1e-8}
+            | {"weight_decay": 1e-2},
+        ),
+        "lion8bit": (1e-4, {"b1": 0.9, "b2": 0.99, "weight_decay": 0}),
+        "sgd8bit": (inspect.Parameter.empty, {"momentum": inspect.Parameter.empty, "weight_decay": 0}),
+        "lars8bit": (
+            inspect.Parameter.empty,
+            {"momentum": inspect.Parameter.empty, "weight_decay": 0, "max_unorm": 0.02},
+        ),
+        "rmsprop8bit": (1e-2, {"decay": 0.99, "eps": 1e-8, "weight_decay": 0}),
+        "adagrad8bit": (1e-2, {"eps": 1e-10, "weight_decay": 0}),
+    }
+    for name, (rate, rest) in expected.items():
+        parameters = inspect.signature(getattr(bitsandbytes, name)).parameters
+        found = {key: p.default for key, p in parameters.items() if p.kind is not p.KEYWORD_ONLY}
+        assert found == {"learning_rate": rate} | rest
+        options = {key: p.default for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        assert options.pop("state_format") == fse.StateFormat("dynamic", block_size=256, block_axis=-1)
+        assert options == {"rules": (), "implementation": None, "partition_specs": None, "skip_nonfinite": False}
+
+
+def test_every_optimizer_of_the_module_is_swept():
+    assert {name for name in dir(bitsandbytes) if name.endswith("8bit")} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("b", [0.0, 0.5, 0.9, 0.999, 0.9999])
+def test_bias_corrections_have_all_their_digits(b):
+    """Within 5 ulps, which are those of `expm1`; 1 - b**t in float32 is off by 5e-5 of itself at b = 0.999."""
+    steps = np.arange(1, 1000)
+    found = jax.jit(lambda count: correction(b, count))(jnp.asarray(steps))
+    np.testing.assert_allclose(found, 1 - np.float64(b) ** steps, rtol=6e-7)
+
+
+# --- contracts -------------------------------------------------------------------------------------------------------
+
+
+@every_kind_of_optimizer
+def test_hyperparameters_can_be_injected_and_nothing_compiles_twice(name):
+    params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    plain = make(name)
+    injected = optax.inject_hyperparams(getattr(bitsandbytes, name))(**OPTIMIZERS[name])
+    state, expected_state = injected.init(params), plain.init(params)
+    step, expected_step = jax.jit(lambda *args: injected.update(*args)), jax.jit(lambda *args: plain.update(*args))
+    for _ in range(3):
+        updates, state = step(grads, state, params)
+        expected, expected_state = expected_step(grads, expected_state, params)
+    assert step._cache_size() == expected_step._cache_size() == 1
+    for found, wanted in zip(jax.tree.leaves(updates), jax.tree.leaves(expected)):
+        # A rate that is traced is a float32: 1 - b2 is off by up to 3e-5 of itself, 1 - b3 by 3e-4.
+        scale = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * scale)
+    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+    updates, state = step(grads, state, params)
+    assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
+
+
+@every_kind_of_optimizer
+@pytest.mark.one_in(2)
+def test_the_fused_step_is_the_update_applied(name):
+    params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
+    tx, both = make(name), []
+    update = jax.jit(tx.update)
+    for path in ("fused", "applied"):
+        new, state = params, tx.init(params)
+        for step in range(3):
+            grads = jax.tree.map(lambda p, step=step: normal(step, p.shape, 0.1), params)
+            if path == "fused":
+                new, state = fused(tx)(grads, state, new)
+            else:
+                updates, state = update(grads, state, new)
+                new = optax.apply_updates(new, updates)
+        both.append((new, state))
+    for a, b in zip(jax.tree.leaves(both[0]), jax.tree.leaves(both[1])):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7)
+
+
+@every_optimizer
+@pytest.mark.one_in(4)
+def test_rows_without_gradient_stay_where_they_are_beside_rows_with(name):
+    """Also in a block that holds both, and in a short one."""
+    params = {"kernel": normal(0, (300,), 0.1), "embedding": normal(1, (64, 16), 0.1)}
+    tx, new = without_decay(name), params
+    state, step = tx.init(params), fused(tx)
+    rows = np.broadcast_to((np.arange(64) % 3 == 0)[:, None], (64, 16))
+    touched = {"kernel": np.arange(300) % 3 == 0, "embedding": rows}
+    for i in range(29):  # an odd number: Lion cannot be back where it was
+        grads = jax.tree.map(lambda p, mask, i=i: normal(i, p.shape, 0.1) * mask, params, touched)
+        new, state = step(grads, state, new)
+    for path, mask in touched.items():
+        before, after = np.asarray(params[path]), np.asarray(new[path])
+        np.testing.assert_array_equal(after[~mask], before[~mask])
+        assert (after[mask] != before[mask]).all()
+
+
+@every_optimizer
+@pytest.mark.one_in(2, start=1)
+def test_zero_gradients_from_the_first_step_on_move_nothing(name):
+    params = {"kernel": normal(0, (8, 512), 0.1), "bias": normal(1, (8,), 0.1)}
+    tx, new = without_decay(name), params
+    state, step = tx.init(params), fused(tx)
+    for _ in range(3):
+        new, state = step(jax.tree.map(jnp.zeros_like, params), state, new)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(a, b)
+
+
+@every_optimizer
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.one_in(18)
+def test_a_gradient_that_is_not_finite_is_one_elements_affair(name, bad):
+    params, tail = {"kernel": normal(0, (300,), 0.1)}, 290  # in the short last block
+    clean = {"kernel": normal(1, (300,), 0.1)}
+    dirty = {"kernel": clean["kernel"].at[tail].set(bad)}
+    others = np.arange(300) != tail
+    for skip in (False, True):
+        tx = make(name, state_format=BLOCKS, skip_nonfinite=skip)
+        step, new, state = fused(tx), params, tx.init(params)
+        expected, expected_state = params, tx.init(params)
+        for grads in (dirty, clean):
+            new, state = step(grads, state, new)
+            quiet = {"kernel": grads["kernel"].at[tail].set(0.0)}
+            expected, expected_state = step(quiet, expected_state, expected)
+            if skip and grads is dirty:
+                assert new["kernel"][tail] == params["kernel"][tail]
+        np.testing.assert_allclose(np.asarray(new["kernel"])[others], np.asarray(expected["kernel"])[others], rtol=1e-6)
+        assert skip <= bool(jnp.isfinite(new["kernel"]).all())
+
+
+@pytest.mark.parametrize("name", ["lamb8bit", "lars8bit"])
+def test_elements_that_are_skipped_do_not_decay_where_steps_are_clipped(name):
+    options = OPTIMIZERS[name] | {"learning_rate": 0.1, "weight_decay": 0.5, "max_unorm": 0.01}
+    tx = getattr(bitsandbytes, name)(**options, rules=((".*", 32),), skip_nonfinite=True)
+    params = {"kernel": normal(0, (300,), 0.1)}
+    new, _ = fused(tx)({"kernel": normal(1, (300,), 0.1).at[7].set(np.nan)}, tx.init(params), params)
+    moved = np.asarray(new["kernel"]) != np.asarray(params["kernel"])
+    assert not moved[7] and moved.sum() == 299
+
+
+# --- what bitsandbytes does not test ----------------------------------------------------------------------------------
+
+
+@every_kind_of_optimizer
+def test_4096_elements_are_the_first_in_8_bits(name):
+    params = {"large": jnp.zeros(4096), "small": jnp.zeros(4095)}
+    rows = {row.path: row.bits for row in fse.describe(make(name), params).rows}
+    assert rows == {"large": 8, "small": 32}
+
+
+@every_kind_of_optimizer
+def test_an_embedding_and_its_optimizer_together(name):
+    """A stable embedding keeps fp32 moments, its head 8-bit ones, and a token that is never seen keeps its row."""
+
+    class Model(flax.nnx.Module):
+        def __init__(self, rngs):
+            self.embed = fse.nnx.StableEmbed(64, 128, rngs=rngs)
+            self.head = flax.nnx.Linear(128, 64, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.head(self.embed(ids))
+
+    model = Model(flax.nnx.Rngs(0))
+    options = OPTIMIZERS[name] | {"learning_rate": 1e-3, "weight_decay": 0.0}
+    optimizer = flax.nnx.Optimizer(model, getattr(bitsandbytes, name)(**options), wrt=flax.nnx.Param)
+    ids = jnp.arange(256) % 32
+    before = model.embed.embedding[...]
+
+    def loss(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(ids), ids).mean()
+
+    @flax.nnx.jit
+    def step(model, optimizer):
+        value, grads = flax.nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    after = model.embed.embedding[...]
+    np.testing.assert_array_equal(after[32:], before[32:])
+    assert not np.array_equal(after[:32], before[:32])
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): str(x.dtype)
+        for path, x in jax.tree_util.tree_leaves_with_path(flax.nnx.state(optimizer).opt_state)
+    }
+    heads = [dtype for path, dtype in dtypes.items() if "kernel" in path and "absmax" not in path]
+    tables = [dtype for path, dtype in dtypes.items() if "embedding" in path]
+    assert heads and set(heads) == {"uint8"} and tables and set(tables) == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["b1", "b3"])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_that_cannot_grow_is_refused(name, rate):
+    with pytest.raises(ValueError, match=f"`{name}` must lie between 0 and 1 where `t_beta3` lets b3 grow"):
+        fse.interop.bitsandbytes.ademamix8bit(t_beta3=10, **{name: rate})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"t_beta3": -5}, ValueError, "`t_beta3` must be a number of steps, at least 0, or None; got -5"),
+        ({"t_alpha": "soon"}, TypeError, "`t_alpha` must be a number, got 'soon'"),
+        ({"t_beta3": 5, "b3": lambda count: 0.9}, TypeError, "`b3` must be a number"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fse.interop.bitsandbytes.ademamix8bit(**arguments)
+
+
+def test_a_slow_mean_that_begins_above_its_rate_has_it_throughout():
+    """min(b3, ...), as in bitsandbytes."""
+    growing = two_states._growing_b3(0.5, 10)
+    for count in (0, 5, 20):
+        rate, rest = growing(jnp.int32(count), 0.9)
+        assert (float(rate), float(rest)) == (0.5, 0.5)
+
+
+def test_schedules_keep_to_strict_promotion_of_dtypes():
+    tx = fse.interop.bitsandbytes.ademamix8bit(t_alpha=10, t_beta3=10)
+    params = {"kernel": jnp.ones((64, 64))}
+    with jax.numpy_dtype_promotion("strict"):
+        _, state = tx.update(params, tx.init(params), params)
+    assert state[0].m2["kernel"].dtype == jnp.uint8

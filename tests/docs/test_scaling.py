@@ -1,0 +1,77 @@
+"""The code of docs/scaling.md runs from top to bottom, and its tables say what its words do."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chips, collectives
+from tests.tools import assert_an_embedding_adds_nothing
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+def test_the_code_of_the_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "scaling"})
+    printed = capsys.readouterr().out
+    assert "['down']" in printed
+    assert "straddles devices: down: axis 1 of 4096 is cut 256 ways, 16 on a device" in printed
+
+
+def test_every_link_of_the_page_leads_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGE.read_text()):
+        assert (PAGE.parent / target).exists(), target
+
+
+def rows():
+    return json.loads(collectives.FILE.read_text())["rows"]
+
+
+def test_the_optimizer_moves_nothing_where_every_chip_has_whole_blocks():
+    ours = [row for row in rows() if row["step"] not in (collectives.BASELINE, collectives.BY_ROWS)]
+    assert {row["slice"] for row in ours} == {case.slice for case in collectives.CASES}
+    for row in ours:
+        if row["straddling"] == 0:
+            by_kernels = row["mesh"][1] > 1 and (row["axes"] == "Explicit" or row["step"] == collectives.KERNELS)
+            (beside,) = where(row, collectives.BY_ROWS if by_kernels else collectives.BASELINE)
+            assert row["optimizer"] == {"arrays": {}, "bytes": 0}, row
+            assert row["all"] == beside["all"], row
+
+
+def where(row, step):
+    """The row of another step on the same mesh."""
+    return [r for r in rows() if r["step"] == step and all(r[key] == row[key] for key in ("slice", "mesh", "axes"))]
+
+
+def test_where_blocks_straddle_scales_are_combined_and_other_blocks_end_it():
+    straddling = [row for row in rows() if row["straddling"]]
+    assert straddling and all(row["mesh"][0] == 256 for row in straddling)
+    for row in straddling:
+        assert row["optimizer"]["arrays"].keys() <= {"all-gather", "all-reduce"}
+        assert max(row["optimizer"]["arrays"].values()) <= 4 * row["straddling"], row  # two moments, before and after
+        assert 0 < collectives.beyond(row, rows()) < 0.05
+        (free,) = where(row, collectives.FREE)
+        assert free["straddling"] == 0
+
+
+def test_an_embedding_adds_nothing():
+    assert_an_embedding_adds_nothing(json.loads(collectives.FILE.read_text())["embeddings"])
+
+
+def of_chips():
+    return json.loads(chips.FILE.read_text())["rows"]
+
+
+def test_no_block_of_the_large_models_lies_on_two_chips():
+    assert len(of_chips()) == 3 * len(chips.SLICES)
+    assert not any(row["straddling"] for row in of_chips())
+
+
+@pytest.mark.slow
+def test_bytes_of_the_large_models_are_those_of_the_code():
+    for one in chips.SLICES:
+        here = one._asdict() | {"mesh": list(one.mesh)}
+        written = [row for row in of_chips() if row.items() >= here.items()]
+        assert [row | {"mesh": list(row["mesh"])} for row in chips.measured(one)] == written
