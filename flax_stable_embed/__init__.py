@@ -7,7 +7,6 @@ from . import linen as linen
 from . import nnx as nnx
 from . import ops as ops
 from .ops.embedding.rows import SparseRows as SparseRows
-from .optim.engine.records import Row as Row
 from .optim.fused_update import chain as chain
 from .optim.fused_update import fused_update as fused_update
 from .optim.methods.adagrad import ScaleByAdagrad8bitState as ScaleByAdagrad8bitState

@@ -1,9 +1,10 @@
-"""The house keeps its order: imports go down only, and every public name is documented."""
+"""The house keeps its order: imports go down only, tests mirror the package, and every public name is documented."""
 
 import ast
 import inspect
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import flax_stable_embed as fse
 from tests.tools import public_names
 
 PACKAGE = Path(fse.__file__).parent
+TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each layer may import, besides the standard library and its own folder.
@@ -23,6 +25,26 @@ ALLOWED = {
     "interop": {"jax", "numpy", "optax", "flax", "ops", "optim", "linen", "nnx"},
 }
 WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
+
+# Levels inside a layer, from the ground up. A file or folder imports only from lower levels of its layer.
+LEVELS = {
+    "ops": [
+        {"dtypes", "sharding", "rounding"},
+        {"counter_random"},
+        {"blockwise", "embedding"},
+        {"blockwise_step"},
+    ],
+    "optim": [
+        {"boxes"},
+        {"trees"},
+        {"arguments", "placement"},
+        {"fused_update"},
+        {"storage"},
+        {"engine", "rows"},
+        {"methods", "states", "transforms"},
+    ],
+}
+FACES = {"ops"}  # folders whose `__init__` is their public face and imports from all of their levels
 
 
 def imports_of(path):
@@ -49,6 +71,56 @@ def test_imports_go_down_only(path):
     for imported in imports_of(path):
         inside = any(imported == a or imported.startswith(a + ".") for a in allowed)
         assert inside or imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}"
+
+
+def part_of(module):
+    """The layer of a module and its level there, by name: ("optim", "storage")."""
+    layer, _, rest = module.partition(".")
+    return layer, rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("layer", LEVELS)
+def test_inside_a_layer_imports_go_down_only(layer):
+    level_of = {name: level for level, names in enumerate(LEVELS[layer]) for name in names}
+    on_disk = {
+        path.stem for path in (PACKAGE / layer).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert on_disk - {"__init__"} == level_of.keys(), "every file and folder has a level"
+    for path in sorted((PACKAGE / layer).rglob("*.py")):
+        own = path.relative_to(PACKAGE / layer).with_suffix("").parts[0]
+        if own == "__init__" and layer in FACES:
+            continue
+        for imported in imports_of(path):
+            there, name = part_of(imported)
+            if there == layer and name != own:
+                assert level_of[name] < level_of[own], f"{path} imports {imported}, which is not below it"
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        found = {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)}
+        graph[module] = (found & modules.keys()) - {module}
+    try:
+        TopologicalSorter({m: found for m, found in graph.items() if m}).prepare()
+    except CycleError as error:
+        pytest.fail(f"files import each other: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("layer", ["ops", "optim", "interop"])
+def test_every_test_of_the_package_is_named_after_its_file(layer):
+    """`test_lowering.py` tests `lowering.py` of the same folder; `test_lowering_on_meshes.py` is a part of it."""
+    for path in sorted((TESTS / layer).rglob("test_*.py")):
+        folder = PACKAGE / path.parent.relative_to(TESTS)
+        names = {p.stem for p in folder.glob("*.py")} | {p.name for p in folder.iterdir() if p.is_dir()}
+        tested = path.stem.removeprefix("test_")
+        assert any(tested == name or tested.startswith(f"{name}_") for name in names), f"{path}: no such file"
 
 
 def test_no_kernel_language_is_imported_before_it_is_chosen():

@@ -76,11 +76,11 @@ def kind_of(state: Any) -> str:
     return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _need_params(params: Any, needed: bool) -> None:
+def need_params(params: Any, needed: bool) -> None:
     if params is None and needed:
         raise ValueError("this optimizer needs `params`: call `update(grads, state, params)`; got None.")
 

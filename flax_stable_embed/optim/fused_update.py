@@ -28,7 +28,7 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         return (*self, getattr(self, "fused_update", None))
 
 
-def _check_members(state: Any, n: int) -> None:
+def check_members(state: Any, n: int) -> None:
     if not isinstance(state, tuple) or len(state) != n:
         raise TypeError(
             f"`state` must be a tuple of {n}, as `init` makes it, got {kind_of(state)}. The order is update(grads, "
@@ -103,7 +103,7 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     whole = optax.chain(*transforms)
 
     def fused(grads, state, params, **extra_args):
-        _check_members(state, len(transforms))
+        check_members(state, len(transforms))
         states = []
         for tx, one in zip(prefixes, state):
             grads, one = tx.update(grads, one, params, **extra_args)

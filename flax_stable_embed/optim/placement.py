@@ -1,4 +1,4 @@
-"""How parameters are cut over a mesh, by their paths, as their types or someone says."""
+"""The sharding of each parameter, by path: from the parameter itself, or as the user gives it."""
 
 from typing import Any, NamedTuple
 
@@ -17,18 +17,24 @@ class Placed(NamedTuple):
     sharding: Sharding
 
     @property
-    def pieces(self) -> tuple[int, ...]:
-        """In how many pieces each axis is cut."""
-        of_device = self.sharding.shard_shape(self.shape)
-        return tuple(d // piece if piece else 1 for d, piece in zip(self.shape, of_device))
+    def shards(self) -> tuple[int, ...]:
+        """Into how many shards each axis is split."""
+        local = self.sharding.shard_shape(self.shape)
+        return tuple(d // n if n else 1 for d, n in zip(self.shape, local))
 
 
 def placed_by_path(shardings: Any, params: Any) -> dict[str, Placed]:
-    """Every parameter whose sharding is known, by path; without `shardings`, as the parameters lie on a mesh.
+    """Returns every parameter whose sharding is known, by path.
+
+    Args:
+        shardings: A pytree like the parameters of PartitionSpec or NamedSharding, None where nothing is known. None for
+            all means the shardings of the parameters themselves.
+        params: The parameters, or their shapes.
 
     Raises:
         TypeError: `shardings` holds something else than shardings.
-        ValueError: it is no tree like the parameters, names axes that a mesh does not have, or cuts unequal pieces.
+        ValueError: It is not a pytree like the parameters, names axes that a mesh does not have, or does not divide a
+            shape.
     """
     pairs = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_box(x))[0]
     leaves = {path_name(path): unbox(box) for path, box in pairs}
@@ -43,14 +49,14 @@ def placed_by_path(shardings: Any, params: Any) -> dict[str, Placed]:
     for path, sharding in given.items():
         if not _is_sharding(sharding):
             raise TypeError(
-                f"`shardings` must be a tree of PartitionSpec or NamedSharding like the parameters, got "
+                f"`shardings` must be a pytree of PartitionSpec or NamedSharding like the parameters, got "
                 f"{sharding!r:.80} at {path!r}."
             )
     if different := [path for path in (*arrays, *given) if path not in arrays or path not in given]:
         has, lacks = ("parameters", "`shardings`") if different[0] in arrays else ("`shardings`", "parameters")
         raise ValueError(
-            f"`shardings` must be a tree like the parameters, but the {has} have {different[0]!r} and the {lacks} do "
-            "not. PartitionSpec() says that nothing is cut, None that it is not known."
+            f"`shardings` must be a pytree like the parameters, but the {has} have {different[0]!r} and the {lacks} do "
+            "not. PartitionSpec() means replicated, None means that the sharding is not known."
         )
     given = {path: _on_mesh(path, sharding) for path, sharding in given.items() if sharding is not None}
     return {path: _placed(path, arrays[path].shape, sharding) for path, sharding in given.items()}
@@ -61,7 +67,7 @@ def _is_sharding(x: Any) -> bool:
 
 
 def _on_mesh(path: str, sharding: PartitionSpec | Sharding) -> Sharding:
-    """The sharding itself, or that of a spec on the mesh in the context."""
+    """Returns a sharding as it is, and a PartitionSpec on the mesh in the context."""
     if isinstance(sharding, Sharding):
         return sharding
     mesh = _mesh_in_context()
@@ -77,7 +83,7 @@ def _on_mesh(path: str, sharding: PartitionSpec | Sharding) -> Sharding:
 
 
 def _mesh_in_context() -> Mesh | AbstractMesh:
-    """That of `jax.set_mesh`, with its devices where they are known, which they are not under jit."""
+    """Returns the mesh of `jax.set_mesh`, with its devices where they are known. Under jit they are not."""
     abstract = jax.sharding.get_abstract_mesh()
     try:
         mesh = jax.sharding.get_mesh()
@@ -89,40 +95,63 @@ def _mesh_in_context() -> Mesh | AbstractMesh:
 def _placed(path: str, shape: tuple[int, ...], sharding: Sharding) -> Placed:
     placed = Placed(shape, sharding)
     try:
-        _ = placed.pieces
-    except (ValueError, IndexError) as error:  # the latter for a spec that is longer than the shape
-        raise ValueError(f"Parameter {path!r} of shape {shape} cannot be cut as its sharding says: {error}") from None
+        _ = placed.shards
+    except (ValueError, IndexError) as error:  # IndexError for a spec that is longer than the shape
+        raise ValueError(f"Parameter {path!r} of shape {shape} cannot be sharded as given: {error}") from None
     return placed
 
 
 class Specs:
-    """The spec of each parameter, from a tree like the parameters; without one, none."""
+    """The argument `partition_specs`, by path."""
 
-    def __init__(self, partition_specs: Any):
+    def __init__(self, partition_specs: Any = None):
         pairs = jax.tree_util.tree_flatten_with_path(partition_specs, is_leaf=_is_spec)[0]
         self.by_path: dict[str, Any] = {path_name(path): spec for path, spec in pairs}
         self.given = partition_specs is not None
         for path, spec in self.by_path.items():
             if self.given and not _is_spec(spec):
                 raise TypeError(
-                    f"`partition_specs` must be a tree of PartitionSpec or NamedSharding like the parameters, got "
+                    f"`partition_specs` must be a pytree of PartitionSpec or NamedSharding like the parameters, got "
                     f"{spec!r:.80} at {path!r}."
                 )
 
     def of(self, path: str) -> Spec | None:
-        """The spec of one parameter; None where nothing is known of any.
+        """Returns the spec of one parameter; None where `partition_specs` was not given.
 
         Raises:
-            ValueError: there are specs, but none of this parameter.
+            ValueError: There are specs, but none for this parameter; or its spec names an axis that the mesh in the
+                context does not have.
         """
         if not self.given:
             return None
         if path not in self.by_path:
             raise ValueError(
-                f"`partition_specs` has no entry for parameter {path!r}, but for {', '.join(list(self.by_path)[:8])}. "
-                "Give a tree like the parameters; PartitionSpec() where nothing is cut."
+                f"`partition_specs` has no entry for parameter {path!r}. It has {', '.join(list(self.by_path)[:8])}. "
+                "Give a pytree like the parameters, with PartitionSpec() for replicated ones."
             )
-        return self.by_path[path]
+        spec, mesh = self.by_path[path], jax.sharding.get_abstract_mesh()
+        if isinstance(spec, PartitionSpec) and not mesh.empty:
+            if unknown := [name for name in _axis_names(spec) if name not in mesh.axis_names]:
+                raise ValueError(
+                    f"`partition_specs` has {spec} for parameter {path!r}, but the mesh has the axes "
+                    f"{', '.join(map(str, mesh.axis_names))} and no {unknown[0]!r}. Correct the name, or set the mesh "
+                    "that has it with jax.set_mesh(mesh)."
+                )
+        return spec
+
+    def check_mesh(self, path: str) -> None:
+        """Raises where a step would have to ignore the spec of a parameter because no mesh is set."""
+        spec = self.by_path.get(path) if self.given else None
+        if isinstance(spec, PartitionSpec) and any(_axis_names(spec)) and jax.sharding.get_abstract_mesh().empty:
+            raise ValueError(
+                f"`partition_specs` has {spec} for parameter {path!r}, which needs a mesh. Run the step under "
+                "jax.set_mesh(mesh), or give NamedSharding(mesh, spec)."
+            )
+
+
+def _axis_names(spec: PartitionSpec) -> list[str]:
+    names = [name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _is_spec(x: Any) -> bool:

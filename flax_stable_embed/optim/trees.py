@@ -35,7 +35,7 @@ def entry(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
 
 
-def _dotted(path: tuple) -> str:
+def dotted(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from ...optim.engine.engine import Engine
 from ...optim.engine.tail import Tail
-from ...optim.engine.transform import optimizer
+from ...optim.engine.transform import decay_member, method_member, optimizer, rate_member
 from ...optim.fused_update import FusedTransformation
 from ...optim.methods.trust_ratio import clipped
 from ...optim.storage.state_format import StateFormat
@@ -44,4 +44,5 @@ def decayed(
 ) -> FusedTransformation:
     """An optimizer: decay, of the parameter or (`coupled`) in the gradient, clipping and learning rate."""
     tail = Tail(weight_decay=weight_decay, coupled=coupled, clip=clipped(max_unorm))
-    return optimizer(engine, learning_rate, tail=tail, members=("method", "decay", "rate"))
+    members = [method_member(engine), decay_member(tail), rate_member(learning_rate)]
+    return optimizer(engine, learning_rate, tail=tail, members=members)

@@ -1,4 +1,4 @@
-"""What a transform stores where: its method, its state within the whole one, and the decision for each parameter."""
+"""Finds the one 8-bit transform in an optimizer: its method, its state, and the plan of each parameter."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,14 @@ import optax
 
 from ...optim.engine.method import Method
 from ...optim.engine.records import trace_init
-from ...optim.storage.rules import Decision
+from ...optim.storage.plan import LeafPlan
 
 
 class Layout(NamedTuple):
     """How the one 8-bit transform in an optimizer stores the moments of each parameter."""
 
     method: Method
-    parameters: dict[str, tuple[tuple[int, ...], Decision]]  # by path: the shape, and the decision
+    plans: dict[str, LeafPlan]  # by path
 
     def find(self, state: Any) -> Any:
         """Its state, from within the whole one.
@@ -44,7 +44,7 @@ def layout(tx: optax.GradientTransformation, params: Any) -> Layout:
         ValueError: there is none, or more than one.
     """
     records = [record for _, record in trace_init(tx, params)[1]]
-    found = [Layout(r.method, r.parameters) for r in records if r.method is not None]
+    found = [Layout(r.method, r.plans) for r in records if r.method is not None]
     if len(found) != 1:
         raise ValueError(
             f"`tx` must hold one 8-bit transform of this library, got {len(found)}. Give it the optimizer itself, or a "

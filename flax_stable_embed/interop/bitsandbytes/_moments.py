@@ -11,7 +11,7 @@ import numpy as np
 
 from ...ops.blockwise.blocks import Blocks
 from ...optim.storage.moments import MomentName, decode, encode
-from ...optim.storage.rules import Decision
+from ...optim.storage.plan import LeafPlan
 from . import _blocks as flat
 from ._report import How
 
@@ -38,27 +38,26 @@ class Place(NamedTuple):
 
     moment: MomentName
     signed: bool  # which of bitsandbytes' maps is its
-    shape: tuple[int, ...]
-    decision: Decision
+    plan: LeafPlan
     axes: tuple[int, ...]  # those of torch's tensor, in our order
 
     @property
     def _stored(self):
-        return self.moment.stored(self.decision.format)._replace(stochastic=False)
+        return self.moment.stored(self.plan.state_format)._replace(stochastic=False)
 
     def shares_codes(self, block_size: int, qmap: np.ndarray) -> bool:
         """Whether bytes mean the same here and there."""
-        blocks, in_order = self.decision.blocks, self.axes == tuple(range(len(self.axes)))
-        if blocks is None or not in_order or self.decision.format.codec != "dynamic":
+        blocks, in_order = self.plan.blocks, self.axes == tuple(range(len(self.axes)))
+        if blocks is None or not in_order or self.plan.state_format.codec != "dynamic":
             return False
-        return flat.are_ours(self.shape, blocks, block_size) and flat.is_same_map(qmap, self.signed)
+        return flat.are_ours(self.plan.shape, blocks, block_size) and flat.is_same_map(qmap, self.signed)
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes, absmax = encode(jnp.asarray(x, jnp.float32), self._stored, _need(self.decision.blocks))
+        codes, absmax = encode(jnp.asarray(x, jnp.float32), self._stored, _need(self.plan.blocks))
         return np.asarray(codes), np.asarray(absmax)
 
     def decode(self, codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
-        return np.asarray(decode(jnp.asarray(codes), jnp.asarray(absmax), self._stored, _need(self.decision.blocks)))
+        return np.asarray(decode(jnp.asarray(codes), jnp.asarray(absmax), self._stored, _need(self.plan.blocks)))
 
 
 def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.ndarray, np.ndarray, How, float]:
@@ -74,9 +73,9 @@ def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.
             off = np.abs(moment.qmap - flat.qmap(place.signed)).max()
             return moment.values, moment.absmax.reshape(absmax.shape), "exact", float(off)
     given = given.transpose(place.axes)
-    if place.decision.blocks is not None:
+    if place.plan.blocks is not None:
         codes, scales = place.encode(given)
-        error = _error(given, place.decode(codes, scales), _spread(scales, place.decision.blocks, place.shape))
+        error = _error(given, place.decode(codes, scales), _spread(scales, place.plan.blocks, place.plan.shape))
         return codes, scales, "encoded", error
     floats = given if values.shape == given.shape else given.mean(-1, keepdims=True)  # one number a row
     floats = floats.astype(values.dtype)
@@ -87,8 +86,8 @@ def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.
 def to_theirs(values: np.ndarray, absmax: np.ndarray, place: Place) -> tuple[Stored, How, float]:
     """`(what bitsandbytes stores, how, error)`: bytes of our bytes, fp32 of all else."""
     back = np.argsort(place.axes)
-    if place.decision.blocks is None:
-        whole = np.broadcast_to(values, place.shape).transpose(back)
+    if place.plan.blocks is None:
+        whole = np.broadcast_to(values, place.plan.shape).transpose(back)
         floats = np.array(whole, np.float32, order="C")  # np.ascontiguousarray would give a scalar an axis
         error = _error(whole, floats, np.abs(whole).max(initial=0))
         return Stored(floats), "encoded" if error else "exact", error

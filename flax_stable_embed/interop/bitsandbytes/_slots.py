@@ -58,11 +58,11 @@ def slots(kept: Layout, pairs: Mapping[Key, str], axes: Axes) -> Iterator[Slot]:
     """
     states, moments = states_of(kept.method), {moment.name: moment for moment in kept.method.moments}
     for key, path in pairs.items():
-        shape, decision = kept.parameters[path]
-        order = axes.of(path, shape)
+        plan = kept.plans[path]
+        order = axes.of(path, plan.shape)
         for number, names in enumerate(states, 1):
             for plane, name in enumerate(names):
-                place = Place(moments[name], number == 1, shape, decision, order)
+                place = Place(moments[name], number == 1, plan, order)
                 yield Slot(key, path, number, plane if len(names) > 1 else None, place)
 
 
@@ -88,8 +88,7 @@ class Arrays:
 
     def __init__(self, state: Any, method: Method):
         self.state = state
-        fields = [name for moment in method.moments for name in (moment.name, f"{moment.name}_absmax")]
-        flat = {field: jax.tree_util.tree_flatten_with_path(getattr(state, field), is_leaf=is_box) for field in fields}
+        flat = {f: jax.tree_util.tree_flatten_with_path(getattr(state, f), is_leaf=is_box) for f in method.fields}
         self._trees = {field: tree for field, (_, tree) in flat.items()}
         self._boxes = {field: {path_name(path): box for path, box in leaves} for field, (leaves, _) in flat.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from ...ops.blockwise_step.api import Implementation
+from ...optim.engine.options import Options
 from ...optim.fused_update import FusedTransformation
 from ...optim.methods.adagrad import engine as adagrad_engine
 from ...optim.methods.lion import engine as lion_engine
@@ -52,8 +53,8 @@ def sgd8bit(
     >>> round(float(params["kernel"][0, 0]), 4)
     0.85
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    engine = sgd_engine(momentum, False, None, *options, sums="gradients")
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = sgd_engine(momentum, None, options, sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
 
@@ -101,8 +102,8 @@ def lars8bit(
     >>> [round(float(x.ravel()[0]), 4) for x in (params["kernel"], params["bias"])]
     [0.9, 0.998]
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    engine = sgd_engine(momentum, False, None, *options, name="lars", sums="gradients")
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = sgd_engine(momentum, None, options, name="lars", sums="gradients")
     return decayed(engine, learning_rate, weight_decay, coupled=True, max_unorm=max_unorm)
 
 
@@ -146,8 +147,9 @@ def rmsprop8bit(
     >>> round(float(params["kernel"][0, 0]), 4), state[0].nu["kernel"].dtype
     (0.9, dtype('uint8'))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    engine = rmsprop_engine(decay, eps, 0.0, False, False, None, False, False, *options)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    flags = {"eps_in_sqrt": False, "centered": False, "bias_correction": False}
+    engine = rmsprop_engine(decay, eps, 0.0, None, options, **flags)
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
 
@@ -188,7 +190,8 @@ def adagrad8bit(
     >>> round(float(params["kernel"][0, 0]), 4), float(state[0].sum_of_squares_absmax["kernel"][0, 0])
     (0.99, 1.0)
     """
-    engine = adagrad_engine(0.0, eps, False, rules, state_format, implementation, partition_specs, skip_nonfinite)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = adagrad_engine(0.0, eps, options, eps_in_sqrt=False)
     return decayed(engine, learning_rate, weight_decay, coupled=True)
 
 
@@ -228,5 +231,5 @@ def lion8bit(
     >>> tx.init({"kernel": jnp.ones((64, 512))})[0].mu_absmax["kernel"].shape
     (64, 2)
     """
-    engine = lion_engine(b1, b2, None, rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = lion_engine(b1, b2, None, Options(rules, state_format, implementation, partition_specs, skip_nonfinite))
     return decayed(engine, learning_rate, weight_decay)

@@ -89,17 +89,17 @@ def load_optimizer_state(
         raise ValueError(f"`state_dict` must have 'state' and 'param_groups', got {', '.join(map(repr, state_dict))}.")
     kept, saved = layout(tx, params), {key: _unwrapped(key, one) for key, one in state_dict["state"].items()}
     keys = dict.fromkeys([*(key for group in state_dict["param_groups"] for key in group["params"]), *saved])
-    pairs = pair(order, keys, kept.parameters)
+    pairs = pair(order, keys, kept.plans)
     saved = {key: saved[key] for key in pairs if saved.get(key)}
     _check_states(saved, len(states_of(kept.method)), kept.method.name)
     step = _common_step(saved, step)
     whole = tx.init(params)
     arrays, rows = Arrays(kept.find(whole), kept.method), []
-    for slot in slots(kept, pairs, Axes(transpose, kept.parameters)):
+    for slot in slots(kept, pairs, Axes(transpose, kept.plans)):
         how, error = "absent", 0.0
         if slot.key in saved:
             moment = _read(saved[slot.key], slot)
-            check_shape(slot.key, slot.path, moment.values.shape, slot.place.shape, slot.place.axes)
+            check_shape(slot.key, slot.path, moment.values.shape, slot.place.plan.shape, slot.place.axes)
             values, absmax, how, error = to_ours(moment, slot.place, arrays[slot.values], arrays[slot.absmax])
             arrays[slot.values], arrays[slot.absmax] = values, absmax
         rows.append(Converted(slot.path, slot.key, slot.place.moment.name, how, error))
@@ -152,11 +152,11 @@ def dump_optimizer_state(
     core = kept.find(state)
     keys = dict(order) if isinstance(order, Mapping) else dict(enumerate(order))
     groups = _groups(param_groups, list(keys), len(states_of(kept.method)), kept.method.name)
-    pairs = pair(order, [key for group in groups for key in group["params"]], kept.parameters)
+    pairs = pair(order, [key for group in groups for key in group["params"]], kept.plans)
     arrays, count, moments = Arrays(core, kept.method), int(core.count), {}
-    for slot in slots(kept, pairs, Axes(transpose, kept.parameters)):
+    for slot in slots(kept, pairs, Axes(transpose, kept.plans)):
         values, absmax = np.asarray(arrays[slot.values]), np.asarray(arrays[slot.absmax])
-        if is_codes(values.dtype) != (slot.place.decision.blocks is not None):
+        if is_codes(values.dtype) != (slot.place.plan.blocks is not None):
             raise ValueError(
                 f"`state` has {values.dtype} for {slot.path!r}, which `tx` stores otherwise: is it its own?"
             )
@@ -192,10 +192,10 @@ def _read(state: Mapping[str, Any], slot: Slot) -> Stored:
     found = {field: as_numpy(state[name]) for field, name in names.items() if name in state}
     values, absmax = found["state"], found.get("absmax")
     if slot.plane is not None:
-        if values.ndim != len(slot.place.shape) + 1 or len(values) <= slot.plane:
+        if values.ndim != len(slot.place.plan.shape) + 1 or len(values) <= slot.plane:
             raise ValueError(
                 f"`state1` of parameter {slot.key!r} has the shape {values.shape}; that of AdEMAMix has two moments, "
-                f"{(2, *slot.place.shape)}. Is it the same optimizer?"
+                f"{(2, *slot.place.plan.shape)}. Is it the same optimizer?"
             )
         values, absmax = values[slot.plane], None if absmax is None else absmax[slot.plane]
     if jnp.issubdtype(values.dtype, jnp.floating) and absmax is None:

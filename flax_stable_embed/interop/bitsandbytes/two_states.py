@@ -15,6 +15,7 @@ from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
 from ...optim.arguments import check_numbers
+from ...optim.engine.options import Options
 from ...optim.fused_update import FusedTransformation
 from ...optim.methods.adam import engine as adam_engine
 from ...optim.methods.ademamix import engine as ademamix_engine
@@ -45,8 +46,8 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.adam8bit(1e-3)
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    engine = adam_engine(b1, b2, eps, 0.0, None, False, *options, correction=correction)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = adam_engine(b1, b2, eps, 0.0, None, options, correction=correction)
     return decayed(engine, learning_rate, weight_decay)
 
 
@@ -160,8 +161,8 @@ def lamb8bit(
     >>> [round(float(x.ravel()[0]), 4) for x in (params["kernel"], params["bias"])]
     [0.9, 0.45]
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    engine = adam_engine(b1, b2, eps, 0.0, None, False, *options, correction=correction, name="lamb")
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    engine = adam_engine(b1, b2, eps, 0.0, None, options, correction=correction, name="lamb")
     return decayed(engine, learning_rate, weight_decay, max_unorm=max_unorm)
 
 
@@ -219,9 +220,9 @@ def ademamix8bit(
         check_numbers(b3=b3)
         _check_between(b1=b1, b3=b3)
     alpha_now = alpha if _is_off(t_alpha) else lambda before: alpha * jnp.minimum(1.0, (before + 1) / t_alpha)
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
     engine = ademamix_engine(
-        b1, b2, b3, alpha_now, eps, 0.0, None, *options, correction=correction, growing_b3=growing_b3
+        b1, b2, b3, alpha_now, eps, 0.0, None, options, correction=correction, growing_b3=growing_b3
     )
     return decayed(engine, learning_rate, weight_decay)
 

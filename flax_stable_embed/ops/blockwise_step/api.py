@@ -68,20 +68,37 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def what_runs(
-    implementation: Implementation | None, path: str, blocks: Blocks, parameter: jax.Array, spec: Spec | None = None
+    implementation: Implementation | None,
+    path: str,
+    blocks: Blocks,
+    parameter: jax.Array,
+    spec: Spec | None = None,
+    *,
+    platform: str | None = None,
+    devices: int | None = None,
 ) -> str:
-    """The name of what a step of a parameter runs on this process's platform, with the reason where one is needed.
+    """Names what runs the step of a parameter, with the reason where it is not the platform's kernel.
+
+    Args:
+        implementation: The one that the user asked for, or None.
+        path: The parameter's path, for errors.
+        blocks: Its blocks.
+        parameter: The parameter, or its shape and dtype.
+        spec: How it is sharded, for a mesh where its type does not say it.
+        platform: "cpu", "tpu", "gpu" or "cuda"; None for the platform of this process.
+        devices: The number of devices that the program runs on; None for all of this process.
 
     Raises:
-        ValueError: a named implementation that cannot take this array.
+        ValueError: A named implementation cannot take this array.
     """
-    name: Implementation = implementation or capabilities.PLATFORMS.get(_platform(), "xla")
+    platform = {"gpu": "cuda"}.get(platform, platform) if platform else _platform()
+    name: Implementation = implementation or capabilities.PLATFORMS.get(platform, "xla")
     why = None if name == "xla" else capabilities.refusal(name, blocks, parameter.shape, parameter.dtype)
     if implementation and why:
         raise ValueError(f"Parameter {path!r}: {refused(name, parameter.shape, why)}")
     if implementation or name != "pallas_tpu":
         return f"xla: {why}" if why else name
-    if not why and jax.device_count() > 1:
+    if not why and (devices or jax.device_count()) > 1:
         sharding = lowering.sharding_of(parameter, spec)
         if sharding is None:
             why = "no partition_specs"

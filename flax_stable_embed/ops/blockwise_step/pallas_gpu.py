@@ -109,7 +109,7 @@ def run(
         out_shape=outputs,
         input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps),
-        name=f"{step.rule.__name__}_8bit",
+        name=f"{step.rule.name}_8bit",
         interpret=interpret,
     )(numbers, integers, *arrays, *scales)
     new_codes, absmax = stored[: len(codes)], stored[len(codes) :]

@@ -138,7 +138,7 @@ def run(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=VMEM_BYTES
         ),
-        name=f"{step.rule.__name__}_8bit",
+        name=f"{step.rule.name}_8bit",
         interpret=interpret,
     )(*inputs)
     codes, absmax = stored[: len(operands.codes)], stored[len(operands.codes) :]

@@ -1,17 +1,16 @@
-"""One optimizer step on one array whose moments are stored in blocks of bytes.
+"""One optimizer step on one array whose moments are stored in 8 bits, in blocks.
 
     m_k = decode(codes_k) * absmax_k;   u, m' = rule(g, *m);   out = finish(u, p);   codes_k, absmax_k = encode(m'_k)
 
-The rule knows no storage and this file knows no rule. The update is computed from the fresh moments, before they are
-rounded, in float32 whatever the parameter's dtype. A `Step` holds all that is static, so that every implementation
-(`xla.py`, one file each) has the same two arguments: what to do, and the arrays.
+An update rule knows nothing about storage, and this file knows nothing about update rules. The update is computed from
+the new moments before they are rounded, in float32 whatever the parameter's dtype. A `Step` holds everything static.
+Every implementation (one file each) therefore takes the same two arguments: the `Step` and the arrays.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,36 @@ from jax import Array
 
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import CODECS, Code, Codec
+
+Need = Literal["square", "rounded", "step_size"]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The formula of an optimizer, with a declaration of what it needs from the step around it.
+
+    Attributes:
+        formula: `formula(g, *moments, **hyper) -> (u, moments)`, a module-level function of float32 arrays.
+        needs: Keyword arguments that `apply_rule` adds to the hyper-parameters:
+            "square": the function from a gradient to the squares that second moments average, of their shape.
+            "rounded": whether the moments that the formula gets were rounded when they were stored.
+            "step_size": the step size, or None. The formula then multiplies by it, and `apply_rule` does not.
+    """
+
+    formula: Callable
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.formula.__name__
+
+    def __call__(self, g, *moments, **hyper):
+        return self.formula(g, *moments, **hyper)
+
+
+def update_rule(*needs: Need) -> Callable[[Callable], UpdateRule]:
+    """Declares a function to be an update rule: `@update_rule("square")` above `def adam(g, m, v, *, square, ...)`."""
+    return lambda formula: UpdateRule(formula, needs)
 
 
 class Moment(NamedTuple):
@@ -37,12 +66,12 @@ class Moment(NamedTuple):
 class Step:
     """Everything static about the step of one array; hashable, so it can be a static argument.
 
-    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function in float32; around it `apply_rule` decays
-    and scales. The output is `u` in `dtype`, or `p + u` when `fused`, where `dtype` is that of `p`. With
-    `skip_nonfinite`, elements whose gradient is not finite keep moments and parameter.
+    `apply_rule` runs `rule`, and adds weight decay and the step size. The output is `u` in `dtype`. When `fused` it is
+    `p + u`, and `dtype` is that of `p`. With `skip_nonfinite`, elements whose gradient is not finite keep their moments
+    and their parameter.
     """
 
-    rule: Callable
+    rule: UpdateRule
     hyper: tuple[tuple[str, Any], ...] = ()
     moments: tuple[Moment, ...] = ()
     blocks: Blocks = Blocks(0, 1)
@@ -51,7 +80,7 @@ class Step:
     dtype: np.dtype = np.dtype(np.float32)
 
     def with_storage(self, moments: tuple[Moment, ...], blocks: Blocks) -> "Step":
-        """The same step on moments that are stored in bytes."""
+        """Returns the same step on moments that are stored in 8 bits."""
         return replace(self, moments=moments, blocks=blocks)
 
     @property
@@ -60,7 +89,7 @@ class Step:
 
 
 class Operands(NamedTuple):
-    """The arrays of one step. `codes` and `absmax` have one entry a moment; `hyper` holds traced scalars by name."""
+    """The arrays of one step. `codes` and `absmax` have one entry per moment. `hyper` holds traced scalars by name."""
 
     g: Array
     p: Any  # None where nothing needs the parameter
@@ -71,22 +100,21 @@ class Operands(NamedTuple):
 
 
 def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: dict[str, Any], compute: Any = None):
-    """The arithmetic of a step, in the dtype `compute` (float32 if None): `(output, new moments)`.
+    """Runs the arithmetic of a step in the dtype `compute` (float32 if None): `(output, new moments)`.
 
-    Hyper-parameters around the rule, each only where it is given: `coupled_weight_decay * p` is added to the gradient
-    before it; `weight_decay * p` is added to its direction, which then is multiplied by `step_size`.
-    A rule asks by a parameter of this name for:
-        square: the function from a gradient to the squares that its second moments average, of their shape.
-        rounded: whether the moments that it gets were rounded when they were stored.
-        step_size: to multiply by it itself; None where there is none.
+    Three hyper-parameters act around the rule, where they are given. `coupled_weight_decay * p` is added to the
+    gradient before the rule. `weight_decay * p` is added to the direction after it. `step_size` multiplies the sum.
     """
     compute = jnp.float32 if compute is None else compute
     hyper = {**dict(step.hyper), **hyper}
-    asked = _parameters(step.rule)
     coupled, weight_decay = hyper.pop("coupled_weight_decay", None), hyper.pop("weight_decay", None)
-    step_size = None if "step_size" in asked else hyper.pop("step_size", None)
-    on_offer = {"square": hyper.pop("square", square), "rounded": hyper.pop("rounded", bool(step.moments))}
-    hyper |= {name: value for name, value in on_offer.items() if name in asked}
+    on_offer = {
+        "square": hyper.pop("square", square),
+        "rounded": hyper.pop("rounded", bool(step.moments)),
+        "step_size": hyper.pop("step_size", None),
+    }
+    hyper |= {name: on_offer[name] for name in step.rule.needs}
+    step_size = None if "step_size" in step.rule.needs else on_offer["step_size"]
     g_in: Any = g.astype(compute)
     p_in: Any = None if p is None else p.astype(compute)
     given = g_in
@@ -106,27 +134,22 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
 
 
 def without_overflow(moments: Sequence[Array]) -> tuple[Array, ...]:
-    """Zero in all moments where one is not finite: alone, g^2 overflows first, and m / sqrt(0) would follow."""
+    """Zeroes all moments where one is not finite. If g^2 alone overflowed to zero, m / sqrt(0) would follow."""
     finite = reduce(jnp.logical_and, map(jnp.isfinite, moments))
     return tuple(jnp.where(finite, x, 0.0) for x in moments)
 
 
 def widest(p: Any, wide: Any) -> Array:
-    """A parameter to add to: `wide`, its copy in the dtype of the arithmetic, or itself where it has more digits."""
+    """Returns the parameter to add to: `wide`, its copy in the dtype of the arithmetic, or itself if it is float64."""
     return p if p.dtype == np.float64 else wide
 
 
-@cache
-def _parameters(rule: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(rule).parameters)
-
-
 def square(g: Array) -> Array:
-    """|g|^2, element by element."""
+    """Returns |g|^2, element by element."""
     return g**2 if jnp.isrealobj(g) else g.real**2 + g.imag**2
 
 
 def row_mean_square(g: Array) -> Array:
-    """The mean of g^2 over the last axis, which stays with extent 1. Squares that are not finite count as zero."""
+    """Returns the mean of g^2 over the last axis, kept with size 1. Squares that are not finite count as zero."""
     squares = g**2
     return jnp.mean(jnp.where(jnp.isfinite(squares), squares, 0.0), axis=-1, keepdims=True)

@@ -1,57 +1,48 @@
-"""The engine of every 8-bit optimizer: parameters in, a tree of codes and scales kept, one step over the tree.
+"""Runs an optimizer over a pytree of parameters.
 
-The state is parallel trees with exactly one array per parameter each: for every moment its codes (or fp32 values), of
-the parameter's own shape, and its scales, of the parameter's rank. How a parameter's moments are stored is decided
-once, in `init`; `update` reads it off the state's dtypes. An optimizer brings a `Method` (its rule and its names); what
-is done around the rule (decay, learning rate, norms) is the `Tail`.
+An optimizer is a `Method` (its rule and the names of its moments) and a `Tail` (what happens around the rule). Adam is
+`Method(adam, mu, nu)`. AdamW is the same method with `Tail(weight_decay=...)`. LAMB adds `Tail(rescale=trust_ratio)`.
+
+The state is parallel pytrees with exactly one array per parameter. Every moment has its codes (or float32 values), of
+the parameter's shape, and its scales, of the parameter's rank. `init` and `step` first resolve each parameter into a
+`LeafPlan`, then pass the plans on.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
-from ...ops.blockwise_step.api import Implementation, check_implementation, step_blockwise, what_runs
-from ...ops.blockwise_step.step import Operands, Step, apply_rule, row_mean_square, square, widest
-from ...ops.counter_random import array_key
+from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
-from ..boxes import unbox
 from ..placement import Specs
-from ..storage.decide import decide
-from ..storage.format_code import format_of
-from ..storage.moments import in_memory, initial, memory_of, wide_dtype
-from ..storage.rules import Rules
-from ..storage.state_format import StateFormat
+from ..storage.format_code import format_code
+from ..storage.moments import initial
+from ..storage.plan import LeafPlan, PlannedLeaf, Planner
+from ..storage.rules import Bits, Rules
 from ..trees import is_none, nbytes, path_name
-from .leaf import _is_static, _narrowed
+from .leaf import Leaf, LeafStep
 from .method import Method
-from .records import RECORDS, Leaf, Record, Row
-from .state_checks import check_fields, check_moments, check_same_paths, check_storage
-from .tail import Tail, _tail_of
+from .options import Options
+from .records import RECORDS, Record, StoredMoment
+from .state_checks import check_fields, check_same_paths, check_storage, stored_bits
+from .tail import Tail
 
 
 class Engine:
-    """`init`, `update` and `fused_update` of a method over a tree of parameters."""
+    """`init` and `step` of a method over a pytree of parameters."""
 
-    def __init__(
-        self,
-        method: Method,
-        rules: Any,
-        state_format: StateFormat,
-        implementation: Implementation | None,
-        partition_specs: Any,
-        skip_nonfinite: bool,
-    ):
-        check_implementation(implementation)
-        self.method, self.skip_nonfinite = method, skip_nonfinite
-        self.implementation: Implementation | None = implementation
-        self.rules, self.specs = Rules(rules, state_format), Specs(partition_specs)
+    def __init__(self, method: Method, options: Options):
+        check_implementation(options.implementation)
+        self.method, self.options = method, options
+        rules, specs = Rules(options.rules, options.state_format), Specs(options.partition_specs)
+        self.rules = rules
+        self.planner = Planner(rules, specs, options.implementation, keeps_moments=bool(method.moments))
 
-    def check_overrides(self, decays: bool) -> None:
-        """Raises where a rule asks for what this optimizer does not have; `decays` tells if it decays weights."""
+    def check_overrides(self, *, decays: bool) -> None:
+        """Raises where a rule sets what this optimizer does not have. `decays` tells whether it decays weights."""
         possible = {*self.method.overridable, *(["weight_decay"] if decays else [])}
         for _, rule in self.rules.user:
             if unknown := rule.overrides.keys() - possible:
@@ -61,60 +52,84 @@ class Engine:
                 )
             self._check_rowwise(rule.bits, str(rule))
 
-    def _check_rowwise(self, bits: Any, who: str) -> None:
+    def _check_rowwise(self, bits: Bits | None, who: str) -> None:
         if bits == "rowwise" and not any(moment.second for moment in self.method.moments):
             raise ValueError(
-                f"{who} asks for one second moment a row, but {self.method.name} has no second moment. Use 'bf16' or 8."
+                f"{who} asks for one second moment per row, but {self.method.name} has no second moment. Use 'bf16' or "
+                "8."
             )
 
-    # --- init --------------------------------------------------------------------------------------------------------
-
     def init(self, params: Any) -> Any:
-        """A state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
-        leaves, tree = decide(self.rules, params)
+        """Makes a state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
+        leaves, tree = self.planner.plans(params)
         for x in leaves:
-            self._check_rowwise(x.decision and x.decision.bits, f"The metadata of parameter {x.path!r}")
-        if not self.method.moments:
-            leaves = [x._replace(decision=x.decision and x.decision.without_moments) for x in leaves]
-        fields, sizes = {}, [0] * len(leaves)
+            self._check_rowwise(x.plan and x.plan.bits, f"The metadata of parameter {x.path!r}")
+        fields, sizes = {}, dict.fromkeys((x.path for x in leaves if x.plan), 0)
         for moment in self.method.moments:
-            pairs = [initial(x.box, moment, x.decision) if x.decision else (x.box, x.box) for x in leaves]
+            pairs = [initial(x.box, moment, x.plan) if x.plan else (x.box, x.box) for x in leaves]
             fields[moment.name] = tree.unflatten([value for value, _ in pairs])
             fields[f"{moment.name}_absmax"] = tree.unflatten([absmax for _, absmax in pairs])
-            sizes = [n + sum(map(nbytes, pair)) if x.decision else n for n, pair, x in zip(sizes, pairs, leaves)]
-        counts = {name: jnp.zeros([], jnp.int32) for name in _counts(self.method.state)}
-        in_bytes = [(x.path, unbox(x.box).shape) for x in leaves if x.decision and x.decision.blocks]
-        for x in leaves:
-            if x.decision and x.decision.blocks:  # raises where a named one cannot
-                self._implementation_of(x.path, x.box, x.decision.blocks)
-        state = self.method.state(**counts, **fields, format=jnp.asarray(format_of(self.rules, in_bytes)))
-        self._report(state.format, leaves, sizes)
+            for x, pair in zip(leaves, pairs):
+                if x.plan:
+                    sizes[x.path] += sum(map(nbytes, pair))
+        counts = {name: jnp.zeros([], jnp.int32) for name in self.method.counts}
+        plans = {x.path: x.plan for x in leaves if x.plan}
+        vector = jnp.asarray(format_code(self.rules.formats, list(plans.values())))
+        state = self.method.state(**counts, **fields, format=vector)
+        if (records := RECORDS.get()) is not None:
+            moments = self._stored_moments(leaves)
+            records.append(Record(vector, self.rules.formats, plans, sizes, moments, self.method))
         return state
 
-    def _implementation_of(self, path: str, box: Any, blocks: Any) -> str:
-        return what_runs(self.implementation, path, blocks, unbox(box), self.specs.of(path))
-
-    def _report(self, state_format, leaves, sizes):
-        if (records := RECORDS.get()) is None:
-            return
-        rows, kept, parameters = [], [], {}
-        for (key_path, path, box, d), size in zip(leaves, sizes):
-            if d is None:
+    def _stored_moments(self, leaves: list[PlannedLeaf]) -> list[StoredMoment]:
+        found = []
+        for key_path, _, _, plan in leaves:
+            if plan is None:
                 continue
-            shape = unbox(box).shape
-            parameters[path] = shape, d
-            how = self._implementation_of(path, box, d.blocks) if d.blocks else "optax's formula"
-            rows.append(Row(path, shape, d.bits, d.shown, d.reason, how, size, d.rule.shown))
             for moment in self.method.moments:
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
-                stored = moment.stored(d.format) if d.blocks else None
-                kept.append(Leaf(moment.name, codes, absmax, shape, stored, d.blocks))
-        records.append(Record(state_format, self.rules.formats, rows, kept, parameters, self.method))
-
-    # --- one step ----------------------------------------------------------------------------------------------------
+                stored = moment.stored(plan.state_format) if plan.blocks else None
+                found.append(StoredMoment(plan.path, moment.name, codes, absmax, plan.shape, stored, plan.blocks))
+        return found
 
     def step(self, grads: Any, state: Any, params: Any, *, fused: bool = False, tail: Tail = Tail()) -> tuple[Any, Any]:
-        """Updates (or, fused, the new parameters) and the new state."""
+        """Runs one step: the updates (or, fused, the new parameters) and the new state."""
+        paths, leaves, tree, columns = self._leaves(grads, state, params)
+        plans = [self._plan(path, leaf) for path, leaf in zip(paths, leaves)]
+        stored = [(plan, leaf) for plan, leaf in zip(plans, leaves) if plan is not None]
+        check_storage(self.method, self.rules, state.format, *(zip(*stored) if stored else ((), ())))
+        allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
+        in_gradient = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        step = LeafStep(self.method, self.options.implementation, fused, self.options.skip_nonfinite, count)
+        hypers = {}  # by what rules set: most parameters share theirs
+        outputs = []
+        for i, (plan, leaf) in enumerate(zip(plans, leaves)):
+            if plan is None or leaf.g is None:
+                outputs.append(leaf.p if fused else None)
+                continue
+            overrides = {k: v for k, v in plan.rule.overrides.items() if k != "weight_decay"}
+            key = tuple(overrides.items())
+            if key not in hypers:
+                hypers[key] = self.method.hyper(state.count, count, **{**self.method.overridable, **overrides})
+            own = tail.of_leaf(plan.rule, decays=allowed[i], in_gradient=in_gradient[i])
+            out, new = step(plan, leaf, hypers[key], own)
+            outputs.append(out)
+            for name, value in new.items():
+                columns[name][i] = value
+        fields = {name: getattr(state, name) for name in self.method.fields}
+        new = {name: jax.tree.structure(x, is_leaf=is_none).unflatten(columns[name]) for name, x in fields.items()}
+        # One array each, because an array that is in the state twice could not be donated.
+        new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in self.method.counts}
+        return tree.unflatten(outputs), state._replace(**new)
+
+    def _leaves(self, grads: Any, state: Any, params: Any) -> tuple[list[str], list[Leaf], Any, dict[str, list]]:
+        """Pairs gradients, parameters and moments: paths, leaves, the structure, and the flat fields of the state.
+
+        Raises:
+            TypeError: The state is of another optimizer, or a gradient is a `SparseRows`.
+            ValueError: Gradients, parameters and state are not of the same parameters.
+        """
         if not isinstance(state, self.method.state):
             raise TypeError(
                 f"`state` must hold a {self.method.state.__name__}, as `init` makes it, got {kind_of(state)}. The "
@@ -122,113 +137,36 @@ class Engine:
             )
         refuse_sparse_rows(self.method.name, grads)
         check_fields(self.method, state, grads)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
-        trees = {name: getattr(state, name) for m in self.method.moments for name in (m.name, f"{m.name}_absmax")}
-        columns = {name: jax.tree.leaves(x, is_leaf=is_none) for name, x in trees.items()}
-        p_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params, is_leaf=is_none)
-        if {len(column) for column in (*columns.values(), p_leaves)} != {len(leaves)}:
-            stored = len(next(iter(columns.values()), leaves))
+        pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none)
+        paths = [path_name(path) for path, _ in pairs]
+        columns = {name: jax.tree.leaves(getattr(state, name), is_leaf=is_none) for name in self.method.fields}
+        p_leaves = [None] * len(pairs) if params is None else jax.tree.leaves(params, is_leaf=is_none)
+        if {len(column) for column in (*columns.values(), p_leaves)} != {len(pairs)}:
+            stored = len(next(iter(columns.values()), pairs))
             raise ValueError(
-                f"The gradients have {len(leaves)} leaves, the parameters {len(p_leaves)} and the optimizer state "
+                f"The gradients have {len(pairs)} leaves, the parameters {len(p_leaves)} and the optimizer state "
                 f"{stored}: was the state made by `init` of the same parameters?"
             )
-        paths = [path_name(path) for path, _ in leaves]
         for moment in self.method.moments[:1]:
-            check_same_paths(paths, trees[moment.name], "the optimizer state has")
+            check_same_paths(paths, getattr(state, moment.name), "the optimizer state has")
         if params is not None:
             check_same_paths(paths, params, "the parameters have")
-        check_storage(self.method, self.rules, state.format, paths, columns)
-        allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
-        before_allowed = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        hypers = {}  # by what rules set: most parameters share theirs
-        outputs = []
-        for i, (path, (_, g)) in enumerate(zip(paths, leaves)):
-            p, stored = p_leaves[i], {name: column[i] for name, column in columns.items()}
-            if g is None:
-                outputs.append(p if fused else None)
-                continue
-            g, p = jnp.asarray(g), None if p is None else jnp.asarray(p)  # numpy's arrays and Python's numbers too
-            rule = self.rules.first_match(path, g.shape)[1]
-            overrides = {k: v for k, v in rule.overrides.items() if k != "weight_decay"}
-            key = tuple(overrides.items())
-            if key not in hypers:
-                hypers[key] = self.method.hyper(state.count, count, **overrides)
-            own = _tail_of(tail, rule, allowed[i], before_allowed[i])
-            memory = {name: rule.memory_kind or memory_of(x) for name, x in stored.items()}
-            stored = {name: in_memory(x, "device") for name, x in stored.items()}
-            out, stored = self._step_leaf(path, g, p, stored, dict(hypers[key]), own, count, fused)
-            stored = {name: in_memory(x, memory[name]) for name, x in stored.items()}
-            outputs.append(out)
-            for name, value in stored.items():
-                columns[name][i] = value
-        new = {name: jax.tree.structure(x, is_leaf=is_none).unflatten(columns[name]) for name, x in trees.items()}
-        # One array each: an array that is in the state twice could not be donated.
-        new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in _counts(self.method.state)}
-        return tree.unflatten(outputs), state._replace(**new)
+        leaves = []
+        for i, ((_, g), p) in enumerate(zip(pairs, p_leaves)):
+            # NumPy arrays and Python numbers become JAX arrays. Without a gradient the parameter stays what it is.
+            g, p = (g, p) if g is None else (jnp.asarray(g), None if p is None else jnp.asarray(p))
+            leaves.append(Leaf(g, p, {name: column[i] for name, column in columns.items()}))
+        return paths, leaves, tree, columns
 
-    def _step_leaf(self, path: str, g, p, stored: dict, hyper: dict, tail: Tail, count, fused: bool):
-        moments = tuple(stored[m.name] for m in self.method.moments)
-        bits = check_moments(self.method, self.rules, path, g, p, moments)
-        dtype = np.dtype(g.dtype if p is None else p.dtype)
-        if bits == 8:
-            compute = np.dtype(np.float32)
-        else:
-            compute = moments[0].dtype if moments and bits == 32 else wide_dtype(dtype)
-        if not fused and not jnp.issubdtype(dtype, jnp.inexact):
-            dtype = compute  # whole numbers take their updates as optax gives them, with their fractions
-        wide_p: Any = None if p is None else p.astype(compute)
-        clip = tail.clip if bits != 8 else None
-        decays_last = clip is not None and tail.weight_decay is not None and not tail.coupled
-        if tail.weight_decay is not None and not decays_last:
-            hyper["coupled_weight_decay" if tail.coupled else "weight_decay"] = tail.weight_decay
-        if tail.gradient_hyper is not None:
-            given = g.astype(compute)
-            if tail.coupled and tail.weight_decay is not None:
-                given = given + tail.weight_decay * wide_p
-            hyper |= tail.gradient_hyper(given, wide_p)
-        rescale = tail.rescale if clip is None else clip
-        if rescale is None:
-            if tail.step_size is not None:
-                hyper["step_size"] = tail.step_size
-            return self._apply(path, g, p, stored, moments, bits, hyper, count, fused, dtype, compute)
-        u, stored = self._apply(path, g, p, stored, moments, bits, hyper, count, False, compute, compute)
-        u = rescale(u, wide_p)
-        if decays_last:
-            u = u + tail.weight_decay * wide_p
-        if tail.step_size is not None:
-            u = tail.step_size * u
-        if self.skip_nonfinite:
-            u = jnp.where(jnp.isfinite(g), u, jnp.full_like(u, -0.0))  # again: by now it may be 0.0, which -0.0 is not
-        return (widest(p, wide_p) + u if fused else u).astype(dtype), stored
-
-    def _apply(self, path: str, g, p, stored, moments, bits, hyper: dict, count, fused: bool, dtype, compute):
-        names = [m.name for m in self.method.moments]
-        if bits == "rowwise":
-            hyper["square"] = row_mean_square
-            # Its square is not in the row's mean, which would leave it a step as long as itself.
-            g = jnp.where(jnp.isfinite(g) & ~jnp.isfinite(square(g.astype(compute))), jnp.zeros_like(g), g)
-        elif bits == "bf16":
-            hyper["rounded"] = True
-        # A np.float64 is a float, but one that would widen float32 arrays under x64: made a true one here.
-        static = tuple((k, float(v) if isinstance(v, float) else v) for k, v in hyper.items() if _is_static(v))
-        traced = {k: v for k, v in hyper.items() if not _is_static(v)}
-        step = Step(self.method.rule, hyper=static, fused=fused, skip_nonfinite=self.skip_nonfinite, dtype=dtype)
-        if bits != 8:
-            wide = tuple(m.astype(compute) for m in moments)
-            out, new = apply_rule(step, g, p, wide, traced, compute)
-            new = [_narrowed(f"{path}/{n}", count, *pair) for n, *pair in zip(names, new, moments)]
-            return out, stored | dict(zip(names, new))
-        state_format, blocks = self.rules.blocks(path, g.shape)
-        step = step.with_storage(tuple(m.stored(state_format) for m in self.method.moments), blocks)
-        absmax = tuple(stored[f"{name}_absmax"] for name in names)
-        traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
-        key = array_key(path, count) if step.stochastic else None
-        needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
-        operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
-        out, codes, absmax = step_blockwise(step, operands, self.implementation, self.specs.of(path))
-        return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
-
-
-def _counts(state: Any) -> list[str]:
-    return [name for name in state._fields if name.startswith("count")]
+    def _plan(self, path: str, leaf: Leaf) -> LeafPlan | None:
+        """Plans a leaf as its state stores it; None where there is nothing to step."""
+        if leaf.g is not None:
+            return self.planner.plan_stored(
+                path, leaf.g if leaf.p is None else leaf.p, stored_bits(self.method, path, leaf)
+            )
+        codes = next((leaf.stored[m.name] for m in self.method.moments), None)
+        if codes is None:
+            return None
+        # No gradient for a parameter that has moments. Its plan still counts for the length of `format`.
+        like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
+        return self.planner.plan_stored(path, like, stored_bits(self.method, path, leaf._replace(g=like, p=None)))

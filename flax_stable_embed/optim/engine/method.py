@@ -1,33 +1,43 @@
 """What tells one optimizer from another: its formula, its moments and its hyper-parameters."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ...ops.blockwise_step.step import UpdateRule
 from ..storage.moments import MomentName
 
 
 @dataclass(frozen=True)
 class Method:
-    """One optimizer, for the engine.
+    """One optimizer, as the engine runs it.
 
-    `rule(g, *moments, **hyper) -> (u, moments)` is a module-level function of arrays in float32 that knows no storage;
-    `ops.blockwise.step.apply_rule` says what it can ask for by a parameter's name.
-    `hyper(before, after, *, ...)` gives the rule's keyword arguments at a step, from the state's count before and after
-    it: Python numbers and functions are static, arrays are traced. What it takes by keyword only (`b1`, `b2`, `eps`) a
-    `Rule` can set for one parameter.
+    Attributes:
+        name: The optimizer's name, for error messages.
+        state: The class of its state, a NamedTuple with the fields `count`, each moment, each `<moment>_absmax`, and
+            `format`.
+        rule: The formula, `rule(g, *moments, **hyper) -> (u, moments)`. It knows nothing about storage.
+        moments: What the state keeps for every parameter.
+        hyper: `hyper(before, after, **overridable)` returns the rule's keyword arguments at a step, from the state's
+            count before and after it. Python numbers and functions become static, arrays are traced.
+        overridable: The hyper-parameters that a `Rule` can set for one parameter, with the optimizer's own values.
+        counts_steps: Whether `hyper` reads the count, so that a state without one cannot be continued.
     """
 
     name: str
-    state: type  # a NamedTuple: count, the moments, <moment>_absmax each, format
-    rule: Callable
+    state: type
+    rule: UpdateRule
     moments: tuple[MomentName, ...]
     hyper: Callable[..., dict[str, Any]]
-    counts_steps: bool = True  # whether `hyper` looks at the count, so that a state without one cannot go on
+    overridable: Mapping[str, Any] = field(default_factory=dict)
+    counts_steps: bool = True
 
     @property
-    def overridable(self) -> tuple[str, ...]:
-        """The hyper-parameters that a `Rule` can set."""
-        parameters = inspect.signature(self.hyper).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    def fields(self) -> list[str]:
+        """The fields of the state that hold a pytree like the parameters."""
+        return [name for moment in self.moments for name in (moment.name, f"{moment.name}_absmax")]
+
+    @property
+    def counts(self) -> list[str]:
+        """The fields of the state that count steps."""
+        return [name for name in self.state._fields if name.startswith("count")]  # pyright: ignore[reportAttributeAccessIssue]  # a NamedTuple

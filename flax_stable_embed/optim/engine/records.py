@@ -1,4 +1,4 @@
-"""What an `init` decides, for those who look on: they trace it and read its records."""
+"""Records of what `init` decided, for `describe` and `convert_state`: they trace `init` and read its records."""
 
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -9,55 +9,61 @@ from jax import Array
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise_step.step import Moment
-from ..storage.rules import Decision
+from ..storage.plan import LeafPlan
 from ..storage.state_format import StateFormat
 from .method import Method
 
 
-class Row(NamedTuple):
-    """One parameter in the report of `describe`."""
+class StoredMoment(NamedTuple):
+    """Where and how a transform's state keeps one moment of one parameter.
+
+    Attributes:
+        path: The parameter's path.
+        name: The moment's name, "mu".
+        codes: The key path of its codes or values, from the transform's state.
+        absmax: The key path of its scales.
+        shape: Its shape once decoded.
+        moment: How its codes are read; None where it is not in 8 bits.
+        blocks: The blocks that share a scale; None where it is not in 8 bits.
+    """
 
     path: str
+    name: str
+    codes: tuple
+    absmax: tuple
     shape: tuple[int, ...]
-    bits: int | str
-    block: str
-    reason: str
-    implementation: str
-    bytes: int
-    overrides: str = ""
-    cut: tuple[int, ...] | None = None
-    straddles: str = ""
+    moment: Moment | None
+    blocks: Blocks | None
 
 
-class Stayed(NamedTuple):
-    """A field of a wrapped transform's state that is no moment in 8 bits, in the report of `describe`."""
+class StayedField(NamedTuple):
+    """A field of a wrapped transform's state that stays as it is, with the reason, in the report of `describe`."""
 
     field: str
     bytes: int
     reason: str
 
 
-class Leaf(NamedTuple):
-    """One moment of one parameter: its shape once decoded, and where and how the transform's state keeps it."""
-
-    name: str  # the moment's
-    codes: tuple  # key paths from the transform's state
-    absmax: tuple
-    shape: tuple[int, ...]
-    moment: Moment | None  # None where it is not in 8 bits
-    blocks: Blocks | None
-
-
 class Record(NamedTuple):
-    """What one transform keeps. Its state is known again by its `format`, the very array."""
+    """What one 8-bit transform keeps.
+
+    Attributes:
+        format: The very array that its state has as `format`, by which the state is found in a larger one.
+        formats: The formats in use: the optimizer's, then the formats of its rules.
+        plans: The plan of every parameter whose moments it keeps, by path.
+        bytes: The bytes of those moments and their scales, by path.
+        moments: Where each moment is.
+        method: The optimizer; None for `quantize_state`.
+        stayed: Fields of a wrapped transform's state that stay as they are.
+    """
 
     format: Array
     formats: list[StateFormat]
-    rows: list[Row]
-    leaves: list[Leaf]
-    parameters: dict[str, tuple[tuple[int, ...], Decision]]  # by path: the shape, and the decision
-    method: Method | None = None  # of an optimizer of this library
-    stayed: tuple[Stayed, ...] = ()
+    plans: dict[str, LeafPlan]
+    bytes: dict[str, int]
+    moments: list[StoredMoment]
+    method: Method | None = None
+    stayed: tuple[StayedField, ...] = ()
 
 
 # Where `trace_init` collects records; None at all other times.
@@ -65,9 +71,11 @@ RECORDS: ContextVar[list[Record] | None] = ContextVar("records", default=None)
 
 
 def trace_init(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[tuple[tuple | None, Record]]]:
-    """The shapes of `tx.init(params)`, and the records of all in it with the key paths of their states.
+    """Traces `tx.init(params)`.
 
-    A path is None where a wrapper made another array of `format`.
+    Returns:
+        The shapes of the state, and the record of every 8-bit transform in it with the key path of its state. The path
+        is None where a wrapper made another array of `format`.
     """
     records: list[Record] = []
     places: dict[int, tuple] = {}
@@ -80,7 +88,7 @@ def trace_init(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list
 
     token = RECORDS.set(records)
     try:
-        with jax.disable_jit():  # not from a cached trace, which would record nothing: a new function, and jits within
+        with jax.disable_jit():  # a cached trace would record nothing
             state = jax.eval_shape(init, params)
     finally:
         RECORDS.reset(token)

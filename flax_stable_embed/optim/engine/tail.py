@@ -1,4 +1,4 @@
-"""What happens around the rule: weight decay, trust ratio, step size."""
+"""What happens around the update rule: weight decay, norms over a parameter, step size."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,25 +11,32 @@ from ..storage.rules import Rule
 class Tail(NamedTuple):
     """What an optimizer does around its method: `u += weight_decay * p` where the mask allows, then `u *= step_size`.
 
-    coupled: the decay is added to the gradient instead, before the rule.
-    gradient_hyper: `(g, p) -> more hyper-parameters`, from the whole decayed gradient and parameter in float32.
-    rescale: `(u, p) -> u`, from the whole decayed direction and parameter, before the step size.
-    clip: `(u, p) -> u` as bitsandbytes clips: from the whole direction before a decoupled decay, and only where moments
-        are not in 8 bits.
+    AdamW is Adam's method with `Tail(weight_decay=...)`. LAMB adds `Tail(rescale=...)`.
+
+    Attributes:
+        step_size: A number or a traced scalar; None for a transform that does not scale by a learning rate.
+        weight_decay: A number, a traced scalar or a schedule; None for none.
+        mask: Pytree of booleans with the structure of the parameters, or a prefix of it. Weights decay where it is
+            True. None means everywhere.
+        coupled: Whether the decay is added to the gradient, before the rule, instead of to the direction.
+        gradient_hyper: `(g, p) -> more hyper-parameters`, from the decayed gradient and the parameter in float32.
+        gradient_mask: Pytree of booleans that says where `gradient_hyper` applies.
+        rescale: `(u, p) -> u`, from the decayed direction and the parameter, before the step size.
+        clip: `(u, p) -> u` as bitsandbytes clips: before a decoupled decay, and only where moments are not in 8 bits.
     """
 
     step_size: Any = None
     weight_decay: Any = None
-    mask: Any = None  # a pytree of booleans, or a prefix of one; None allows all
+    mask: Any = None
     coupled: bool = False
     gradient_hyper: Callable[[Array, Array], dict[str, Any]] | None = None
-    gradient_mask: Any = None  # where `gradient_hyper` applies
+    gradient_mask: Any = None
     rescale: Callable[[Array, Array], Array] | None = None
     clip: Callable[[Array, Array], Array] | None = None
 
     @property
     def mask_name(self) -> str:
-        """The argument that gives `mask`, as optax's namesakes call it."""
+        """The argument that gives `mask`, as the optax optimizers call it."""
         return "weight_decay_mask" if self.coupled else "mask"
 
     @property
@@ -37,15 +44,14 @@ class Tail(NamedTuple):
         hooks = self.gradient_hyper, self.rescale, self.clip
         return self.weight_decay is not None or any(hook is not None for hook in hooks)
 
-
-def _tail_of(tail: Tail, rule: Rule, decays: bool, in_gradient: bool) -> Tail:
-    """The tail for one parameter: what its rule sets, and what masks leave out."""
-    step_size, decay = tail.step_size, tail.weight_decay if decays else None
-    if rule.lr_scale != 1:
-        step_size = rule.lr_scale if step_size is None else rule.lr_scale * step_size
-    if rule.weight_decay is not None:
-        decay = rule.weight_decay
-    if isinstance(decay, int | float) and decay == 0:
-        decay = None
-    hook = tail.gradient_hyper if in_gradient else None
-    return tail._replace(step_size=step_size, weight_decay=decay, gradient_hyper=hook)
+    def of_leaf(self, rule: Rule, *, decays: bool, in_gradient: bool) -> "Tail":
+        """Returns the tail of one parameter: with what its rule sets, without what the masks exclude."""
+        step_size, decay = self.step_size, self.weight_decay if decays else None
+        if rule.lr_scale != 1:
+            step_size = rule.lr_scale if step_size is None else rule.lr_scale * step_size
+        if rule.weight_decay is not None:
+            decay = rule.weight_decay
+        if isinstance(decay, int | float) and decay == 0:
+            decay = None
+        hook = self.gradient_hyper if in_gradient else None
+        return self._replace(step_size=step_size, weight_decay=decay, gradient_hyper=hook)

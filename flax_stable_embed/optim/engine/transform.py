@@ -1,44 +1,61 @@
-"""Engines as optax transforms, and the path on which the parameters are written in place.
+"""Turns engines into optax transforms, and adds the path that writes parameters in place.
 
-`tx.update` returns updates, as everywhere in optax. `fused_update(tx, ...)` applies them as well: no tree of updates is
-ever in memory, and the state is the same to the last bit.
+`tx.update` returns updates, as everywhere in optax. `fused_update(tx, ...)` also applies them. Then no pytree of
+updates is ever in memory, and the state is the same bit for bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
-from ..arguments import _need_params, broadcast_mask, check_schedules
-from ..fused_update import FusedTransformation, _check_members
+from ..arguments import broadcast_mask, check_schedules, need_params
+from ..fused_update import FusedTransformation, check_members
 from ..trees import is_array
 from .engine import Engine
 from .tail import Tail
 
+Member = tuple[str, optax.GradientTransformation]
+
+# Stateless members of the corresponding optax chain. They keep their place in the state tuple.
+STATELESS = optax.identity()
+MASKED_STATELESS = optax.GradientTransformation(
+    lambda params: optax.MaskedState(optax.EmptyState()), lambda updates, state, params=None: (updates, state)
+)
+
 
 def scale_by(engine: Engine, tail: Tail = Tail()) -> optax.GradientTransformationExtraArgs:
-    """The chainable half: the method's direction, not yet scaled by a learning rate. `tail` may hold schedules."""
+    """Makes the chainable half: the direction, not yet scaled by a learning rate. `tail` may hold schedules."""
     engine.check_overrides(decays=tail.weight_decay is not None)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        _need_params(params, tail.needs_params)
+        need_params(params, tail.needs_params)
         now = tail
         if callable(tail.weight_decay):
             now = now._replace(weight_decay=tail.weight_decay(state.count))
         return engine.step(updates, state, params, tail=_with_masks(now, updates))
 
-    update.__qualname__ = f"scale_by_{engine.method.name}8bit"  # what `fused_update` calls it in its error
+    update.__qualname__ = f"scale_by_{engine.method.name}8bit"  # `fused_update` shows this name in its error
     return optax.GradientTransformationExtraArgs(engine.init, update)
 
 
-# Members of optax's namesakes that keep nothing, and whose place in the state is kept.
-KEEPS_NOTHING = optax.identity()
+def method_member(engine: Engine) -> Member:
+    """Names the member that holds the moments. `optimizer` runs its step."""
+    step: Any = engine.step
+    return "method", optax.GradientTransformation(engine.init, step)
 
 
-MASKED_KEEPS_NOTHING = optax.GradientTransformation(
-    lambda params: optax.MaskedState(optax.EmptyState()), lambda updates, state, params=None: (updates, state)
-)
+def decay_member(tail: Tail) -> Member:
+    """Names the member that stands for weight decay; its state counts the steps of a schedule."""
+    return "decay", optax.add_decayed_weights(tail.weight_decay, tail.mask)
+
+
+def rate_member(learning_rate: optax.ScalarOrSchedule) -> Member:
+    """Names the member that stands for the learning rate; its state counts the steps of a schedule."""
+    check_schedules(learning_rate=learning_rate)
+    return "rate", optax.scale_by_learning_rate(learning_rate)
 
 
 def optimizer(
@@ -46,71 +63,67 @@ def optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     tail: Tail = Tail(),
-    members: tuple[str | optax.GradientTransformation, ...] = ("method", "rate"),
+    members: Sequence[Member] | None = None,
 ) -> FusedTransformation:
-    """Method, weight decay and learning rate as one optimizer.
+    """Joins method, weight decay and learning rate into one optimizer.
 
     Args:
-        engine: the method's.
-        learning_rate: a number or a schedule.
-        tail: everything but the step size; its weight decay may be a schedule, its masks functions of the updates.
-        members: the state's order, which is that of the members of optax's namesake: "method", "decay", "rate", or a
-            transform whose state only holds a place.
+        engine: The engine of the method.
+        learning_rate: A number or a schedule.
+        tail: Everything except the step size. Its weight decay may be a schedule, its masks functions of the updates.
+        members: The members of the optax optimizer of the same name, as (name, transform) pairs in its order, because
+            the state is a tuple in this order. "method" and "rate" must be among them, "decay" may be. All others only
+            keep a place in the state. None means the method, then the rate.
     """
-    check_schedules(learning_rate=learning_rate)
-    decay_tx = optax.add_decayed_weights(tail.weight_decay, tail.mask) if "decay" in members else None
-    rate_tx = optax.scale_by_learning_rate(learning_rate)
-    engine.check_overrides(decays=decay_tx is not None)
-    inits: list[Any] = [
-        {"method": engine.init, "decay": decay_tx and decay_tx.init, "rate": rate_tx.init}[m]
-        if isinstance(m, str)
-        else m.init
-        for m in members
-    ]
+    pairs = [method_member(engine), rate_member(learning_rate)] if members is None else list(members)
+    by_name = dict(pairs)
+    assert len(by_name) == len(pairs), "two members have one name"
+    decays = "decay" in by_name
+    engine.check_overrides(decays=decays)
 
     def init(params):
-        if all(map(is_array, jax.tree.leaves(params))):  # and not what stands for them in optax.tree.map_params
+        if all(map(is_array, jax.tree.leaves(params))):  # false for the placeholders of optax.tree.map_params
             broadcast_mask(tail.mask_name, _with_masks(tail, params).mask, params)
         states = []
-        for one in inits:  # a loop, so that a warning finds the caller's line
-            states.append(one(params))
+        for _, member in pairs:  # a loop, so that a warning finds the caller's line
+            states.append(member.init(params))
         return tuple(states)
 
-    def step(fused, grads, state, params):
-        _check_members(state, len(members))
-        _need_params(params, fused or decay_tx is not None or tail.needs_params)
-        states = dict(zip(members, state))
+    def step(grads, state, params, *, fused):
+        check_members(state, len(pairs))
+        need_params(params, fused or decays or tail.needs_params)
+        states = dict(zip(by_name, state))
         now = tail
-        if decay_tx is not None:
-            value, states["decay"] = _decay(tail.weight_decay, tail.mask, states["decay"])
+        if decays:
+            value, states["decay"] = _decay(tail, states["decay"])
             now = now._replace(weight_decay=value)
         rate = states["rate"]
         now = now._replace(step_size=-1 * (learning_rate(rate.count) if callable(learning_rate) else learning_rate))
         out, states["method"] = engine.step(grads, states["method"], params, fused=fused, tail=_with_masks(now, grads))
-        _, states["rate"] = rate_tx.update((), rate)
+        _, states["rate"] = by_name["rate"].update((), rate)
         return out, tuple(states.values())
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        return step(False, updates, state, params)
+        return step(updates, state, params, fused=False)
 
-    def fused(grads, state, params, **extra_args):
+    def fused_update(grads, state, params, **extra_args):
         del extra_args
-        return step(True, grads, state, params)
+        return step(grads, state, params, fused=True)
 
-    return FusedTransformation(init, update, fused)
+    return FusedTransformation(init, update, fused_update)
 
 
 def _with_masks(tail: Tail, grads: Any) -> Tail:
-    """Masks that are functions of the updates, called."""
+    """Returns the tail with masks that are functions called on the updates."""
     masks = (m(grads) if callable(m) else m for m in (tail.mask, tail.gradient_mask))
     return tail._replace(**dict(zip(("mask", "gradient_mask"), masks)))
 
 
-def _decay(weight_decay, mask, state):
-    """The weight decay of this step, and the next state of `optax.add_decayed_weights`."""
-    if not callable(weight_decay):
-        return weight_decay, state
-    inner = state if mask is None else state.inner_state
+def _decay(tail: Tail, state: Any) -> tuple[Any, Any]:
+    """Returns the weight decay of this step, and the next state of `optax.add_decayed_weights`."""
+    if not callable(tail.weight_decay):
+        return tail.weight_decay, state
+    inner = state if tail.mask is None else state.inner_state
     following = inner._replace(count=optax.safe_increment(inner.count))
-    return weight_decay(inner.count), following if mask is None else state._replace(inner_state=following)
+    return tail.weight_decay(inner.count), following if tail.mask is None else state._replace(inner_state=following)

@@ -13,9 +13,11 @@ import optax
 from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers
 from ..engine.engine import Engine
 from ..engine.method import Method
+from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName
@@ -32,6 +34,7 @@ class ScaleByAdagrad8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
+@update_rule("square", "rounded")
 def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
     """The rule, operation by operation as optax writes it, or with eps outside of the square root."""
     # Two products and a sum: which of them XLA on CPU contracts, and so the last bit, depends on how an array is cut.
@@ -42,16 +45,19 @@ def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
     return jnp.where(s > 0, inverse_root(s + eps, rounded), 0.0) * g, (s,)
 
 
-def engine(initial_accumulator_value, eps, eps_in_sqrt, *options) -> Engine:
+def engine(initial_accumulator_value, eps, options: Options, *, eps_in_sqrt) -> Engine:
     """Adagrad's engine; the options are `Engine`'s."""
     check_numbers(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
-    def hyper(before, after, *, eps=eps):
+    def hyper(before, after, *, eps):
         del before, after
         return {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
 
-    moment = MomentName("sum_of_squares", False, True, second=True, initial=initial_accumulator_value)
-    return Engine(Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper, counts_steps=False), *options)
+    moment = MomentName(
+        "sum_of_squares", signed=False, dynamic_signed=True, second=True, initial=initial_accumulator_value
+    )
+    method = Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper, {"eps": eps}, counts_steps=False)
+    return Engine(method, options)
 
 
 def scale_by_adagrad8bit(
@@ -76,8 +82,8 @@ def scale_by_adagrad8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_adagrad8bit(), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return scale_by(engine(initial_accumulator_value, eps, True, *options))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return scale_by(engine(initial_accumulator_value, eps, options, eps_in_sqrt=True))
 
 
 def adagrad8bit(
@@ -127,5 +133,5 @@ def adagrad8bit(
     >>> state.sum_of_squares["kernel"].dtype, float(state.sum_of_squares_absmax["kernel"].min())
     (dtype('uint8'), 0.1...)
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(engine(initial_accumulator_value, eps, True, *options), learning_rate)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return optimizer(engine(initial_accumulator_value, eps, options, eps_in_sqrt=True), learning_rate)

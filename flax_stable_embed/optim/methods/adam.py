@@ -14,11 +14,13 @@ import optax
 from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers, refuse_dtype
 from ..engine.engine import Engine
 from ..engine.method import Method
+from ..engine.options import Options
 from ..engine.tail import Tail
-from ..engine.transform import optimizer, scale_by
+from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName
 from ..storage.state_format import StateFormat
@@ -36,6 +38,7 @@ class ScaleByAdam8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
+@update_rule("square", "rounded")
 def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square, rounded):
     """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
     m = (1 - b1) * g + b1 * m
@@ -47,19 +50,25 @@ def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square, r
     return m_hat / (jnp.sqrt(over(v, c2, rounded) + eps_root) + eps), (m, v)
 
 
-def engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options, correction: Any = correction, name="adam") -> Engine:
-    """Adam's engine, for all who scale, decay or clip its direction; the options are `Engine`'s."""
+def engine(
+    b1, b2, eps, eps_root, mu_dtype, options: Options, *, nesterov=False, correction: Any = correction, name="adam"
+) -> Engine:
+    """Builds Adam's engine; `adamw8bit`, `lamb8bit` and the bitsandbytes variants share it."""
     refuse_dtype("mu_dtype", mu_dtype)
     check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
-    def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
+    def hyper(before, after, *, b1, b2, eps):
         del before
         c1_next = correction(b1, jnp.asarray(optax.safe_increment(after)))
         corrections = {"c1": correction(b1, after), "c2": correction(b2, after), "c1_next": c1_next}
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
 
-    moments = MomentName("mu", True, True), MomentName("nu", False, False, second=True)
-    return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper), *options)
+    moments = (
+        MomentName("mu", signed=True, dynamic_signed=True),
+        MomentName("nu", signed=False, dynamic_signed=False, second=True),
+    )
+    overridable = {"b1": b1, "b2": b2, "eps": eps}
+    return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper, overridable), options)
 
 
 def scale_by_adam8bit(
@@ -88,21 +97,8 @@ def scale_by_adam8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
     """
-    return scale_by(
-        engine(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            nesterov,
-            rules,
-            state_format,
-            implementation,
-            partition_specs,
-            skip_nonfinite,
-        )
-    )
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return scale_by(engine(b1, b2, eps, eps_root, mu_dtype, options, nesterov=nesterov))
 
 
 def adam8bit(
@@ -133,8 +129,8 @@ def adam8bit(
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options), learning_rate)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return optimizer(engine(b1, b2, eps, eps_root, mu_dtype, options, nesterov=nesterov), learning_rate)
 
 
 def adamw8bit(
@@ -212,10 +208,8 @@ def adamw8bit(
     >>> updates, state = tx.update(params, state, params)
     >>> params = optax.apply_updates(params, updates)
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(
-        engine(b1, b2, eps, eps_root, mu_dtype, nesterov, *options),
-        learning_rate,
-        tail=Tail(weight_decay=weight_decay, mask=mask),
-        members=("method", "decay", "rate"),
-    )
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    method = engine(b1, b2, eps, eps_root, mu_dtype, options, nesterov=nesterov)
+    tail = Tail(weight_decay=weight_decay, mask=mask)
+    members = [method_member(method), decay_member(tail), rate_member(learning_rate)]
+    return optimizer(method, learning_rate, tail=tail, members=members)

@@ -13,11 +13,13 @@ import optax
 from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers, check_schedules, refuse_dtype
 from ..engine.engine import Engine
 from ..engine.method import Method
+from ..engine.options import Options
 from ..engine.tail import Tail
-from ..engine.transform import optimizer, scale_by
+from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName
 from ..storage.state_format import StateFormat
@@ -38,6 +40,7 @@ class ScaleByAdemamix8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
+@update_rule("square", "rounded")
 def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square, rounded):
     """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t, `b3_rest` 1 - b3."""
     m1 = (1 - b1) * g + b1 * m1
@@ -47,14 +50,24 @@ def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2,
 
 
 def engine(
-    b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options, correction: Any = correction, growing_b3: Any = None
+    b1,
+    b2,
+    b3,
+    alpha,
+    eps,
+    eps_root,
+    mu_dtype,
+    options: Options,
+    *,
+    correction: Any = correction,
+    growing_b3: Any = None,
 ) -> Engine:
     """AdEMAMix's engine; `growing_b3(count, b1)` gives b3 and 1 - b3 in its place; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
     check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     check_schedules(b3=b3, alpha=alpha)
 
-    def hyper(before, after, *, b1=b1, b2=b2, eps=eps):
+    def hyper(before, after, *, b1, b2, eps):
         if growing_b3 is None:
             b3_now: Any = b3(before) if callable(b3) else b3
             rest = 1 - b3_now
@@ -65,11 +78,12 @@ def engine(
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, **slow, **corrections}
 
     moments = (
-        MomentName("m1", True, True),
-        MomentName("m2", True, True, slow=True),
-        MomentName("nu", False, False, second=True),
+        MomentName("m1", signed=True, dynamic_signed=True),
+        MomentName("m2", signed=True, dynamic_signed=True, slow=True),
+        MomentName("nu", signed=False, dynamic_signed=False, second=True),
     )
-    return Engine(Method("ademamix", ScaleByAdemamix8bitState, ademamix, moments, hyper), *options)
+    overridable = {"b1": b1, "b2": b2, "eps": eps}
+    return Engine(Method("ademamix", ScaleByAdemamix8bitState, ademamix, moments, hyper, overridable), options)
 
 
 def scale_by_ademamix8bit(
@@ -99,8 +113,8 @@ def scale_by_ademamix8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_ademamix8bit(), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return scale_by(engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return scale_by(engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, options))
 
 
 def ademamix8bit(
@@ -166,10 +180,8 @@ def ademamix8bit(
     >>> tx.init(params)[0].m2["kernel"].dtype
     dtype('int8')
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(
-        engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, *options),
-        learning_rate,
-        tail=Tail(weight_decay=weight_decay, mask=mask),
-        members=("method", "decay", "rate"),
-    )
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    method = engine(b1, b2, b3, alpha, eps, eps_root, mu_dtype, options)
+    tail = Tail(weight_decay=weight_decay, mask=mask)
+    members = [method_member(method), decay_member(tail), rate_member(learning_rate)]
+    return optimizer(method, learning_rate, tail=tail, members=members)

@@ -10,8 +10,9 @@ from typing import Any
 import optax
 
 from ...ops.blockwise_step.api import Implementation
+from ..engine.options import Options
 from ..engine.tail import Tail
-from ..engine.transform import KEEPS_NOTHING, optimizer, scale_by
+from ..engine.transform import STATELESS, decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.state_format import StateFormat
 from .adam import engine
@@ -56,9 +57,9 @@ def scale_by_lamb8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lamb8bit(weight_decay=0.01), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
     tail = _tail(weight_decay, mask, max_unorm)
-    return scale_by(engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"), tail)
+    return scale_by(engine(b1, b2, eps, eps_root, None, options, name="lamb"), tail)
 
 
 def lamb8bit(
@@ -121,10 +122,8 @@ def lamb8bit(
     >>> round(float(params["kernel"][0, 0]), 4)  # moved by half of its length
     0.5
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(
-        engine(b1, b2, eps, eps_root, None, False, *options, name="lamb"),
-        learning_rate,
-        tail=_tail(weight_decay, mask, max_unorm),
-        members=("method", "decay", KEEPS_NOTHING, "rate"),
-    )
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    method = engine(b1, b2, eps, eps_root, None, options, name="lamb")
+    tail = _tail(weight_decay, mask, max_unorm)
+    members = [method_member(method), decay_member(tail), ("trust_ratio", STATELESS), rate_member(learning_rate)]
+    return optimizer(method, learning_rate, tail=tail, members=members)

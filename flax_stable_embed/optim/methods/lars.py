@@ -5,15 +5,24 @@ r"""LARS: momentum of gradients at the length of their parameter; its trace in o
 Rule: You et al. 2017, Alg. 1 (arXiv:1708.03888). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers
 from ..engine.engine import Engine
+from ..engine.options import Options
 from ..engine.tail import Tail
-from ..engine.transform import MASKED_KEEPS_NOTHING, optimizer, scale_by
+from ..engine.transform import (
+    MASKED_STATELESS,
+    decay_member,
+    method_member,
+    optimizer,
+    rate_member,
+    scale_by,
+)
 from ..fused_update import FusedTransformation
 from ..storage.moments import Sums
 from ..storage.state_format import StateFormat
@@ -22,7 +31,8 @@ from .sgd import sgd
 from .trust_ratio import clipped, trust_ratio
 
 
-def lars(g, t, *, momentum, nesterov, ratio=None, step_size=None):
+@update_rule("step_size")
+def lars(g, t, *, momentum, nesterov, step_size, ratio=None):
     """The rule, operation by operation as optax writes it: the learning rate is part of what the trace sums."""
     if ratio is not None:
         g = g * ratio
@@ -31,26 +41,34 @@ def lars(g, t, *, momentum, nesterov, ratio=None, step_size=None):
     return sgd(g, t, momentum=momentum, nesterov=nesterov)
 
 
-def _parts(
-    sums: Sums, weight_decay, mask, coefficient, eps, ratio_mask, momentum, nesterov, max_unorm, *options
-) -> tuple[Engine, Tail]:
-    """The engine and what is around it: the paper's ratio before the trace, or bitsandbytes' clipping after it.
+class _Ratio(NamedTuple):
+    """The arguments of the trust ratio, and bitsandbytes' `max_unorm`, which takes its place."""
 
-    `sums` is what the trace sums with the ratio; with clipping it is gradients.
+    coefficient: float
+    eps: float
+    mask: Any
+    max_unorm: float | None
+
+
+def _parts(
+    sums: Sums, decay: Tail, ratio: _Ratio, momentum: float, options: Options, *, nesterov: bool
+) -> tuple[Engine, Tail]:
+    """Builds the engine and its tail: the paper's ratio before the trace, or bitsandbytes' clipping after it.
+
+    `sums` says what the trace sums with the ratio. With clipping it sums gradients.
     """
     if momentum is None:
         raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
-    check_numbers(trust_coefficient=coefficient, eps=eps)
-    decay = Tail(weight_decay=weight_decay, mask=mask, coupled=True)
-    if (rescale := clipped(max_unorm)) is not None:
-        clipping = sgd_engine(momentum, nesterov, None, *options, name="lars", sums="gradients")
-        return clipping, decay._replace(rescale=rescale)
+    check_numbers(trust_coefficient=ratio.coefficient, eps=ratio.eps)
+    if (rescale := clipped(ratio.max_unorm)) is not None:
+        method = sgd_engine(momentum, None, options, nesterov=nesterov, name="lars", sums="gradients")
+        return method, decay._replace(rescale=rescale)
 
-    def ratio(g, p):
-        return {"ratio": trust_ratio(g, p, coefficient, eps)}
+    def gradient_hyper(g, p):
+        return {"ratio": trust_ratio(g, p, ratio.coefficient, ratio.eps)}
 
-    tail = decay._replace(gradient_hyper=ratio, gradient_mask=ratio_mask)
-    return sgd_engine(momentum, nesterov, None, *options, rule=lars, name="lars", sums=sums), tail
+    method = sgd_engine(momentum, None, options, nesterov=nesterov, rule=lars, name="lars", sums=sums)
+    return method, decay._replace(gradient_hyper=gradient_hyper, gradient_mask=ratio.mask)
 
 
 def scale_by_lars8bit(
@@ -82,10 +100,10 @@ def scale_by_lars8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lars8bit(weight_decay=1e-4), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    ratio = trust_coefficient, eps, trust_ratio_mask
-    decay = weight_decay, weight_decay_mask
-    return scale_by(*_parts("directions", *decay, *ratio, momentum, nesterov, max_unorm, *options))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    decay = Tail(weight_decay=weight_decay, mask=weight_decay_mask, coupled=True)
+    ratio = _Ratio(trust_coefficient, eps, trust_ratio_mask, max_unorm)
+    return scale_by(*_parts("directions", decay, ratio, momentum, options, nesterov=nesterov))
 
 
 def lars8bit(
@@ -151,8 +169,10 @@ def lars8bit(
     >>> round(float(params["kernel"][0, 0]), 4)  # moved by a quarter of its length
     0.75
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    ratio = trust_coefficient, eps, trust_ratio_mask
-    decay = weight_decay, weight_decay_mask
-    method, tail = _parts("steps", *decay, *ratio, momentum, nesterov, max_unorm, *options)
-    return optimizer(method, learning_rate, tail=tail, members=("decay", MASKED_KEEPS_NOTHING, "rate", "method"))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    decay = Tail(weight_decay=weight_decay, mask=weight_decay_mask, coupled=True)
+    ratio = _Ratio(trust_coefficient, eps, trust_ratio_mask, max_unorm)
+    method, tail = _parts("steps", decay, ratio, momentum, options, nesterov=nesterov)
+    placeholder = ("trust_ratio", MASKED_STATELESS)
+    members = [decay_member(decay), placeholder, rate_member(learning_rate), method_member(method)]
+    return optimizer(method, learning_rate, tail=tail, members=members)

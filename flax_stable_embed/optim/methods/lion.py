@@ -11,11 +11,13 @@ import optax
 from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers, refuse_dtype
 from ..engine.engine import Engine
 from ..engine.method import Method
+from ..engine.options import Options
 from ..engine.tail import Tail
-from ..engine.transform import optimizer, scale_by
+from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName
 from ..storage.state_format import StateFormat
@@ -31,21 +33,23 @@ class ScaleByLion8bitState(NamedTuple):
     format: Array  # uint8, names the codecs and block settings
 
 
+@update_rule()
 def lion(g, m, *, b1, b2):
     """The rule, operation by operation as optax writes it."""
     return sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
 
 
-def engine(b1, b2, mu_dtype, *options) -> Engine:
+def engine(b1, b2, mu_dtype, options: Options) -> Engine:
     """Lion's engine; the options are `Engine`'s."""
     refuse_dtype("mu_dtype", mu_dtype)
     check_numbers(b1=b1, b2=b2)
 
-    def hyper(before, after, *, b1=b1, b2=b2):
+    def hyper(before, after, *, b1, b2):
         del before, after
         return {"b1": b1, "b2": b2}
 
-    return Engine(Method("lion", ScaleByLion8bitState, lion, (MomentName("mu", True, True),), hyper), *options)
+    mu = MomentName("mu", signed=True, dynamic_signed=True)
+    return Engine(Method("lion", ScaleByLion8bitState, lion, (mu,), hyper, {"b1": b1, "b2": b2}), options)
 
 
 def scale_by_lion8bit(
@@ -71,7 +75,8 @@ def scale_by_lion8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
     """
-    return scale_by(engine(b1, b2, mu_dtype, rules, state_format, implementation, partition_specs, skip_nonfinite))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return scale_by(engine(b1, b2, mu_dtype, options))
 
 
 def lion8bit(
@@ -128,9 +133,7 @@ def lion8bit(
     >>> state[0].mu["kernel"].dtype
     dtype('int8')
     """
-    return optimizer(
-        engine(b1, b2, mu_dtype, rules, state_format, implementation, partition_specs, skip_nonfinite),
-        learning_rate,
-        tail=Tail(weight_decay=weight_decay, mask=mask),
-        members=("method", "decay", "rate"),
-    )
+    method = engine(b1, b2, mu_dtype, Options(rules, state_format, implementation, partition_specs, skip_nonfinite))
+    tail = Tail(weight_decay=weight_decay, mask=mask)
+    members = [method_member(method), decay_member(tail), rate_member(learning_rate)]
+    return optimizer(method, learning_rate, tail=tail, members=members)

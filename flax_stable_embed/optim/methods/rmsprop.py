@@ -15,10 +15,12 @@ from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
 from ...ops.blockwise_step.step import square as abs_square
+from ...ops.blockwise_step.step import update_rule
 from ..arguments import check_numbers
 from ..engine.engine import Engine
 from ..engine.method import Method
-from ..engine.transform import KEEPS_NOTHING, optimizer, scale_by
+from ..engine.options import Options
+from ..engine.transform import STATELESS, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName
 from ..storage.state_format import StateFormat
@@ -39,7 +41,8 @@ class ScaleByRmsprop8bitState(NamedTuple):
     trace_absmax: optax.Updates | None = None
 
 
-def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, nesterov, square, rounded, step_size=None):
+@update_rule("square", "rounded", "step_size")
+def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, nesterov, square, rounded, step_size):
     """The rule, operation by operation as optax writes it; `others`: the mean if centered, the trace if momentum.
 
     Decoded moments need not satisfy v >= m^2: where they were rounded, the variance is clipped at zero.
@@ -65,38 +68,40 @@ def engine(
     decay,
     eps,
     initial_scale,
+    momentum,
+    options: Options,
+    *,
     eps_in_sqrt,
     centered,
-    momentum,
-    nesterov,
     bias_correction,
-    *options,
-    correction=correction,
+    nesterov=False,
 ) -> Engine:
-    """RMSprop's engine; the options are `Engine`'s."""
+    """Builds RMSprop's engine."""
     check_numbers(decay=decay, eps=eps, initial_scale=initial_scale)
-    moments = [MomentName("nu", False, True, second=True, initial=initial_scale)]
+    moments = [MomentName("nu", signed=False, dynamic_signed=True, second=True, initial=initial_scale)]
     if centered:
-        moments.append(MomentName("mu", True, True))
+        moments.append(MomentName("mu", signed=True, dynamic_signed=True))
     if momentum is not None:
         check_numbers(momentum=momentum)
-        moments.append(MomentName("trace", True, True, sums="steps"))
+        moments.append(MomentName("trace", signed=True, dynamic_signed=True, sums="steps"))
 
-    def static(after, decay, eps):
-        c = correction(decay, after) if bias_correction else None
+    def hyper(before, after, *, b2, eps, b1=0.0):
+        del before
+        c = correction(b2, after) if bias_correction else None
         flags = {"eps_in_sqrt": eps_in_sqrt, "centered": centered, "nesterov": nesterov}
-        return {"decay": decay, "eps": eps, "c": c, **flags}
+        return {"decay": b2, "eps": eps, "c": c, "momentum": b1, **flags}
 
-    def hyper(before, after, *, b2=decay, eps=eps):
-        del before
-        return static(after, b2, eps) | {"momentum": 0.0}
-
-    def hyper_with_momentum(before, after, *, b1=momentum, b2=decay, eps=eps):
-        del before
-        return static(after, b2, eps) | {"momentum": b1}
-
-    hyper = hyper if momentum is None else hyper_with_momentum
-    return Engine(Method("rmsprop", ScaleByRmsprop8bitState, rmsprop, tuple(moments), hyper, bias_correction), *options)
+    overridable = {"b2": decay, "eps": eps} | ({} if momentum is None else {"b1": momentum})
+    method = Method(
+        "rmsprop",
+        ScaleByRmsprop8bitState,
+        rmsprop,
+        tuple(moments),
+        hyper,
+        overridable,
+        counts_steps=bias_correction,
+    )
+    return Engine(method, options)
 
 
 def scale_by_rmsprop8bit(
@@ -125,8 +130,9 @@ def scale_by_rmsprop8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_rmsprop8bit(), optax.scale_by_learning_rate(1e-3))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return scale_by(engine(decay, eps, initial_scale, eps_in_sqrt, centered, None, False, bias_correction, *options))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    flags = {"eps_in_sqrt": eps_in_sqrt, "centered": centered, "bias_correction": bias_correction}
+    return scale_by(engine(decay, eps, initial_scale, None, options, **flags))
 
 
 def rmsprop8bit(
@@ -190,6 +196,8 @@ def rmsprop8bit(
     >>> state.nu["kernel"].dtype, state.mu["kernel"].dtype, state.trace["kernel"].dtype
     (dtype('uint8'), dtype('int8'), dtype('int8'))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    method = engine(decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction, *options)
-    return optimizer(method, learning_rate, members=("method", "rate", KEEPS_NOTHING))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    flags = {"eps_in_sqrt": eps_in_sqrt, "centered": centered, "bias_correction": bias_correction}
+    method = engine(decay, eps, initial_scale, momentum, options, nesterov=nesterov, **flags)
+    members = [method_member(method), rate_member(learning_rate), ("trace", STATELESS)]
+    return optimizer(method, learning_rate, members=members)

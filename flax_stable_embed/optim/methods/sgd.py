@@ -12,9 +12,11 @@ import optax
 from jax import Array
 
 from ...ops.blockwise_step.api import Implementation
+from ...ops.blockwise_step.step import UpdateRule, update_rule
 from ..arguments import check_numbers, refuse_dtype
 from ..engine.engine import Engine
 from ..engine.method import Method
+from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentName, Sums
@@ -30,30 +32,43 @@ class ScaleBySgd8bitState(NamedTuple):
     trace_absmax: optax.Updates | None = None  # float32, the parameter's shape with blocks for elements on one axis
 
 
+@update_rule()
 def sgd(g, t, *, momentum, nesterov):
     """The rule, operation by operation as optax writes it."""
     t = g + momentum * t
     return g + momentum * t if nesterov else t, (t,)
 
 
+@update_rule()
 def plain_sgd(g):
     """The rule without momentum."""
     return g, ()
 
 
-def engine(momentum, nesterov, accumulator_dtype, *options, rule=sgd, name="sgd", sums: Sums | None = None) -> Engine:
+def engine(
+    momentum,
+    accumulator_dtype,
+    options: Options,
+    *,
+    nesterov=False,
+    rule: UpdateRule = sgd,
+    name="sgd",
+    sums: Sums | None = None,
+) -> Engine:
     """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
-        return Engine(Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}, False), *options)
+        method = Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}, counts_steps=False)
+        return Engine(method, options)
     check_numbers(momentum=momentum)
 
-    def hyper(before, after, *, b1=momentum):
+    def hyper(before, after, *, b1):
         del before, after
         return {"momentum": b1, "nesterov": nesterov}
 
-    trace = MomentName("trace", True, True, sums=sums)
-    return Engine(Method(name, ScaleBySgd8bitState, rule, (trace,), hyper, False), *options)
+    trace = MomentName("trace", signed=True, dynamic_signed=True, sums=sums)
+    method = Method(name, ScaleBySgd8bitState, rule, (trace,), hyper, {"b1": momentum}, counts_steps=False)
+    return Engine(method, options)
 
 
 def scale_by_sgd8bit(
@@ -79,8 +94,8 @@ def scale_by_sgd8bit(
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_sgd8bit(momentum=0.9), optax.scale_by_learning_rate(0.1))
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return scale_by(engine(momentum, nesterov, accumulator_dtype, *options))
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    return scale_by(engine(momentum, accumulator_dtype, options, nesterov=nesterov))
 
 
 def sgd8bit(
@@ -132,5 +147,6 @@ def sgd8bit(
     >>> tx.init(params)[0].trace["kernel"].dtype
     dtype('int8')
     """
-    options = rules, state_format, implementation, partition_specs, skip_nonfinite
-    return optimizer(engine(momentum, nesterov, accumulator_dtype, *options, sums="gradients"), learning_rate)
+    options = Options(rules, state_format, implementation, partition_specs, skip_nonfinite)
+    method = engine(momentum, accumulator_dtype, options, nesterov=nesterov, sums="gradients")
+    return optimizer(method, learning_rate)

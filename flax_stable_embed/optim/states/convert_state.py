@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import GetAttrKey
 
-from ..engine.records import Leaf, trace_init
+from ..engine.records import StoredMoment, trace_init
 from ..storage.format_code import format_difference
 from ..storage.moments import Sums, decode, encode, in_memory, is_codes, memory_of
 from ..trees import path_name
@@ -127,12 +127,12 @@ class _View:
         if twice:
             raise ValueError(f"Two values in the state of `{argument}` have the path {twice[0]!r}: rename a parameter.")
         self.paths = {self.name(path): path for path in paths}
-        self.leaves: dict[str, Leaf] = {}
+        self.leaves: dict[str, StoredMoment] = {}
         self.absmax: dict[str, str] = {}
         self.formats, self.uncounted = {}, set()
         self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
         for place, record in records:
-            for leaf in record.leaves:
+            for leaf in record.moments:
                 key = self.name((*place, *leaf.codes))
                 self.leaves[key], self.absmax[key] = leaf, self.name((*place, *leaf.absmax))
                 moments = record.method.moments if record.method else ()
@@ -338,14 +338,14 @@ def _first(texts: list[str], n: int = 8) -> str:
     return "; ".join(texts[:n]) + (f"; and {len(texts) - n} more" if len(texts) > n else "")
 
 
-def _alike(a: Leaf | None, b: Leaf | None) -> bool:
+def _alike(a: StoredMoment | None, b: StoredMoment | None) -> bool:
     """Whether both store codes, and the same ones."""
     if a is None or b is None or a.moment is None or b.moment is None:
         return False
     return (a.moment.signed, a.moment.codec, a.blocks) == (b.moment.signed, b.moment.codec, b.blocks)
 
 
-def _decoded(values: list[Array], leaf: Leaf | None) -> Array:
+def _decoded(values: list[Array], leaf: StoredMoment | None) -> Array:
     if leaf is None:
         return values[0]
     if leaf.moment is not None and leaf.blocks is not None:
@@ -354,7 +354,7 @@ def _decoded(values: list[Array], leaf: Leaf | None) -> Array:
     return jnp.broadcast_to(values[0], leaf.shape)  # one value for each row, or all
 
 
-def _encoded(x: Array, leaf: Leaf | None, want: Any) -> tuple[Array, ...]:
+def _encoded(x: Array, leaf: StoredMoment | None, want: Any) -> tuple[Array, ...]:
     if leaf is not None and leaf.moment is not None and leaf.blocks is not None:
         return encode(x.astype(jnp.float32), leaf.moment._replace(stochastic=False), leaf.blocks)
     if x.shape != want.shape:

@@ -1,150 +1,312 @@
-"""A report of what an optimizer stores: for every parameter the bits, the blocks, the reason and the bytes.
+"""Reports what an optimizer stores: for every parameter the bits, the blocks, the reason and the bytes.
 
-With shardings, also whether every block lies on one device.
+With shardings it also says how many bytes each device holds, and whether every block is on one device.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
 
-from ..engine.records import Record, Row, Stayed, trace_init
+from ..engine.records import Record, StayedField, trace_init
 from ..placement import Placed, placed_by_path
+from ..storage.moments import wide_dtype
+from ..storage.plan import TARGET, LeafPlan
+from .abstract_state import abstract_state
 from .straddling import straddling
 
+Platform = Literal["cpu", "gpu", "cuda", "tpu"]
+WIDTH = 88  # columns of the table, where long paths can be shortened so far
+SHORTEST_PATH = 20
 
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose columns are as wide as their longest cell."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+
+class Row(NamedTuple):
+    """One parameter in the report.
+
+    Attributes:
+        path: The parameter's path.
+        shape: Its global shape.
+        bits: How its moments are stored: 8, 32, "bf16" or "rowwise".
+        block: The blocks and the codec of 8-bit moments, else "".
+        reason: Why it has these bits.
+        implementation: What runs its step, with the reason where it is not the platform's kernel.
+        bytes: The bytes of its moments and scales.
+        bytes_in_fp32: The bytes of the same moments in float32.
+        overrides: The hyper-parameters and the memory that a rule sets.
+        shards: Into how many shards each axis is split; None where no sharding is known.
+        straddles: Which blocks are on more than one device, and the way out; "" if none are.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bits: int | str
+    block: str
+    reason: str
+    implementation: str
+    bytes: int
+    bytes_in_fp32: int
+    overrides: str = ""
+    shards: tuple[int, ...] | None = None
+    straddles: str = ""
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class StateReport:
-    """What `describe` found; prints as a table.
+    """What `describe` found.
+
+    Prints as a table, in which layers that differ only in their number share a line, and "64@1 root" stands for blocks
+    of 64 along axis 1 with the codec `root`.
 
     Attributes:
-        rows: one `(path, shape, bits, block, reason, implementation, bytes, overrides, cut, straddles)` for every
-            parameter of an 8-bit transform; `overrides` are the hyper-parameters that a rule sets. `cut` are the pieces
-            along each axis, None where no sharding is known; `straddles` says which blocks lie on more than one device,
-            so that each step moves data between devices, and the way out, "" where none do.
-        other_bytes: what else the state holds: counts, states of other transforms.
-        stayed: one `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
-            in `rows`; these bytes are among the others.
+        rows: One row for every parameter of an 8-bit transform, with the fields `path`, `shape`, `bits`, `block`,
+            `reason`, `implementation`, `bytes`, `bytes_in_fp32`, `overrides`, `shards` and `straddles`. `shards` is
+            None where no sharding is known. `straddles` says which blocks are on more than one device, so that each
+            step moves data between devices, and the way out; it is "" where none are.
+        other_bytes: What else the state holds: counts, and the states of other transforms.
+        stayed: One `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
+            in `rows`. `other_bytes` includes these bytes.
+        bytes_per_device: The bytes of the state that one device holds, without host memory; None where no sharding is
+            known, or where there are several meshes.
+        bytes_in_host_memory: The bytes of the state in host memory, on all hosts together; 0 where no sharding is
+            known.
     """
 
     rows: tuple[Row, ...]
     other_bytes: int
-    stayed: tuple[Stayed, ...] = ()
+    stayed: tuple[StayedField, ...] = ()
+    bytes_per_device: int | None = None
+    bytes_in_host_memory: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All bytes of the state."""
         return sum(row.bytes for row in self.rows) + self.other_bytes
 
+    @property
+    def total_bytes_in_fp32(self) -> int:
+        """All bytes of the state if every moment were in float32."""
+        return sum(row.bytes_in_fp32 for row in self.rows) + self.other_bytes
+
     def __str__(self) -> str:
         if not self.rows:
             return f"No 8-bit transform of this library in it; the state has {self.other_bytes:,} bytes."
-        optional = {"sets": [r.overrides for r in self.rows], "cut": [_pieces(r) for r in self.rows]}
-        optional = {name: cells for name, cells in optional.items() if any(cells)}
-        header = ("parameter", "shape", "bits", "blocks", "reason", "implementation", "bytes", "per element", *optional)
-        table = [header] + [
-            (
-                r.path,
-                str(r.shape),
-                str(r.bits),
-                r.block,
-                r.reason,
-                r.implementation,
-                f"{r.bytes:,}",
-                _per_element(r.bytes, [r]),
-                *more,
-            )
-            for r, *more in zip(self.rows, *optional.values())
-        ]
-        lines = aligned(table)
+        lines = [*_table(_folded(self.rows)), ""]
         for bits in (8, 32, *sorted({r.bits for r in self.rows} - {8, 32})):
             rows = [r for r in self.rows if r.bits == bits]
-            size = sum(r.bytes for r in rows)
-            elements = sum(prod(r.shape) for r in rows)
-            name = f"{bits}-bit" if isinstance(bits, int) else bits
-            lines.append(f"{name}: {len(rows)} parameters, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
+            size, name = sum(r.bytes for r in rows), f"{bits}-bit" if isinstance(bits, int) else bits
+            elements = sum(r.elements for r in rows)
+            lines.append(f"{name}: {_parameters(rows)}, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
+        lines += _wrapped("runs on: ", _implementations(self.rows))
         lines += [f"stayed as it is: {s.field}, {s.bytes:,} bytes, {s.reason}" for s in self.stayed]
         lines += [f"straddles devices: {r.path}: {r.straddles}" for r in self.rows if r.straddles]
         lines.append(f"other state: {self.other_bytes:,} bytes")
-        lines.append(f"total: {self.total_bytes:,} bytes{_each(self.total_bytes, self.rows)}")
+        in_fp32 = f"{self.total_bytes_in_fp32:,} in fp32"
+        lines.append(f"total: {self.total_bytes:,} bytes{_each(self.total_bytes, self.rows)}, {in_fp32}")
+        if self.bytes_per_device is not None:
+            host = f", and {self.bytes_in_host_memory:,} in host memory" if self.bytes_in_host_memory else ""
+            lines.append(f"per device: {self.bytes_per_device:,} bytes{host}")
         return "\n".join(lines)
 
 
-def _pieces(row: Row) -> str:
-    """How a parameter is cut, and what its blocks say to it."""
-    if row.cut is None:
-        return ""
-    ways = " x ".join(map(str, row.cut)) or "1"
-    return f"{ways}, straddles" if row.straddles else f"{ways}, whole blocks" if row.block else ways
-
-
-def _per_element(size: int, rows) -> str:
-    elements = sum(prod(r.shape) for r in rows)
-    return f"{size / elements:.3f}" if elements else ""
-
-
-def _each(size: int, rows) -> str:
-    each = _per_element(size, rows)
-    return f" ({each} per element)" if each else ""
-
-
-def describe(tx: optax.GradientTransformation, params: Any, *, shardings: Any = None) -> StateReport:
-    """What `tx.init(params)` would store, without storing it; sees through optax's wrappers.
+def describe(
+    tx: optax.GradientTransformation, params: Any, *, shardings: Any = None, platform: Platform | None = None
+) -> StateReport:
+    """Reports what `tx.init(params)` would store, without storing it. Sees through optax's wrappers.
 
     Args:
-        tx: an 8-bit transform, alone or inside chain, masked, partition, MultiSteps, inject_hyperparams, ...
-        params: the parameters, or their shapes (`jax.eval_shape`).
-        shardings: how the parameters are cut, a tree like them of PartitionSpec (of the mesh in `jax.set_mesh`) or
-            NamedSharding, None for one of which nothing is known. By default as they lie, where they are arrays or
-            shapes with a NamedSharding. The report then says which blocks lie on more than one device. What a whole
-            parameter's norm or a clipping sums over devices is not in it.
+        tx: An 8-bit transform, alone or inside chain, masked, partition, MultiSteps, inject_hyperparams, ...
+        params: The parameters, or their shapes (`jax.eval_shape`).
+        shardings: How the parameters are sharded: a pytree like them of PartitionSpec (for the mesh of `jax.set_mesh`)
+            or NamedSharding. None for a parameter means that nothing is known. By default the shardings of the
+            parameters themselves, where they are arrays or shapes with a NamedSharding. The report then has the bytes
+            per device, and the blocks that are on more than one device. It does not count reductions over a parameter,
+            such as the norms of LAMB or of clipping.
+        platform: "cpu", "gpu" or "tpu": the platform whose implementations the report names. By default the platform of
+            this process. A CPU host can so tell what a TPU program will run.
 
     Raises:
         TypeError: `shardings` holds something else.
-        ValueError: it is no tree like the parameters, has no mesh, or does not fit mesh and shapes.
+        ValueError: `shardings` is not a pytree like the parameters, has no mesh, or does not fit mesh and shapes; or
+            `platform` is unknown.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512))}
     >>> print(fse.describe(fse.adamw8bit(1e-3), params))
-    parameter      shape      bits  blocks                 reason     implementation   bytes    per element
-    kernel         (64, 512)  8     64 on axis 1, root     default    xla              69,632   2.125
-    wte/embedding  (512, 64)  32                           embedding  optax's formula  262,152  8.000
-    8-bit: 1 parameters, 32,768 elements, 69,632 bytes (2.125 per element)
-    32-bit: 1 parameters, 32,768 elements, 262,152 bytes (8.000 per element)
+    parameter      shape      bits  block@axis  reason     bytes
+    kernel         (64, 512)  8     64@1 root   default    69,632
+    wte/embedding  (512, 64)  32                embedding  262,152
+    <BLANKLINE>
+    8-bit: 1 parameter, 32,768 elements, 69,632 bytes (2.125 per element)
+    32-bit: 1 parameter, 32,768 elements, 262,152 bytes (8.000 per element)
+    runs on: xla (1 parameter), optax's formula (1 parameter)
     other state: 16 bytes
-    total: 331,800 bytes (5.063 per element)
+    total: 331,800 bytes (5.063 per element), 524,304 in fp32
 
-    On a mesh, before there is an array (16 devices that nobody has; with devices, `jax.make_mesh`):
+    On a mesh, before there is an array (`AbstractMesh` needs no devices; with devices use `jax.make_mesh`):
 
     >>> mesh = jax.sharding.AbstractMesh((16,), ("fsdp",))
-    >>> cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-    >>> shapes = {name: jax.ShapeDtypeStruct((1024, 768), jnp.float32, sharding=cut) for name in ("up", "down")}
+    >>> sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    >>> shapes = {name: jax.ShapeDtypeStruct((1024, 768), jnp.float32, sharding=sharded) for name in ("up", "down")}
     >>> tx = fse.adamw8bit(1e-3, rules=(("up", fse.Rule(state_format=fse.StateFormat(shards=16))),))
-    >>> for row in fse.describe(tx, shapes).rows:
-    ...     print(row.path, row.block, row.cut, row.straddles or "whole blocks")
-    down 128 on axis 0, root (16, 1) axis 0 of 1024 is cut 16 ways, 64 on a device, and blocks are of 128. Take
-        StateFormat(shards=16), for all or by a rule.
-    up 64 on axis 0, root (16, 1) whole blocks
+    >>> report = fse.describe(tx, shapes)
+    >>> for row in report.rows:
+    ...     print(row.path, row.block, row.shards, row.straddles or "complete blocks")
+    down 128 on axis 0, root (16, 1) axis 0 of 1024 is sharded over 16 devices, 64 on each, and blocks have 128. Use
+        StateFormat(shards=16), for all parameters or in a rule.
+    up 64 on axis 0, root (16, 1) complete blocks
+    >>> report.bytes_per_device
+    251956
     """
+    if platform not in (None, "cpu", "gpu", "cuda", "tpu"):
+        raise ValueError(f"`platform` must be 'cpu', 'gpu', 'tpu' or None, got {platform!r}.")
     placed = placed_by_path(shardings, params)
-    state, records = trace_init(tx, params)
-    rows = tuple(_with_cut(row, record, placed.get(row.path)) for _, record in records for row in record.rows)
+    devices = max((x.sharding.num_devices for x in placed.values()), default=None) if platform else None
+    token = TARGET.set((platform, devices))
+    try:
+        state, records = trace_init(tx, params)
+    finally:
+        TARGET.reset(token)
+    rows = tuple(_row(record, plan, placed.get(plan.path)) for _, record in records for plan in record.plans.values())
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return StateReport(rows, size - sum(row.bytes for row in rows), stayed)
+    meshes = {getattr(x.sharding, "mesh", None) for x in placed.values()}
+    on_device = _bytes_per_device(tx, params, shardings) if len(meshes) == 1 else (None, 0)
+    return StateReport(rows, size - sum(row.bytes for row in rows), stayed, *on_device)
 
 
-def _with_cut(row: Row, record: Record, known: Placed | None) -> Row:
-    shape, decision = record.parameters[row.path]
-    if known is None or len(known.shape) != len(shape):  # a wrapper that reshapes
+def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
+    moments = [x for x in record.moments if x.path == plan.path]
+    itemsize = wide_dtype(plan.dtype).itemsize if moments else 0
+    row = Row(
+        plan.path,
+        plan.shape,
+        plan.bits,
+        plan.blocks_text,
+        plan.reason,
+        plan.implementation,
+        record.bytes[plan.path],
+        len(moments) * prod(plan.shape) * itemsize,
+        plan.rule.settings_text,
+    )
+    if known is None or len(known.shape) != len(plan.shape):  # a wrapper that reshapes
         return row
-    return row._replace(cut=known.pieces, straddles=straddling(row.path, shape, decision, known.pieces))
+    return row._replace(shards=known.shards, straddles=straddling(plan, known.shards))
+
+
+def _bytes_per_device(tx: optax.GradientTransformation, params: Any, shardings: Any) -> tuple[int, int]:
+    """Counts the bytes of the state on one device, and those in host memory."""
+    on_device = in_host = 0
+    for x in jax.tree.leaves(abstract_state(tx, params, shardings=shardings)):
+        if x.sharding.memory_kind == "pinned_host":
+            in_host += prod(x.shape) * x.dtype.itemsize
+        else:
+            on_device += prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return on_device, in_host
+
+
+class _Line(NamedTuple):
+    """A line of the table: rows that differ only in the numbers on their paths."""
+
+    path: str
+    rows: list[Row]
+
+
+def _folded(rows: Sequence[Row]) -> list[_Line]:
+    """Puts layers that differ only in their number on one line, "layers/0..31/kernel"."""
+    alike: dict[tuple, list[Row]] = {}
+    for row in rows:
+        alike.setdefault((re.sub(r"\d+", "#", row.path), *row[1:]), []).append(row)
+    lines = []
+    for group in alike.values():
+        numbers = [tuple(map(int, re.findall(r"\d+", row.path))) for row in group]
+        by_place = [sorted(set(column)) for column in zip(*numbers)]
+        if len(group) > 1 and set(numbers) == set(product(*by_place)) and all(map(_is_range, by_place)):
+            texts = (str(ns[0]) if len(ns) == 1 else f"{ns[0]}..{ns[-1]}" for ns in by_place)
+            path = re.sub(r"\d+", lambda _: next(texts), group[0].path)  # noqa: B023  (called at once)
+            lines.append(_Line(path, group))
+        else:
+            lines += [_Line(row.path, [row]) for row in group]
+    return lines
+
+
+def _is_range(numbers: Sequence[int]) -> bool:
+    return list(numbers) == list(range(numbers[0], numbers[-1] + 1))
+
+
+def _table(lines: Sequence[_Line]) -> list[str]:
+    firsts = [line.rows[0] for line in lines]
+    optional = {"sets": [r.overrides for r in firsts], "shards": [_shards(r) for r in firsts]}
+    optional = {name: cells for name, cells in optional.items() if any(cells)}
+    table = [("shape", "bits", "block@axis", "reason", "bytes", *optional)]
+    for line, r, *more in zip(lines, firsts, *optional.values()):
+        shape = str(r.shape) if len(line.rows) == 1 else f"{len(line.rows)} x {r.shape}"
+        size = sum(row.bytes for row in line.rows)
+        block = r.block.replace(" on axis ", "@").replace(",", "")
+        table.append((shape, str(r.bits), block, r.reason, f"{size:,}", *more))
+    taken = sum(2 + max(map(len, column)) for column in zip(*table))
+    paths = ["parameter", *(_shortened(line.path, max(SHORTEST_PATH, WIDTH - taken)) for line in lines)]
+    return aligned([(path, *cells) for path, cells in zip(paths, table)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table whose columns are as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+
+
+def _shortened(path: str, width: int) -> str:
+    """Leaves out the middle of a long path."""
+    if len(path) <= width:
+        return path
+    head = (width - 3) // 2
+    return f"{path[:head]}...{path[head + 3 - width :]}"
+
+
+def _shards(row: Row) -> str:
+    """Writes how a parameter is sharded, and whether its blocks fit."""
+    if row.shards is None:
+        return ""
+    text = " x ".join(map(str, row.shards)) or "1"
+    return f"{text}, straddles" if row.straddles else text
+
+
+def _implementations(rows: Iterable[Row]) -> list[str]:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.implementation, []).append(row)
+    return [f"{name} ({_parameters(found)})" for name, found in by_name.items()]
+
+
+def _wrapped(head: str, parts: list[str]) -> list[str]:
+    """Joins parts with commas, in lines that fit `WIDTH` where a part does."""
+    lines = [head + parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 2 <= WIDTH:
+            lines[-1] += f", {part}"
+        else:
+            lines[-1] += ","
+            lines.append(" " * len(head) + part)
+    return lines
+
+
+def _parameters(rows: Sequence[Row]) -> str:
+    return f"{len(rows)} parameter{'s' if len(rows) != 1 else ''}"
+
+
+def _per_element(size: int, rows: Sequence[Row]) -> str:
+    elements = sum(r.elements for r in rows)
+    return f"{size / elements:.3f}" if elements else ""
+
+
+def _each(size: int, rows: Sequence[Row]) -> str:
+    each = _per_element(size, rows)
+    return f" ({each} per element)" if each else ""

@@ -1,17 +1,15 @@
 """The default rules: which names are embeddings, norms and biases."""
 
 import re
+from typing import Literal
 
 EMBEDDING = re.compile(r"(^|/)([^/]*_)?embeddings?$")
-
-
 NORM_OR_BIAS = re.compile(r"(^|/)(scale|bias)$")
-
-
 LIKE_AN_EMBEDDING = re.compile(r"emb|wte|vocab", re.IGNORECASE)
 
 
-def _default(path: str) -> tuple[int, str]:
+def default_bits(path: str) -> tuple[Literal[8, 32], str]:
+    """Returns the bits of a parameter that no rule and no metadata names, and the reason."""
     if EMBEDDING.search(path):
         return 32, "embedding"
     if NORM_OR_BIAS.search(path):

@@ -11,18 +11,14 @@ from jax.core import Tracer
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import CODECS
+from .plan import LeafPlan
 from .rules import Rules
 from .state_format import StateFormat
 
 
-def format_of(rules: Rules, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
-    """A state's `format`, from paths and shapes of the parameters in 8 bits."""
-    return format_bytes(rules.formats, [(path, shape, *rules.blocks(path, shape)) for path, shape in in_bytes])
-
-
-def check_format(rules: Rules, vector: Array, in_bytes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Raises unless a state's `format` is of these rules: by its length, as dtypes and shapes can be the same."""
-    if vector.shape != format_of(rules, in_bytes).shape:
+def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> None:
+    """Raises unless a state's `format` names these rules and plans. Dtypes and shapes alone cannot tell."""
+    if vector.shape != format_code(rules.formats, plans).shape:
         raise ValueError(
             "The state's `format` says that other rules or another `state_format` made it"
             f"{differs(rules, vector)}. Make the optimizer with those that made the state, or convert the state: "
@@ -31,30 +27,26 @@ def check_format(rules: Rules, vector: Array, in_bytes: Sequence[tuple[str, tupl
 
 
 def differs(rules: Rules, vector: Array) -> str:
-    """What the rules would change in the formats that a state's `format` names, in parentheses."""
+    """Returns what differs between a state's `format` and the rules, in parentheses; "" if nothing does."""
     found = format_difference(vector, rules.formats)
     return f" ({found})" if found else ""
 
 
 _FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
-
-
 _CODECS = list(CODECS)
 
 
-def format_bytes(
-    formats: Sequence[StateFormat], in_bytes: Sequence[tuple[str, tuple[int, ...], StateFormat, Blocks]] = ()
-) -> np.ndarray:
-    """The formats in use as one small uint8 vector.
+def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) -> np.ndarray:
+    """Writes the formats in use into one small uint8 vector, the `format` of a state.
 
-    Its length differs for every sequence of codecs, so that a checkpoint of another codec fails on shape (orbax casts
-    dtypes without a word): 12 bytes times the sequence read as a number in bijective base 3. Where the shapes of codes
-    and scales do not tell how every parameter is stored, the length tells that too, but for one chance in 66: it is 72
-    times that number, and a checksum that is no multiple of 12.
+    Its length differs for every sequence of codecs. A checkpoint with another codec then fails on its shape, because
+    orbax casts dtypes without asking. The length is 12 bytes times the sequence, read as a number in bijective base 3.
+    Sometimes the shapes of codes and scales do not show how every parameter is stored. Then the length is 72 times that
+    number plus a checksum which is not a multiple of 12. Two different layouts share a length with probability 1/66.
 
     Args:
-        formats: the optimizer's, then those of the rules in order.
-        in_bytes: path, shape, format and blocks of the parameters in 8 bits.
+        formats: The optimizer's format, then the formats of the rules in order.
+        plans: The plans of the parameters. Those without 8-bit moments do not matter.
     """
     number, content = 0, []
     for f in formats:
@@ -64,7 +56,9 @@ def format_bytes(
         axis = 255 if f.block_axis is None else f.block_axis % 254
         content += [codec, int(f.rounding == "stochastic"), axis]
         content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
-    untold = [f"{path} {f.codec} {blocks}" for path, shape, f, blocks in in_bytes if _untold(shape, f, blocks, formats)]
+    untold = [
+        f"{x.path} {x.state_format.codec} {x.blocks}" for x in plans if x.blocks and _is_untold(x, x.blocks, formats)
+    ]
     length = _FORMAT_SIZE * number
     if untold:
         tens, ones = divmod(zlib.crc32("; ".join(sorted(untold)).encode()) % 66, _FORMAT_SIZE - 1)
@@ -74,16 +68,16 @@ def format_bytes(
     return vector
 
 
-def _untold(shape: tuple[int, ...], f: StateFormat, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
-    """Whether the shape of the scales may be that of other codes, or of no codes at all."""
-    whole = not shape or blocks.size in (1, shape[blocks.axis])
-    another_size = not whole and blocks.size & (blocks.size - 1) != 0  # 384 and 512 both cut 768 in two
-    no_codes = all(n == 1 for n in blocks.absmax_shape(shape))  # as for a parameter that is not in 8 bits
-    return f.codec != formats[0].codec or another_size or no_codes
+def _is_untold(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
+    """Whether scales of this shape could belong to other codes, or to moments that are not in 8 bits."""
+    one_block = not plan.shape or blocks.size in (1, plan.shape[blocks.axis])
+    another_size = not one_block and blocks.size & (blocks.size - 1) != 0  # 384 and 512 both split 768 in two
+    no_codes = all(n == 1 for n in blocks.absmax_shape(plan.shape))  # as for a parameter that is not in 8 bits
+    return plan.state_format.codec != formats[0].codec or another_size or no_codes
 
 
 def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
-    """What `formats` would change in the formats that a state's `format` names; of a tracer's, the codecs alone."""
+    """Says what differs between a state's `format` and `formats`. Of a tracer only the codecs are known."""
     length = vector.shape[0]
     number, codecs = length // _FORMAT_SIZE // (6 if length % _FORMAT_SIZE else 1), []
     while number > 0:
@@ -105,7 +99,7 @@ def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
 
 
 def _formats_of(vector: np.ndarray, n: int) -> list[StateFormat]:
-    """The formats that a vector of `format_bytes` names."""
+    """Reads the first `n` formats from a vector of `format_code`."""
     formats = []
     for codec, stochastic, axis, *rest in vector[: n * _FORMAT_SIZE].reshape(n, _FORMAT_SIZE).tolist():
         size, shards, min_size = (int.from_bytes(rest[i : i + 3], "little") for i in (0, 3, 6))

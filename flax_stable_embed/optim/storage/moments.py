@@ -20,7 +20,8 @@ from ...ops.blockwise.quantize import dequantize, quantize
 from ...ops.blockwise_step.step import Moment
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
-from .rules import Decision
+from .plan import LeafPlan
+from .rules import Bits
 from .state_format import StateFormat
 
 Sums = Literal["gradients", "directions", "steps"]
@@ -50,21 +51,21 @@ class MomentName(NamedTuple):
         return Moment(signed, state_format.codec, stochastic)
 
 
-def initial(box: Any, moment: MomentName, decision: Decision) -> tuple[Any, Any]:
-    """A moment before the first step and its scales, in the parameter's wrapper and on its devices."""
-    p, kind = unbox(box), decision.rule.memory_kind
-    if decision.blocks is not None:
-        pair = initial_codes(p, moment.stored(decision.format).code, decision.blocks, moment.initial)
+def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
+    """Makes a moment before the first step, and its scales, in the parameter's wrapper and on its devices."""
+    p, kind = unbox(box), plan.rule.memory_kind
+    if plan.blocks is not None:
+        pair = initial_codes(p, moment.stored(plan.state_format).code, plan.blocks, moment.initial)
         codes, scales = (in_memory(x, kind) for x in pair)
-        return rebox(box, codes), rebox_scales(box, scales, decision.blocks, decision.format.shards)
-    if decision.bits == "rowwise" and moment.second:
+        return rebox(box, codes), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
+    if plan.bits == "rowwise" and moment.second:
         rows = Blocks(len(p.shape) - 1, max(1, p.shape[-1]))
         shape = rows.absmax_shape(p.shape)
         place = _sharding(p, shape, rows)
         rows_of_p = jnp.full(shape, moment.initial, wide_dtype(p.dtype), device=place)
         values = rebox_scales(box, in_memory(rows_of_p, kind), rows, 0)
     else:
-        dtype = jnp.bfloat16 if decision.bits == "bf16" else wide_dtype(p.dtype)
+        dtype = jnp.bfloat16 if plan.bits == "bf16" else wide_dtype(p.dtype)
         values = rebox(box, in_memory(jnp.full_like(p, moment.initial, dtype=dtype), kind))
     return values, no_scales(box, kind)
 
@@ -115,7 +116,7 @@ def decode(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
 
 
-def bits_of(stored: Any, shape: tuple[int, ...]) -> int | str:
+def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
     """How an array of a state is stored, by its dtype and its shape; `shape` is the parameter's."""
     if is_codes(stored.dtype):
         return 8

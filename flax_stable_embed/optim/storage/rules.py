@@ -6,21 +6,17 @@ identity or its position among the parameters.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ...ops.blockwise.blocks import SMALLEST, Blocks
-from ..arguments import _is_int
+from ..arguments import is_int
 from ..trees import path_name
-from .defaults import _default
 from .state_format import StateFormat
 
 Bits = Literal[8, 32, "bf16", "rowwise"]
@@ -98,8 +94,8 @@ class Rule:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def shown(self) -> str:
-        """What it sets besides the storage, in words."""
+    def settings_text(self) -> str:
+        """The settings that are not about storage, for a reader."""
         scale = {} if self.lr_scale == 1 else {"lr_scale": self.lr_scale}
         shown = [f"{name}={value:g}" for name, value in (scale | self.overrides).items()]
         return ", ".join(shown + [f"memory_kind={self.memory_kind}"] * (self.memory_kind is not None))
@@ -134,26 +130,6 @@ def _takes_two(function: Callable) -> bool:
     return True
 
 
-class Decision(NamedTuple):
-    """What the rules say of one parameter."""
-
-    bits: int | str
-    format: StateFormat
-    blocks: Blocks | None  # None for moments that are not in 8 bits
-    reason: str
-    rule: Rule = Rule()  # the user's, which may set hyper-parameters too
-
-    @property
-    def without_moments(self) -> "Decision":
-        """The same for an optimizer that has none."""
-        return self._replace(bits=32, blocks=None, reason="no moments")
-
-    @property
-    def shown(self) -> str:
-        """Blocks and codec, in words; "" without them."""
-        return f"{self.blocks.size} on axis {self.blocks.axis}, {self.format.codec}" if self.blocks else ""
-
-
 _SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("shapes", default={})  # noqa: B039  (never changed)
 
 
@@ -181,62 +157,19 @@ class Rules:
         """The formats in use: the optimizer's, then those of the rules in order."""
         return [self.state_format] + [rule.state_format for _, rule in self.user if rule.state_format is not None]
 
-    def first_match(self, path: str, shape: tuple[int, ...]) -> tuple[Any, Rule]:
-        """The first user rule that matches: its pattern (None where none does) and what it sets."""
-        shape = _SHAPES.get().get(path, shape)
-        return next(((pattern, rule) for pattern, rule in self.user if _matches(pattern, path, shape)), (None, Rule()))
+    def matches(self, path: str, shape: tuple[int, ...]) -> Iterator[int]:
+        """Yields the places in `user` of the rules that match a parameter, in order; the first one wins."""
+        shape = self.global_shape(path, shape)
+        return (i for i, (pattern, _) in enumerate(self.user) if _matches(pattern, path, shape))
 
-    def blocks(self, path: str, shape: tuple[int, ...]) -> tuple[StateFormat, Blocks]:
-        """How a parameter that is stored in 8 bits is stored."""
-        state_format = self.first_match(path, shape)[1].state_format or self.state_format
-        return state_format, state_format.blocks(path, shape)
+    def global_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape that rules see: of the table, where a step represents a table by a few of its rows."""
+        return _SHAPES.get().get(path, shape)
 
-    def decide(self, path: str, shape: tuple[int, ...], dtype: Any, metadata_bits: int | None = None) -> Decision:
-        """Bits, format, blocks and the reason, in words."""
-        pattern, rule = self.first_match(path, shape)
-        bits, reason = rule.bits, f"rule {_show(pattern)}"
-        if bits is None and metadata_bits is not None:
-            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"  # pyright: ignore[reportArgumentType]  # checked there
-        if bits is None:
-            bits, reason = _default(path)
-        state_format, blocks = self.blocks(path, shape)
-        obstacle = ""
-        if bits != 32:
-            obstacle = _cannot(shape, dtype)
-        if bits == 8:
-            obstacle = obstacle or _too_small(shape, state_format, blocks)
-        if bits == "rowwise" and prod(shape[-1:]) == 1:
-            obstacle = obstacle or ("rows of one element" if shape else "a scalar has no rows")
-        if obstacle:
-            bits, reason = 32, obstacle
-        return Decision(bits, state_format, blocks if bits == 8 else None, reason, rule)
-
-    def conflict(self, path: str, shape: tuple[int, ...], dtype: Any, stored_bits: int | str) -> str | None:
-        """The user's rule that a stored state contradicts; metadata of NNX is not at hand after `init`."""
-        pattern, rule = self.first_match(path, shape)
-        if rule.bits is None or self.decide(path, shape, dtype).bits == stored_bits:
-            return None
-        return f"({_show(pattern)}, {rule.bits!r})"
-
-    def unmatched(self, leaves: Sequence[tuple[str, tuple[int, ...]]]) -> list[Any]:
-        """Patterns of user rules that match none of the parameters."""
-        missing = [p for p, _ in self.user if not any(_matches(p, path, shape) for path, shape in leaves)]
+    def texts(self) -> list[str]:
+        """Returns the patterns of `user` for a reader, with a hint for those that are the path of a label."""
         hint = " (a label's path; a pattern goes into a pair: (({path!r}, ...),))"
-        return [_show(p) + (hint.format(path=p.path) if isinstance(p, _Path) else "") for p in missing]
-
-
-def _cannot(shape: tuple[int, ...], dtype: Any) -> str:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "not floating point"
-    return "" if prod(shape) else "empty"
-
-
-def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks) -> str:
-    if prod(shape) < state_format.min_size:
-        return f"fewer than {state_format.min_size} elements"
-    if state_format.min_size and shape and shape[blocks.axis] < SMALLEST:
-        return f"blocked axis shorter than {SMALLEST}"
-    return ""
+        return [show_pattern(p) + (hint.format(path=p.path) if isinstance(p, _Path) else "") for p, _ in self.user]
 
 
 @dataclass(frozen=True)
@@ -292,11 +225,12 @@ def _matches(pattern: re.Pattern | Where | _Path, path: str, shape: tuple[int, .
     return bool(pattern.predicate(path, shape) if isinstance(pattern, Where) else pattern.search(path))
 
 
-def _show(pattern: Any) -> str:
+def show_pattern(pattern: Any) -> str:
+    """Returns a pattern as the user wrote it."""
     if isinstance(pattern, Where):
         return f"where({getattr(pattern.predicate, '__name__', pattern.predicate)})"
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "path", pattern))
 
 
 def _is_bits(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, str)) and value in BITS
+    return (is_int(value) or isinstance(value, str)) and value in BITS

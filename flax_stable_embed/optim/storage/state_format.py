@@ -5,7 +5,7 @@ from typing import Literal
 
 from ...ops.blockwise.blocks import Blocks, choose_blocks
 from ...ops.blockwise.quantize import check_block_size, check_codec
-from ..arguments import _is_int
+from ..arguments import is_int
 from .defaults import EMBEDDING
 
 
@@ -45,11 +45,11 @@ class StateFormat:
         if self.block_size is not None:
             check_block_size(self.block_size)
             object.__setattr__(self, "block_size", int(self.block_size))
-        if self.block_axis is not None and not _is_int(self.block_axis):
+        if self.block_axis is not None and not is_int(self.block_axis):
             raise ValueError(f"`block_axis` must be an integer or None, got {self.block_axis!r}; try -1.")
-        if not _is_int(self.shards) or self.shards < 1:
+        if not is_int(self.shards) or self.shards < 1:
             raise ValueError(f"`shards` must be an integer of at least 1, got {self.shards!r}; the default is 8.")
-        if not _is_int(self.min_size) or self.min_size < 0:
+        if not is_int(self.min_size) or self.min_size < 0:
             raise ValueError(
                 f"`min_size` must be an integer of at least 0, got {self.min_size!r}; the default is 4096."
             )

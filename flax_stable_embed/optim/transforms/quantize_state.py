@@ -8,6 +8,7 @@ Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,11 @@ from ...ops.counter_random import array_key
 from ...ops.sharding import lying_like, placed_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
-from ..engine.records import RECORDS, Leaf, Record, Row, Stayed
-from ..storage.decide import decide
-from ..storage.format_code import check_format, format_of
+from ..engine.records import RECORDS, Record, StayedField, StoredMoment
+from ..storage.format_code import check_format, format_code
 from ..storage.moments import MomentName, bits_of, decode, encode, is_codes, no_scales, wide_dtype
-from ..storage.rules import Decision, Rules
+from ..storage.plan import LeafPlan, Planner
+from ..storage.rules import Bits, Rules
 from ..storage.state_format import StateFormat
 from ..trees import entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, shapes_of
 from .state_fields import (
@@ -133,7 +134,7 @@ class _Quantizer:
 
     def __init__(self, tx: optax.GradientTransformation, moments: Mapping[str, str] | None, rules: Rules):
         check_transform(tx)
-        self.tx, self.rules = optax.with_extra_args_support(tx), rules
+        self.tx, self.rules, self.planner = optax.with_extra_args_support(tx), rules, Planner(rules)
         if moments is not None and not isinstance(moments, Mapping):
             raise TypeError(f"`moments` must be a mapping of fields, such as {{'mu': 'signed'}}, got {moments!r}.")
         self.table, self.named = (MOMENTS, False) if moments is None else (dict(moments), True)
@@ -141,7 +142,7 @@ class _Quantizer:
             if kind not in _KINDS:
                 raise ValueError(f"`moments` must give 'signed', 'unsigned' or 'keep', got {name!r}: {kind!r}.")
         for _, rule in rules.user:
-            if rule.bits == "rowwise" or rule.shown:
+            if rule.bits == "rowwise" or rule.settings_text:
                 raise ValueError(
                     f"`rules` has {rule}, but of a wrapped transform a rule sets only the storage: 8, 32, 'bf16' or "
                     "Rule(8, state_format). Give hyper-parameters to the transform itself, through optax.partition "
@@ -188,10 +189,9 @@ class _Quantizer:
     # --- init --------------------------------------------------------------------------------------------------------
 
     def init(self, params: Any) -> QuantizedState:
-        parameters, _ = decide(self.rules, params)
-        decided = {x.path: (unbox(x.box).shape, x.decision) for x in parameters if x.decision}
-        for path, (_, decision) in decided.items():
-            if decision.bits == "rowwise":
+        plans = {x.path: x.plan for x in self.planner.plans(params)[0] if x.plan}
+        for path, plan in plans.items():
+            if plan.bits == "rowwise":
                 raise ValueError(f"Parameter {path!r} asks for 'rowwise' moments, which a wrapped transform has not.")
         inner = self.tx.init(params)
         fields = self._check(inner, shapes_of(params))
@@ -201,21 +201,23 @@ class _Quantizer:
         for slot in slots:
             box = scales = leaves[slot.index]
             if is_array(box):
-                shape, decision = decided.get(slot.path, (None, None))
-                if decision is not None and shape == unbox(box).shape:
+                plan = plans.get(slot.path)
+                if plan is not None and plan.shape == unbox(box).shape:
                     of_parameters.setdefault(slot.path, []).append(slot)
-                    leaves[slot.index], scales = _initial(box, slot.field, decision)
+                    leaves[slot.index], scales = _initial(box, slot.field, plan)
                 else:
                     scales = no_scales(box)
             absmax[slot.field.name].append(scales)
         new = jax.tree.structure(inner, is_leaf=is_hole_or_box).unflatten(leaves)
         scales = {f.name: jax.tree.structure(f.tree, is_leaf=is_hole_or_box).unflatten(absmax[f.name]) for f in fields}
-        in_bytes = [(path, shape) for path, (shape, d) in decided.items() if d.blocks and path in of_parameters]
-        state = QuantizedState(new, scales, jnp.asarray(format_of(self.rules, in_bytes)))
+        kept = {
+            path: replace(plans[path], implementation=_runs(plans[path], own)) for path, own in of_parameters.items()
+        }
+        state = QuantizedState(new, scales, jnp.asarray(format_code(self.rules.formats, list(kept.values()))))
         if (records := RECORDS.get()) is not None:
-            rows, stayed = _rows(state, slots, of_parameters, decided)
-            kept = _kept(state, fields, slots, decided)
-            records.append(Record(state.format, self.rules.formats, rows, kept, decided, stayed=stayed))
+            sizes, others = _sizes(state, slots, of_parameters)
+            moments = _stored_moments(state, fields, slots, plans)
+            records.append(Record(state.format, self.rules.formats, kept, sizes, moments, stayed=others))
         return state
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -241,17 +243,18 @@ class _Quantizer:
             )
         columns = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
         stored: dict[int, _Stored] = {}
+        plans: dict[tuple[str, Bits], LeafPlan] = {}  # one for all moments of a parameter
         given = [_cast(x, want) for x, want in zip(before, made)]
         position = dict.fromkeys(columns, 0)
         for index, field, path in find_slots(state.inner, fields, is_hole):
             at = position[field.name]
             position[field.name] += 1
             if is_array(before[index]):
-                one = self._stored(path, field, before[index], columns[field.name][at], made[index], shapes)
+                one = self._stored(plans, path, field, before[index], columns[field.name][at], made[index], shapes)
                 if one is not None:
                     stored[index] = one._replace(at=at)
                     given[index] = _cast(one.decoded, made[index])
-        check_format(self.rules, state.format, list({one.path: one.codes.shape for one in stored.values()}.items()))
+        check_format(self.rules, state.format, [plans[path, 8] for path in {one.path: None for one in stored.values()}])
         out, inner = self.tx.update(_widened(updates), tree.unflatten(given), _widened(params), **extra_args)
         after = jax.tree.flatten_with_path(inner, is_leaf=is_hole)[0]
         new = [x if y is None else y for x, (_, y) in zip(given, after, strict=True)]
@@ -270,8 +273,8 @@ class _Quantizer:
         out = jax.tree.map(_cast, out, like, is_leaf=is_hole)
         return out, QuantizedState(tree.unflatten(results), scales, state.format)
 
-    def _stored(self, path: str, field: Field, x: Array, absmax: Array, made: Any, shapes: dict) -> Any:
-        """A stored moment, if it is in bytes. Precision was decided in `init` and is read off dtypes here."""
+    def _stored(self, plans: dict, path: str, field: Field, x: Array, absmax: Array, made: Any, shapes: dict) -> Any:
+        """Reads a stored moment; None if it is not in 8 bits. `init` decided the precision, which dtypes show here."""
         shape = shapes.get(path)
         eight = is_codes(x.dtype) and jnp.issubdtype(made.dtype, jnp.floating)
         if shape is None or x.shape != shape:
@@ -282,23 +285,20 @@ class _Quantizer:
                 )
             return None
         bits = bits_of(x, shape) if eight else "bf16" if x.dtype == jnp.bfloat16 else 32
-        if rule := self.rules.conflict(path, shape, made.dtype, bits):
-            raise ValueError(
-                f"The state of parameter {path!r} is stored with bits {bits!r}, but `rules` has {rule} for it. Make "
-                "the optimizer with the rules that made the state."
-            )
-        if not eight:
+        if (path, bits) not in plans:
+            plans[path, bits] = self.planner.plan_stored(path, jax.ShapeDtypeStruct(shape, made.dtype), bits)
+        plan = plans[path, bits]
+        if plan.blocks is None:
             return None
-        state_format, blocks = self.rules.blocks(path, shape)
-        moment = _moment(field, state_format)
-        want = moment.code.dtype, blocks.absmax_shape(shape)
+        moment = _moment(field, plan.state_format)
+        want = moment.code.dtype, plan.blocks.absmax_shape(shape)
         if (x.dtype, absmax.shape) != want:
             raise ValueError(
                 f"The state of parameter {path!r} has {x.dtype} codes and scales of shape {absmax.shape}, but rules, "
                 f"`moments` and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
                 "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
             )
-        return _Stored(path, field.name, moment, blocks, x, absmax)
+        return _Stored(path, field.name, moment, plan.blocks, x, absmax)
 
 
 class _Stored(NamedTuple):
@@ -333,31 +333,33 @@ class _Stored(NamedTuple):
         return lying_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
-def _initial(box: Any, field: Field, decision: Decision) -> tuple[Any, Any]:
-    """The first value of a moment, which is the one that `tx` made, and its scales."""
+def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
+    """Stores the first value of a moment, which `tx` made: values and scales."""
     x = unbox(box)
-    if decision.blocks is None:
-        wide = jnp.bfloat16 if decision.bits == "bf16" else _wide(x.dtype)
+    if plan.blocks is None:
+        wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
-    codes, scales = encode(x, _moment(field, decision.format)._replace(stochastic=False), decision.blocks)
-    return rebox(box, lying_like(codes, x)), rebox_scales(box, scales, decision.blocks, decision.format.shards)
+    codes, scales = encode(x, _moment(field, plan.state_format)._replace(stochastic=False), plan.blocks)
+    return rebox(box, lying_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:
     signed = field.kind == "signed"
-    return MomentName(field.name, signed, signed, second=not signed).stored(state_format)
+    name = MomentName(field.name, signed=signed, dynamic_signed=signed, second=not signed)
+    return name.stored(state_format)
 
 
-def _rows(state: QuantizedState, slots: list[Slot], of_parameters: dict, decided: dict) -> tuple[list, tuple]:
-    """What is stored for every parameter, and what stayed as it was."""
+def _runs(plan: LeafPlan, slots: list[Slot]) -> str:
+    """What the report says of how a parameter is updated."""
+    return f"decoded for {', '.join(slot.field.name for slot in slots)}" if plan.blocks else "the transform's own"
+
+
+def _sizes(state: QuantizedState, slots: list[Slot], of_parameters: dict) -> tuple[dict[str, int], tuple]:
+    """Counts the bytes stored for every parameter, and lists the fields that stay as they are."""
     leaves = flatten(state.inner)
     columns = {name: iter([x for _, x in flatten(tree)]) for name, tree in state.absmax.items()}
     sizes = {slot.index: _bytes(leaves[slot.index][1]) + _bytes(next(columns[slot.field.name])) for slot in slots}
-    rows: list = []
-    for path, own in of_parameters.items():
-        shape, d = decided[path]
-        how = f"decoded for {', '.join(slot.field.name for slot in own)}" if d.blocks else "the transform's own"
-        rows.append(Row(path, shape, d.bits, d.shown, d.reason, how, sum(sizes.pop(slot.index) for slot in own)))
+    by_path = {path: sum(sizes.pop(slot.index) for slot in own) for path, own in of_parameters.items()}
     moments = {slot.index for own in of_parameters.values() for slot in own}
     fields, stayed = {slot.index: slot.field.name for slot in slots}, {}
     for index, (path, box) in enumerate(leaves):
@@ -366,24 +368,27 @@ def _rows(state: QuantizedState, slots: list[Slot], of_parameters: dict, decided
             why = REASONS.get(name.rpartition(".")[2], "not in `moments`")
             reason = "not of the parameter's shape" if index in fields else why
             size = sizes.get(index) or _bytes(box)
-            stayed[name] = Stayed(name, size + (stayed[name].bytes if name in stayed else 0), reason)
-    return rows, tuple(stayed.values())
+            stayed[name] = StayedField(name, size + (stayed[name].bytes if name in stayed else 0), reason)
+    return by_path, tuple(stayed.values())
 
 
-def _kept(state: QuantizedState, fields: list[Field], slots: list[Slot], decided: dict) -> list[Leaf]:
-    """Where the state keeps each moment, and how."""
+def _stored_moments(
+    state: QuantizedState, fields: list[Field], slots: list[Slot], plans: dict[str, LeafPlan]
+) -> list[StoredMoment]:
+    """Lists where and how the state keeps each moment."""
     leaves = flatten(state.inner)
     places = {field.name: iter([path for path, _ in flatten(state.absmax[field.name])]) for field in fields}
-    kept = []
+    found = []
     for index, field, path in slots:
         absmax = (GetAttrKey("absmax"), DictKey(field.name), *next(places[field.name]))
         key_path, box = leaves[index]
         if is_array(box):
-            x, d, how = unbox(box), decided.get(path, (None, None))[1], (None, None)
-            if d is not None and d.blocks is not None and is_codes(x.dtype):
-                how = _moment(field, d.format), d.blocks
-            kept.append(Leaf(entry(field.path[-1]), (GetAttrKey("inner"), *key_path), absmax, x.shape, *how))
-    return kept
+            x, plan, how = unbox(box), plans.get(path), (None, None)
+            if plan is not None and plan.blocks is not None and is_codes(x.dtype):
+                how = _moment(field, plan.state_format), plan.blocks
+            codes = (GetAttrKey("inner"), *key_path)
+            found.append(StoredMoment(path, entry(field.path[-1]), codes, absmax, x.shape, *how))
+    return found
 
 
 def _bytes(box: Any) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ..boxes import unbox
-from ..trees import _dotted, entry, flatten, is_array, path_name
+from ..trees import dotted, entry, flatten, is_array, path_name
 
 # What the fields of optax's states hold: the sign of a moment, or that they are none. Unsigned: means, sums and maxima
 # of squares and magnitudes. "State.field" goes before "field". Not here, and so kept: what `quantize_state.py` lists.
@@ -78,7 +78,7 @@ class Field(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _dotted(self.path)
+        return dotted(self.path)
 
 
 class Slot(NamedTuple):
@@ -133,7 +133,7 @@ def show(inner: Any) -> str:
 def field_of(path: tuple) -> str:
     """The last attribute on a path, where the parameters begin in states that are tuples with names."""
     last = max((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)), default=0)
-    return _dotted(path[: last + 1])
+    return dotted(path[: last + 1])
 
 
 def count_index(leaves: list) -> int | None:

@@ -13,11 +13,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
 from flax_stable_embed.ops.blockwise_step import reference as xla
 from flax_stable_embed.ops.blockwise_step.api import step_blockwise
-from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step
+from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step, UpdateRule, update_rule
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
+@update_rule()
 def adam_like(g, m, v, *, b1, b2):
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     return m / (jnp.sqrt(v) + 1e-8), (m, v)
@@ -139,8 +140,10 @@ def compiled(place, step, operands):
 
 RULES = {
     "adam": adam_like,
-    "of the old moment": lambda g, m, v, b1, b2: (jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g, v)),
-    "of the gradient": lambda g, m, v, b1, b2: (g, (b1 * m + g, b2 * v + g * g)),
+    "of the old moment": UpdateRule(
+        lambda g, m, v, b1, b2: (jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g, v))
+    ),
+    "of the gradient": UpdateRule(lambda g, m, v, b1, b2: (g, (b1 * m + g, b2 * v + g * g))),
 }
 
 

@@ -9,19 +9,19 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
-from flax_stable_embed.optim.storage.format_code import format_bytes
+from flax_stable_embed.optim.storage.format_code import format_code
 from tests.tools import SMALL, assert_same_bits, gradients, jitted, parameters, types
 
 
-def test_a_format_bytes_has_another_length_for_every_sequence_of_codecs():
+def test_a_format_code_has_another_length_for_every_sequence_of_codecs():
     codecs = ("root", "dynamic", "linear")
     sequences = [s for n in (1, 2, 3) for s in itertools.product(codecs, repeat=n)]
-    lengths = [format_bytes([fse.StateFormat(codec) for codec in s]).shape for s in sequences]
+    lengths = [format_code([fse.StateFormat(codec) for codec in s]).shape for s in sequences]
     assert len(set(lengths)) == len(sequences) == 39
     assert max(lengths) == (468,)
 
 
-def test_aformat_bytes_differs_for_every_setting():
+def test_aformat_code_differs_for_every_setting():
     formats = [
         fse.StateFormat(),
         fse.StateFormat(rounding="stochastic"),
@@ -33,10 +33,10 @@ def test_aformat_bytes_differs_for_every_setting():
         fse.StateFormat(shards=16),
         fse.StateFormat(min_size=0),
     ]
-    vectors = {bytes(np.asarray(format_bytes([f]))) for f in formats}
+    vectors = {bytes(np.asarray(format_code([f]))) for f in formats}
     assert len(vectors) == len(formats)
     for f in formats:
-        vector = format_bytes([f])
+        vector = format_code([f])
         assert vector.dtype == jnp.uint8 and vector.shape == (12,)
 
 
@@ -45,7 +45,7 @@ def test_the_format_names_the_transforms_own_and_the_rules_in_order():
     rules = (("kernel", fse.Rule(8, dynamic)), ("norm", 32), ("scale", fse.Rule(state_format=linear)))
     params = {name: jnp.ones((64, 64)) for name in ("kernel", "norm", "scale")}
     state = fse.scale_by_adam8bit(rules=rules, state_format=SMALL).init(params)
-    named = format_bytes([SMALL, dynamic, linear])[: 3 * 12]
+    named = format_code([SMALL, dynamic, linear])[: 3 * 12]
     np.testing.assert_array_equal(state.format[: named.size], named)
 
 

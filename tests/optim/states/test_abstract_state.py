@@ -222,8 +222,8 @@ def test_orbax_restores_into_it_on_another_mesh(tmp_path):
 BAD = {
     "no shardings": ({"kernel": "a"}, TypeError, "must be a tree of PartitionSpec or NamedSharding"),
     "no mesh": ({"kernel": P("a")}, ValueError, r"jax.set_mesh\(mesh\)"),
-    "another tree": ({}, ValueError, "must be a tree like the parameters"),
-    "unequal pieces": ({"kernel": NamedSharding(AbstractMesh((3,), ("a",)), P("a"))}, ValueError, "cannot be cut"),
+    "another tree": ({}, ValueError, "must be a pytree like the parameters"),
+    "unequal pieces": ({"kernel": NamedSharding(AbstractMesh((3,), ("a",)), P("a"))}, ValueError, "cannot be sharded"),
 }
 
 

@@ -1,5 +1,7 @@
 """The report of what an optimizer stores, also from within optax's wrappers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -98,6 +100,7 @@ def test_the_table_shows_what_is_where():
         "rule 'wte'",
         "xla",
         2 * (32 * 64 + 4 * 32 * 4),
+        2 * 4 * 32 * 64,
         "",
         None,
         "",
@@ -152,3 +155,52 @@ def test_nothing_is_recorded_after_an_error():
     report = fse.describe(adamw(), PARAMS)
     adamw().init(PARAMS)
     assert len(report.rows) == len(jax.tree.leaves(PARAMS))
+
+
+def test_layers_that_differ_only_in_their_number_share_a_line():
+    layer = {"kernel": jnp.ones((64, 64)), "norm": {"scale": jnp.ones(64)}}
+    params = {f"layers_{i}": layer for i in range(12)} | {"head": {"kernel": jnp.ones((64, 64))}}
+    report = fse.describe(adamw(), params)
+    assert len(report.rows) == 25
+    table = str(report).split("\n\n")[0].splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["head/kernel", "layers_0..11/kernel", "layers_0..11/norm/scale"]
+    assert "12 x (64, 64)" in table[1] and f"{12 * report.rows[0].bytes:,}" in table[1]
+
+
+def test_layers_of_different_shapes_or_with_gaps_have_lines_of_their_own():
+    params = {
+        "a_0": jnp.ones((64, 64)),
+        "a_1": jnp.ones((64, 128)),
+        "b_0": jnp.ones((64, 64)),
+        "b_2": jnp.ones((64, 64)),
+    }
+    table = str(fse.describe(adamw(), params)).split("\n\n")[0].splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["a_0", "a_1", "b_0", "b_2"]
+
+
+def test_a_table_fits_88_columns():
+    path = {"a_module_with_a_long_name": {"and_another_one": {"self_attention": {"kernel": jnp.ones((512, 512))}}}}
+    text = str(fse.describe(adamw(), path | PARAMS))
+    assert max(map(len, text.splitlines())) <= 88
+    assert re.search(r"^a_module_wi\w*\.\.\.[\w/]*tion/kernel  ", text, re.MULTILINE)
+
+
+def test_the_total_in_fp32_is_that_of_the_optax_optimizer():
+    report = fse.describe(adamw(), PARAMS)
+    theirs = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(1e-3).init(PARAMS)))
+    moments = sum(row.bytes_in_fp32 for row in report.rows)
+    assert moments == theirs - 4  # their step count
+    assert f"{report.total_bytes_in_fp32:,} in fp32" in str(report)
+
+
+def test_bytes_per_device_are_those_of_the_shards():
+    mesh = jax.make_mesh((8,), ("a",))
+    sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    params = {"kernel": jax.device_put(jnp.ones((512, 64)), sharded), "bias": jnp.ones(64)}
+    params["bias"] = jax.device_put(params["bias"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    report = fse.describe(adamw(), params)
+    state = jax.jit(adamw().init, out_shardings=jax.tree.map(lambda x: x.sharding, fse.abstract_state(adamw(), params)))
+    arrays = jax.tree.leaves(state(params))
+    assert report.bytes_per_device == sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    assert f"per device: {report.bytes_per_device:,} bytes" in str(report)
+    assert fse.describe(adamw(), PARAMS).bytes_per_device is None

@@ -58,7 +58,7 @@ def test_blocks_straddle_where_a_step_moves_data_and_the_way_out_ends_it(name, k
         assert row.bits == 8
         assert moves_data(tx, params) is bool(row.straddles)
         if row.straddles and "StateFormat" in row.straddles:
-            better = eval(re.search(r"Take (StateFormat\(.*?\))", row.straddles)[1], {"StateFormat": fse.StateFormat})
+            better = eval(re.search(r"Use (StateFormat\(.*?\))", row.straddles)[1], {"StateFormat": fse.StateFormat})
             tx = fse.adamw8bit(1e-3, rules=(("kernel", fse.Rule(8, better)),))
             (row,) = fse.describe(tx, params).rows
             assert row.bits == 8 and row.straddles == "" and not moves_data(tx, params)
@@ -87,7 +87,7 @@ def test_both_answers_are_among_the_cases():
         params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
         (row,) = fse.describe(fse.adamw8bit(1e-3, state_format=state_format), params, shardings=cut).rows
         answers.add(re.split(r"[(=:]", row.straddles.partition(". ")[2])[1] if row.straddles else "none needed")
-    fp32 = " cut another axis, or keep fp32 moments by a rule "
+    fp32 = " shard another axis, or keep fp32 moments with a rule "
     assert answers == {"none needed", "shards", "block_axis", "block_size", "min_size", fp32}
 
 
@@ -109,14 +109,14 @@ def test_all_ways_to_say_how_parameters_are_cut_give_the_same_report():
         report = fse.describe(tx, PARAMS, shardings=SPECS)
     assert report == fse.describe(tx, PARAMS, shardings=named) == fse.describe(tx, PARAMS, shardings=abstract)
     assert report == fse.describe(tx, shapes) == fse.describe(tx, arrays)
-    assert [(row.path, row.cut, bool(row.straddles)) for row in report.rows] == [
+    assert [(row.path, row.shards, bool(row.straddles)) for row in report.rows] == [
         ("up/bias", (4,), False),  # in fp32
         ("up/kernel", (4, 2), False),
         ("wte/embedding", (8, 1), False),
     ]
     lines = str(report).splitlines()
-    assert lines[0].endswith("cut") and lines[2].endswith("4 x 2, whole blocks") and lines[3].endswith("8 x 1")
-    assert fse.describe(tx, jax.eval_shape(lambda: arrays)).rows[0].cut is None
+    assert lines[0].endswith("shards") and lines[2].endswith("4 x 2") and lines[3].endswith("8 x 1")
+    assert fse.describe(tx, jax.eval_shape(lambda: arrays)).rows[0].shards is None
 
 
 def test_the_printed_report_names_what_straddles():
@@ -126,8 +126,8 @@ def test_the_printed_report_names_what_straddles():
     text = str(report)
     assert "8 x 1, straddles" in text
     assert (
-        "straddles devices: head/kernel: axis 0 of 64 is cut 8 ways, 8 on a device, and blocks are of 32. "
-        "Take StateFormat(block_axis=1, shards=1, min_size=0), for all or by a rule." in text
+        "straddles devices: head/kernel: axis 0 of 64 is sharded over 8 devices, 8 on each, and blocks have 32. "
+        "Use StateFormat(block_axis=1, shards=1, min_size=0), for all parameters or in a rule." in text
     )
 
 
@@ -136,7 +136,7 @@ def test_rows_of_an_embedding_keep_their_own_scales():
     params = {"embedding": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
     cut = {"embedding": NamedSharding(mesh, P(None, "a"))}
     (row,) = fse.describe(fse.adamw8bit(1e-3, rules=rules, state_format=SMALL), params, shardings=cut).rows
-    assert "Take StateFormat(block_size=16, block_axis=1, min_size=0)" in row.straddles
+    assert "Use StateFormat(block_size=16, block_axis=1, min_size=0)" in row.straddles
 
 
 def test_a_row_that_is_cut_has_its_mean_on_several_devices():
@@ -164,7 +164,7 @@ def test_wrappers_have_the_same_cuts(name):
     tx = WRAPPED[name](fse.adamw8bit(1e-3, state_format=SMALL))
     with jax.set_mesh(mesh_of(AxisType.Auto)):
         rows = {row.path: row for row in fse.describe(tx, PARAMS, shardings=SPECS).rows}
-    assert rows["up/kernel"].cut == (4, 2) and rows["up/kernel"].straddles == ""
+    assert rows["up/kernel"].shards == (4, 2) and rows["up/kernel"].straddles == ""
 
 
 def test_nnx_variables_and_their_specs():
@@ -177,9 +177,9 @@ def test_nnx_variables_and_their_specs():
     with jax.set_mesh(mesh):
         params = nnx.state(Model(), nnx.Param)
         tx = fse.adamw8bit(1e-3, state_format=SMALL)
-        assert fse.describe(tx, params).rows[0].cut == (4, 2)
+        assert fse.describe(tx, params).rows[0].shards == (4, 2)
         shapes = nnx.to_pure_dict(jax.eval_shape(lambda: params))
-        assert fse.describe(tx, shapes, shardings=nnx.get_partition_spec(params)).rows[0].cut == (4, 2)
+        assert fse.describe(tx, shapes, shardings=nnx.get_partition_spec(params)).rows[0].shards == (4, 2)
 
 
 AXES = NamedSharding(AbstractMesh((8,), ("a",)), P("a"))
@@ -187,12 +187,12 @@ BAD = {
     "no mesh": (SPECS, ValueError, r"has P\('b',\) for parameter 'up/bias', which needs a mesh.*set_mesh"),
     "a leaf that is missing": ({"up": SPECS["up"]}, ValueError, "the parameters have 'wte/embedding' and the `shard"),
     "a leaf too many": (SPECS | {"b": AXES}, ValueError, "the `shardings` have 'b' and the parameters do not"),
-    "a single spec for all": (AXES, ValueError, "a tree like the parameters"),
+    "a single spec for all": (AXES, ValueError, "a pytree like the parameters"),
     "names": ({"up": {"kernel": "a", "bias": "a"}}, TypeError, "PartitionSpec or NamedSharding.*got 'a' at 'up/"),
     "more axes than there are": (
         {"up": {"kernel": None, "bias": AXES.update(spec=P(None, "a"))}, "wte": {"embedding": None}},
         ValueError,
-        r"'up/bias' of shape \(128,\) cannot be cut as its sharding",
+        r"'up/bias' of shape \(128,\) cannot be sharded as given",
     ),
 }
 
@@ -209,7 +209,7 @@ def test_axes_that_the_mesh_does_not_have_and_unequal_pieces_are_named():
     with jax.set_mesh(mesh_of(AxisType.Auto)):
         with pytest.raises(ValueError, match=r"has P\('model',\) for parameter 'kernel': .*not found in mesh"):
             fse.describe(tx, params, shardings={"kernel": P("model")})
-        with pytest.raises(ValueError, match=r"'kernel' of shape \(300, 64\) cannot be cut as its sharding"):
+        with pytest.raises(ValueError, match=r"'kernel' of shape \(300, 64\) cannot be sharded as given"):
             fse.describe(tx, params, shardings={"kernel": P(("a", "b"))})
 
 
@@ -217,8 +217,8 @@ def test_what_is_on_one_device_or_not_known():
     tx, params = fse.adamw8bit(1e-3, state_format=SMALL), {"kernel": jnp.ones((64, 64)), "empty": np.ones((0, 3))}
     one = SingleDeviceSharding(jax.devices()[0])
     rows = {row.path: row for row in fse.describe(tx, params, shardings={"kernel": one, "empty": None}).rows}
-    assert rows["kernel"].cut == (1, 1) and rows["empty"].cut is None
-    assert "cut" not in str(fse.describe(tx, params))
+    assert rows["kernel"].shards == (1, 1) and rows["empty"].shards is None
+    assert "shards" not in str(fse.describe(tx, params))
     reports = []
     jax.jit(lambda params: reports.append(fse.describe(tx, params)))(params)
     assert reports == [fse.describe(tx, params)]

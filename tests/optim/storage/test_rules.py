@@ -102,7 +102,7 @@ def test_metadata_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="`bits` must be 8, 32, 'bf16' or 'rowwise', got 7"):
         fse.scale_by_adam8bit(state_format=SMALL).init(params)
     params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits="rowwise")}
-    with pytest.raises(ValueError, match="metadata of parameter 'kernel' asks for one second moment a row, but lion"):
+    with pytest.raises(ValueError, match="metadata of parameter 'kernel' asks for one second moment per row, but lion"):
         fse.scale_by_lion8bit(state_format=SMALL).init(params)
 
 

@@ -1,0 +1,213 @@
+"""Resolves every parameter once, into one value that all the rest reads: its `LeafPlan`.
+
+A plan says which user rule matches, how the moments are stored and why, how the parameter is sharded where that is
+known, and which implementation runs the step. `init` and every `update` make the plans first and pass them on: to the
+checks, the state, the step and the report of `describe`.
+"""
+
+from collections import Counter
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import prod
+from typing import Any, NamedTuple
+from warnings import warn
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ...ops.blockwise.blocks import SMALLEST, Blocks
+from ...ops.blockwise_step.api import Implementation, what_runs
+from ...ops.blockwise_step.capabilities import Spec
+from ..boxes import is_box, optim_bits, unbox
+from ..placement import Specs
+from ..trees import is_array, path_name, with_shape
+from .defaults import LIKE_AN_EMBEDDING, default_bits
+from .rules import Bits, Rule, Rules, show_pattern
+from .state_format import StateFormat
+
+# The platform and the number of devices that plans are made for; None for those of this process. `describe` sets it.
+TARGET: ContextVar[tuple[str | None, int | None]] = ContextVar("target", default=(None, None))
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """Everything that is decided about one parameter before a step.
+
+    Always: `blocks` is None unless `bits` is 8.
+
+    Attributes:
+        path: The parameter's path, "block/kernel".
+        shape: Its global shape. For a table that a step represents by a few of its rows: the shape of the table.
+        dtype: Its dtype.
+        rule: The first user rule that matches, or a `Rule` that sets nothing.
+        bits: How its moments are stored: 8, 32, "bf16" or "rowwise".
+        state_format: The format of its 8-bit moments: the rule's, else the optimizer's.
+        blocks: The axis and the size of the blocks that share a scale.
+        reason: Why it has these bits, for a reader.
+        placement: How it is sharded, as `partition_specs` says; None where nothing is known.
+        implementation: The name of what runs its step, with the reason where it is not the platform's kernel.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    rule: Rule
+    bits: Bits
+    state_format: StateFormat
+    blocks: Blocks | None
+    reason: str
+    placement: Spec | None
+    implementation: str
+
+    @property
+    def blocks_text(self) -> str:
+        """The blocks and the codec, for a reader; "" for moments that are not in 8 bits."""
+        if self.blocks is None:
+            return ""
+        return f"{self.blocks.size} on axis {self.blocks.axis}, {self.state_format.codec}"
+
+
+class PlannedLeaf(NamedTuple):
+    """A leaf of the parameter pytree, in its wrapper, with its plan. The plan is None where there is no array."""
+
+    key_path: tuple
+    path: str
+    box: Any
+    plan: LeafPlan | None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans from an optimizer's rules, `partition_specs` and `implementation`."""
+
+    rules: Rules
+    specs: Specs = Specs(None)
+    implementation: Implementation | None = None
+    keeps_moments: bool = True  # False for an optimizer without state, such as SGD without momentum
+
+    def plans(self, params: Any) -> tuple[list[PlannedLeaf], Any]:
+        """Plans every leaf of a parameter pytree, and checks the rules against all of them.
+
+        Returns:
+            The leaves with their plans, and the structure of the pytree.
+
+        Raises:
+            ValueError: Two parameters have one path, a user rule matches no parameter, or a named `implementation`
+                cannot run the step of a parameter.
+        """
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+        planned, used = [], set()
+        for key_path, box in leaves:
+            path, box, plan = path_name(key_path), with_shape(box), None
+            if is_array(box):
+                matches = list(self.rules.matches(path, unbox(box).shape))
+                used.update(matches)
+                plan = self._plan(matches[:1], path, unbox(box), metadata_bits=optim_bits(box))
+            planned.append(PlannedLeaf(key_path, path, box, plan))
+        twice = [path for path, n in Counter(x.path for x in planned).items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"Two parameters have the path {twice[0]!r}, by which rules and states know them (without `value` at "
+                "its end). Rename one."
+            )
+        _check_rules(self.rules, used, params, planned)
+        return planned, tree
+
+    def plan_stored(self, path: str, parameter: Any, stored_bits: Bits) -> LeafPlan:
+        """Plans a parameter whose moments a state already stores.
+
+        The state decides the bits, because NNX metadata, which may have asked for them, is not at hand in `update`.
+
+        Raises:
+            ValueError: A user rule asks for other bits than the state has; or `partition_specs` needs a mesh and there
+                is none.
+        """
+        matches = list(islice(self.rules.matches(path, parameter.shape), 1))
+        plan = self._plan(matches, path, parameter)
+        if stored_bits == 8:
+            self.specs.check_mesh(path)
+        if plan.bits == stored_bits:
+            return plan
+        if plan.rule.bits is not None:
+            raise ValueError(
+                f"The state of parameter {path!r} is stored with bits {stored_bits!r}, but `rules` has "
+                f"({show_pattern(self.rules.user[matches[0]][0])}, {plan.rule.bits!r}) for it. Make the optimizer with "
+                "the rules that made the state, or convert the state: fse.convert_state."
+            )
+        return self._finished(replace(plan, bits=stored_bits, reason="as the state stores it"), parameter)
+
+    def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: int | None = None) -> LeafPlan:
+        pattern, rule = self.rules.user[matches[0]] if matches else (None, Rule())
+        shape = self.rules.global_shape(path, parameter.shape)
+        bits, reason = rule.bits, f"rule {show_pattern(pattern)}"
+        if bits is None and metadata_bits is not None:
+            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"  # pyright: ignore[reportArgumentType]  # checked there
+        if bits is None:
+            bits, reason = default_bits(path)
+        state_format = rule.state_format or self.rules.state_format
+        blocks = state_format.blocks(path, shape)
+        obstacle = "" if self.keeps_moments else "no moments"
+        if bits != 32:
+            obstacle = obstacle or _cannot(shape, parameter.dtype)
+        if bits == 8:
+            obstacle = obstacle or _too_small(shape, state_format, blocks)
+        if bits == "rowwise" and prod(shape[-1:]) == 1:
+            obstacle = obstacle or ("rows of one element" if shape else "a scalar has no rows")
+        if obstacle:
+            bits, reason = 32, obstacle
+        plan = LeafPlan(path, shape, parameter.dtype, rule, bits, state_format, blocks, reason, None, "")
+        return self._finished(plan, parameter)
+
+    def _finished(self, plan: LeafPlan, parameter: Any) -> LeafPlan:
+        """The plan with its blocks dropped where they are not used, and with what runs the step."""
+        if plan.bits != 8:
+            return replace(plan, blocks=None, implementation="optax's formula")
+        blocks, placement = plan.state_format.blocks(plan.path, plan.shape), self.specs.of(plan.path)
+        platform, devices = TARGET.get()
+        runs = what_runs(
+            self.implementation, plan.path, blocks, parameter, placement, platform=platform, devices=devices
+        )
+        return replace(plan, blocks=blocks, placement=placement, implementation=runs)
+
+
+def _cannot(shape: tuple[int, ...], dtype: Any) -> str:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "not floating point"
+    return "" if prod(shape) else "empty"
+
+
+def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks) -> str:
+    if prod(shape) < state_format.min_size:
+        return f"fewer than {state_format.min_size} elements"
+    if state_format.min_size and shape and shape[blocks.axis] < SMALLEST:
+        return f"blocked axis shorter than {SMALLEST}"
+    return ""
+
+
+def _check_rules(rules: Rules, used: set[int], params: Any, leaves: list[PlannedLeaf]) -> None:
+    """Raises where a user rule matches nothing; warns where a table that has another name gets 8-bit moments."""
+    hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
+    plans = [x.plan for x in leaves if x.plan]
+    if not plans or hidden or len(plans) < len(leaves):
+        return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
+    if len(used) < len(rules.user):
+        unmatched = [text for i, text in enumerate(rules.texts()) if i not in used]
+        paths = ", ".join(plan.path for plan in plans[:8]) + (", ..." if len(plans) > 8 else "")
+        raise ValueError(
+            f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
+            "Correct the pattern, or drop it. (A variable that is tied has one path, the first of them.)"
+        )
+    if not any(plan.reason == "embedding" for plan in plans):
+        default = [plan.path for plan in plans if plan.bits == 8 and plan.reason == "default"]
+        if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:
+            warn(
+                "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
+                f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
+                stacklevel=5,
+            )
+
+
+def _is_masked_node(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)

@@ -1,0 +1,141 @@
+"""One plan per parameter: resolved once, and the same in `init`, in every step and in the report."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+import flax_stable_embed as fse
+from flax_stable_embed.optim.storage import plan as plan_module
+from flax_stable_embed.optim.storage.rules import Rules
+from tests.tools import SMALL, every_optimizer
+
+PARAMS = {
+    "kernel": jnp.ones((64, 512)),
+    "head": jnp.ones((64, 512)),
+    "norm": {"scale": jnp.ones(64)},
+    "wte": {"embedding": jnp.ones((512, 64))},
+}
+RULES = (("head", 8), ("kernel", fse.Rule(lr_scale=0.5)))
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """Counts how often the user rules are searched for each parameter."""
+    counted = collections.Counter()
+    search = Rules.matches
+
+    def matches(self, path, shape):
+        counted[path] += 1
+        return search(self, path, shape)
+
+    monkeypatch.setattr(Rules, "matches", matches)
+    return counted
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
+@every_optimizer
+def test_rules_are_searched_once_per_parameter_and_call(case, fused, lookups):
+    tx = case.ours(**case.hyper, state_format=SMALL, rules=RULES)
+    once = dict.fromkeys(("head", "kernel", "norm/scale", "wte/embedding"), 1)
+    state = tx.init(PARAMS)
+    assert lookups == once
+    lookups.clear()
+    if fused:
+        fse.fused_update(tx, PARAMS, state, PARAMS)
+    else:
+        tx.update(PARAMS, state, PARAMS)
+    assert lookups == once
+
+
+def test_a_wrapped_transform_searches_rules_once_per_parameter_and_call(lookups):
+    tx = fse.quantize_state(optax.adamw(1e-3), state_format=SMALL, rules=(("head", 32),))
+    state = tx.init(PARAMS)
+    assert set(lookups.values()) == {1}
+    lookups.clear()
+    tx.update(PARAMS, state, PARAMS)
+    assert set(lookups.values()) == {1}
+
+
+@every_optimizer
+def test_describe_shows_the_plans_that_update_uses(case, monkeypatch):
+    tx = case.ours(**case.hyper, state_format=SMALL, rules=(*RULES, ("norm", "bf16")))
+    used = {}
+    plan_stored = plan_module.Planner.plan_stored
+
+    def spy(self, path, *args):
+        used[path] = plan_stored(self, path, *args)
+        return used[path]
+
+    monkeypatch.setattr(plan_module.Planner, "plan_stored", spy)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    rows = {row.path: row for row in fse.describe(tx, PARAMS).rows}
+    assert rows.keys() == used.keys()
+    for path, plan in used.items():
+        shown = rows[path]
+        assert (shown.shape, shown.bits, shown.block) == (plan.shape, plan.bits, plan.blocks_text)
+        assert (shown.reason, shown.implementation) == (plan.reason, plan.implementation)
+        assert shown.overrides == plan.rule.settings_text
+
+
+def test_a_state_decides_where_metadata_has_decided_in_init():
+    """Metadata of NNX variables is not at hand in `update`; the dtypes of the state are."""
+    planner = plan_module.Planner(Rules((), SMALL))
+    plan = planner.plan_stored("kernel", jax.ShapeDtypeStruct((64, 512), jnp.float32), 32)
+    assert (plan.bits, plan.blocks, plan.reason) == (32, None, "as the state stores it")
+    plan = planner.plan_stored("wte/embedding", jax.ShapeDtypeStruct((64, 512), jnp.float32), 8)
+    assert (plan.bits, plan.blocks) == (8, SMALL.blocks("wte/embedding", (64, 512)))
+
+
+def test_partition_specs_without_a_mesh_are_an_error_in_a_step():
+    tx = fse.adamw8bit(1e-3, partition_specs={"kernel": PartitionSpec("data")}, state_format=SMALL)
+    params = {"kernel": jnp.ones((64, 512))}
+    state = tx.init(params)  # a mesh may be set later
+    with pytest.raises(
+        ValueError, match=r"`partition_specs` has .*'data'.* for parameter 'kernel', which needs a mesh"
+    ):
+        tx.update(params, state, params)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        tx.update(params, state, params)
+
+
+def test_partition_specs_with_an_axis_that_the_mesh_does_not_have_are_an_error():
+    tx = fse.adamw8bit(1e-3, partition_specs={"kernel": PartitionSpec(("data", "model"))}, state_format=SMALL)
+    params = {"kernel": jnp.ones((64, 512))}
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        with pytest.raises(ValueError, match="the mesh has the axes data and no 'model'"):
+            tx.init(params)
+
+
+def test_replicated_parameters_need_no_mesh():
+    tx = fse.adamw8bit(1e-3, partition_specs={"kernel": PartitionSpec(None)}, state_format=SMALL)
+    params = {"kernel": jnp.ones((64, 512))}
+    tx.update(params, tx.init(params), params)
+
+
+def test_a_gradient_that_is_none_keeps_its_moments():
+    params = {"kernel": jnp.ones((64, 512)), "other": jnp.ones((64, 512))}
+    tx = fse.adamw8bit(1e-3, rules=(("other", fse.Rule(8, fse.StateFormat("linear", min_size=0))),), weight_decay=0.0)
+    state = tx.init(params)
+    updates, new = tx.update({"kernel": params["kernel"], "other": None}, state, params)
+    assert updates["other"] is None
+    np.testing.assert_array_equal(new[0].mu["other"], state[0].mu["other"])
+
+
+def test_the_platform_of_a_report_can_be_another_one():
+    shapes = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    tx = fse.adamw8bit(1e-3)
+    assert fse.describe(tx, shapes).rows[0].implementation == "xla"
+    assert fse.describe(tx, shapes, platform="gpu").rows[0].implementation == "pallas_gpu"
+    mesh = AbstractMesh((16,), ("fsdp",))
+    sharded = {"kernel": jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))}
+    row = fse.describe(tx, shapes, shardings=sharded, platform="tpu").rows[0]
+    assert row.implementation == "xla: no partition_specs"
+    aware = fse.adamw8bit(1e-3, partition_specs=sharded, state_format=fse.StateFormat(shards=16))
+    assert fse.describe(aware, shapes, shardings=sharded, platform="tpu").rows[0].implementation == "pallas_tpu"
+    with pytest.raises(ValueError, match="`platform` must be"):
+        fse.describe(tx, shapes, platform="quantum")
