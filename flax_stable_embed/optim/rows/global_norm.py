@@ -17,7 +17,7 @@ def values_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.values if is_sparse_rows(x) else x, tree, is_leaf=is_sparse_rows)
 
 
-def with_values_of(tree: Any, values: Any) -> Any:
+def with_values(tree: Any, values: Any) -> Any:
     """`tree` with other values: those that `values_of` took from it, changed."""
 
     def put_back(old: Any, new: Any) -> Any:
@@ -58,6 +58,6 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         values, state = inner.update(values_of(updates), state, params)
-        return with_values_of(updates, values), state
+        return with_values(updates, values), state
 
     return optax.GradientTransformation(inner.init, update)

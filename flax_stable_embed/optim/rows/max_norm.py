@@ -18,10 +18,9 @@ from ...ops.embedding.lookup import renorm
 from ...ops.embedding.options import check_max_norm
 from ...ops.embedding.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
 from ..arguments import check_transform
-from ..fused_update import FusedTransformation, is_fused
-from ..fused_update import fused_update as write
+from ..fused_update import FusedTransformation, fused_update, is_fused
 from ..trees import is_none, path_name
-from .tables import are_tables, ids_of_tables
+from .tables import are_tables, row_numbers_by_path
 
 
 def with_max_norm(
@@ -80,52 +79,53 @@ def with_max_norm(
     check_max_norm(None if isinstance(max_norm, Array) else max_norm, norm_type)  # it may be traced
     inner = optax.with_extra_args_support(tx)
 
-    def renormed(grads: Any, params: Any, token_ids: Any) -> tuple[Any, dict[int, SparseRows], list[Any], Any]:
+    def scale_rows(grads: Any, params: Any, token_ids: Any) -> tuple[Any, dict[int, SparseRows], Any]:
         """The parameters with scaled rows, what that has added to which of them, and the gradients' leaves and tree."""
         if params is None:
             raise ValueError("max_norm needs `params`: call `update(grads, state, params)`; got None.")
         pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_none)
-        g_leaves = tree.flatten_up_to(grads)
         paths, leaves = [path_name(path) for path, _ in pairs], [p for _, p in pairs]
-        found = _looked_up(are_tables(mask, params, paths, leaves), paths, leaves, g_leaves, token_ids)
+        found = _looked_up_rows(
+            are_tables(mask, params, paths, leaves), paths, leaves, tree.flatten_up_to(grads), token_ids
+        )
         added = {}
         for i, row_numbers in found.items():
             leaves[i] = jnp.asarray(leaves[i])
             indices = distinct(row_numbers, leaves[i].shape[0])
             rows = take_rows(leaves[i], indices)
-            short = renorm(rows, max_norm, norm_type)
-            leaves[i] = set_rows(leaves[i], indices, short)
+            scaled = renorm(rows, max_norm, norm_type)
+            leaves[i] = set_rows(leaves[i], indices, scaled)
             wide = at_least_float32(rows.dtype)  # of the sum of large numbers a small one is left
-            added[i] = SparseRows(indices, short.astype(wide) - rows.astype(wide), leaves[i].shape[0])
-        return tree.unflatten(leaves), added, g_leaves, tree
+            added[i] = SparseRows(indices, scaled.astype(wide) - rows.astype(wide), leaves[i].shape[0])
+        return tree.unflatten(leaves), added, tree
 
     def update(updates, state, params=None, *, token_ids=None, **extra_args):
-        short, added, _, tree = renormed(updates, params, token_ids)
-        updates, state = inner.update(updates, state, short, token_ids=token_ids, **extra_args)
+        scaled_params, added, tree = scale_rows(updates, params, token_ids)
+        updates, state = inner.update(updates, state, scaled_params, token_ids=token_ids, **extra_args)
         leaves = tree.flatten_up_to(updates)
         for i, rows in added.items():
             u = leaves[i]
             leaves[i] = rows if u is None else (u if is_sparse_rows(u) else u.astype(rows.dtype)) + rows
         return tree.unflatten(leaves), state
 
-    def fused_update(grads, state, params, *, token_ids=None, **extra_args):
-        short, *_ = renormed(grads, params, token_ids)
-        return write(tx, grads, state, short, token_ids=token_ids, **extra_args)
+    def fused(grads, state, params, *, token_ids=None, **extra_args):
+        scaled_params, *_ = scale_rows(grads, params, token_ids)
+        return fused_update(tx, grads, state, scaled_params, token_ids=token_ids, **extra_args)
 
-    return FusedTransformation(tx.init, update, fused_update if is_fused(tx) else None)
+    return FusedTransformation(tx.init, update, fused if is_fused(tx) else None)
 
 
-def _looked_up(
-    ours: list[bool], paths: list[str], params: list[Any], grads: list[Any], token_ids: Any
+def _looked_up_rows(
+    is_table: list[bool], paths: list[str], params: list[Any], grads: list[Any], token_ids: Any
 ) -> dict[int, Array]:
     """The row numbers that were looked up in each table, by its place."""
-    tables = {path: p.shape[0] for path, p, table in zip(paths, params, ours) if table}
+    tables = {path: p.shape[0] for path, p, table in zip(paths, params, is_table) if table}
     if not tables:
         raise ValueError(
             f"max_norm finds no table among the parameters {', '.join(paths[:8])}: name it with "
             "`mask`, a pytree of booleans like the parameters."
         )
-    given = {} if token_ids is None else ids_of_tables(token_ids, tables, tables)
+    given = {} if token_ids is None else row_numbers_by_path(token_ids, tables, tables)
     found = {}
     for i, path in enumerate(paths):
         if path not in tables:

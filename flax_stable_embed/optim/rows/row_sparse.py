@@ -6,6 +6,7 @@ The rows of parameters and moments are gathered, the optimizer makes its step on
 back, in place where the arrays are donated: the formula is the dense one's own.
 """
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,10 +17,10 @@ from ...ops.embedding.rows import SparseRows, distinct, is_none_or_rows, is_spar
 from ..arguments import check_transform
 from ..fused_update import FusedTransformation, is_fused
 from ..trees import path_name
-from .catch_up import Records, RowSparseState, decays_of, initial_records
-from .row_step import Problem, RowStep, step_on_rows
+from .catch_up import RowHistory, RowSparseState, initial_state, measure_decays
+from .row_step import RowStep, StepInputs, step_on_rows
 from .row_step_check import ACCUMULATES, check_once
-from .tables import are_tables, ids_of_tables
+from .tables import are_tables, row_numbers_by_path
 
 Semantics = Literal["lazy", "catch_up"]
 
@@ -103,40 +104,40 @@ def row_sparse(
 
     def init(params):
         inner = tx.init(params)
-        return initial_records(inner, params, mask) if catches_up else inner
+        return initial_state(inner, params, mask) if catches_up else inner
 
-    def step(fused, grads, state, params, token_ids, extra_args):
+    def step(grads, state, params, token_ids, extra_args, *, fused):
         if catches_up is not isinstance(state, RowSparseState):
             raise TypeError(
                 f"`state` is of the other semantics: {semantics=} cannot go on with a {type(state).__name__}. "
                 "Make the optimizer as it was when the state was made."
             )
         inner_state = state.inner_state if catches_up else state
-        problem = _problem(grads, params, inner_state, token_ids, mask)
-        tables = {i: g for i, g in enumerate(problem.grads) if is_sparse_rows(g)}
+        inputs = _step_inputs(grads, params, inner_state, token_ids, mask)
+        tables = {i: g for i, g in enumerate(inputs.grads) if is_sparse_rows(g)}
         if catches_up and params is None:
             raise ValueError("semantics='catch_up' needs `params`: call update(grads, state, params); got None.")
-        one = RowStep(tx, fused, extra_args)
-        check_once(checked, tx, problem, tables, extra_args, catches_up)
+        one_step = RowStep(tx, extra_args, fused=fused)
+        check_once(checked, tx, inputs, tables, extra_args, catches_up)
         if not catches_up:
-            outcome = step_on_rows(one, problem, tables)
-            return problem.tree.unflatten(outcome.outputs), problem.state_tree.unflatten(outcome.state)
-        records = Records(problem, tables, state)
-        decays = decays_of(RowStep(tx, False, extra_args), problem, tables)
-        outcome = step_on_rows(one, problem, tables, lambda *cut: records.catch_up(decays, *cut))
-        inner_state = problem.state_tree.unflatten(outcome.state)
-        return problem.tree.unflatten(outcome.outputs), records.after(inner_state, decays)
+            after = step_on_rows(one_step, inputs, tables)
+            return inputs.tree.unflatten(after.out), inputs.state_tree.unflatten(after.state)
+        history = RowHistory(inputs, tables, state)
+        decays = measure_decays(RowStep(tx, extra_args, fused=False), inputs, tables)
+        after = step_on_rows(one_step, inputs, tables, partial(history.catch_up, decays))
+        inner_state = inputs.state_tree.unflatten(after.state)
+        return inputs.tree.unflatten(after.out), history.next_state(inner_state, decays)
 
     def update(updates, state, params=None, *, token_ids=None, **extra_args):
-        return step(False, updates, state, params, token_ids, extra_args)
+        return step(updates, state, params, token_ids, extra_args, fused=False)
 
     def fused_update(grads, state, params, *, token_ids=None, **extra_args):
-        return step(True, grads, state, params, token_ids, extra_args)
+        return step(grads, state, params, token_ids, extra_args, fused=True)
 
     return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
 
 
-def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> Problem:
+def _step_inputs(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> StepInputs:
     """The step's arrays, with row gradients in the place of dense ones where `token_ids` says so."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none_or_rows)
     paths, leaves = [path_name(path) for path, _ in pairs], [g for _, g in pairs]
@@ -146,7 +147,7 @@ def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> 
         chosen = are_tables(mask, tree.unflatten(leaves), paths, leaves)
         tables = {path: known[path] for path, ours, d in zip(paths, chosen, dense) if ours and d}
         unneeded = not tables and any(map(is_sparse_rows, leaves))  # row gradients know their rows
-        found = {} if unneeded else ids_of_tables(token_ids, tables, known)
+        found = {} if unneeded else row_numbers_by_path(token_ids, tables, known)
         for i, path in enumerate(paths):
             if path in found and dense[i]:
                 indices = distinct(found[path], known[path])
@@ -157,11 +158,11 @@ def _problem(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> 
             "looked up: tx.update(grads, state, params, token_ids=ids). (optax.MultiSteps around `row_sparse` makes "
             "row gradients dense: use fse.sum_microbatches in its place.)"
         )
-    problem = Problem.of(tree, paths, leaves, params, state)
+    inputs = StepInputs.of(tree, paths, leaves, params, state)
     if params is not None:
-        for path, g, p in zip(paths, leaves, problem.params or ()):
+        for path, g, p in zip(paths, leaves, inputs.params or ()):
             if is_sparse_rows(g) and getattr(p, "shape", None) != g.shape:
                 raise ValueError(
                     f"The row gradient of {path!r} is of a table of shape {g.shape}, but it has {p.shape}."
                 )
-    return problem
+    return inputs

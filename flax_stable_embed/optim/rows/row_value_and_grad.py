@@ -17,7 +17,7 @@ from ...ops.embedding.looked_up import LookedUpTable, Lookup, is_looked_up_table
 from ...ops.embedding.rows import distinct, is_sparse_rows
 from ..boxes import as_jax, is_box, rebox, unbox
 from ..trees import path_name
-from .tables import ids_of_tables, is_table
+from .tables import is_table, row_numbers_by_path
 
 
 def row_value_and_grad(
@@ -84,13 +84,13 @@ def row_value_and_grad(
     def value_and_grad(params, *args, **kwargs):
         given = None if token_ids is None else token_ids(params, *args, **kwargs)
         if isinstance(params, nnx.Module):
-            return _of_module(loss_fn, params, args, kwargs, has_aux, wrt, given)
-        return _of_params(loss_fn, params, args, kwargs, has_aux, given)
+            return _module_value_and_grad(loss_fn, params, args, kwargs, has_aux, wrt, given)
+        return _params_value_and_grad(loss_fn, params, args, kwargs, has_aux, given)
 
     return value_and_grad
 
 
-class _Leaf(NamedTuple):
+class _Parameter(NamedTuple):
     """A parameter, in its wrapper if it has one."""
 
     path: str
@@ -98,46 +98,50 @@ class _Leaf(NamedTuple):
     sparse: bool  # a table with `sparse=True`, by its module (NNX), or by the name of an embedding (Linen)
 
 
-def _of_params(loss_fn, params, args, kwargs, has_aux, given):
+def _params_value_and_grad(loss_fn, params, args, kwargs, has_aux, given):
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-    leaves = [_Leaf(path_name(path), as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
+    leaves = [_Parameter(path_name(path), as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
     if given is None:
-        known = [leaf._replace(box=rebox(leaf.box, _known_anew(unbox(leaf.box)))) for leaf in leaves]
+        renewed = [leaf._replace(box=rebox(leaf.box, _as_new_object(unbox(leaf.box)))) for leaf in leaves]
         with recording() as lookups:
-            loss_fn(tree.unflatten([leaf.box for leaf in known]), *args, **kwargs)
-        given = _found(lookups, known, others=())
-    tables = _tables(given, leaves)
+            loss_fn(tree.unflatten([leaf.box for leaf in renewed]), *args, **kwargs)
+        given = _recorded_ids(lookups, renewed, others=())
+    tables = _looked_up_tables(given, leaves)
 
-    def of_taps(differentiated, dummy):
+    def loss_of_taps(differentiated, dummy):
         boxes = [
             rebox(leaf.box, tables[leaf.path].differentiated(x, dummy)) if leaf.path in tables else x
             for leaf, x in zip(leaves, differentiated)
         ]
-        return _without_tables(loss_fn(tree.unflatten(boxes), *args, **kwargs))
+        return _tables_to_arrays(loss_fn(tree.unflatten(boxes), *args, **kwargs))
 
     differentiated = [tables[leaf.path].tap if leaf.path in tables else leaf.box for leaf in leaves]
-    value, (grads, _) = jax.value_and_grad(of_taps, argnums=(0, 1), has_aux=has_aux)(differentiated, 0.0)
+    value, (grads, _) = jax.value_and_grad(loss_of_taps, argnums=(0, 1), has_aux=has_aux)(differentiated, 0.0)
     return value, tree.unflatten(
         [rebox(x.box, tables[x.path].gradient(g)) if x.path in tables else g for x, g in zip(leaves, grads)]
     )
 
 
-def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
+def _module_value_and_grad(loss_fn, model, args, kwargs, has_aux, wrt, given):
     _check_keywords(model, kwargs)
-    marked = {id(m.embedding) for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Embed) and _is_sparse(m)}
+    sparse_variables = {
+        id(m.embedding) for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Embed) and getattr(m, "sparse", False)
+    }
     variables = dict(nnx.to_flat_state(nnx.state(model, wrt)))
-    leaves = [_Leaf("/".join(map(str, path)), x, id(x) in marked) for path, x in variables.items()]
+    leaves = [_Parameter("/".join(map(str, path)), x, id(x) in sparse_variables) for path, x in variables.items()]
     if given is None:
-        copy, copied_args, copied_kwargs = _copied((model, args, kwargs))
+        copy, copied_args, copied_kwargs = jax.tree.map(  # the recording run may change the state of NNX objects
+            lambda x: nnx.clone(x) if _is_nnx_object(x) else x, (model, args, kwargs), is_leaf=_is_nnx_object
+        )
         values = {}
         for path, x in nnx.to_flat_state(nnx.state(copy)):
-            x.set_raw_value(_known_anew(x.get_raw_value()))
+            x.set_raw_value(_as_new_object(x.get_raw_value()))
             values[path] = x.get_raw_value()
         with recording() as lookups:
             loss_fn(copy, *copied_args, **copied_kwargs)
         originals = [leaf._replace(box=values[path]) for leaf, path in zip(leaves, variables)]
-        given = _found(lookups, originals, others=values.values())
-    tables = _tables(given, leaves)
+        given = _recorded_ids(lookups, originals, others=values.values())
+    tables = _looked_up_tables(given, leaves)
     for leaf in leaves:  # looked up in no way that was seen: ids that are looked up all the same give NaN
         if leaf.sparse and leaf.path not in tables:
             tables[leaf.path] = LookedUpTable.at(leaf.box.get_raw_value(), jnp.zeros(0, jnp.int32))
@@ -145,54 +149,45 @@ def _of_module(loss_fn, model, args, kwargs, has_aux, wrt, given):
     of_tables = {paths[name] for name in tables}
     rest = nnx.All(wrt, lambda path, _: path not in of_tables)
 
-    def of_taps(model, taps, dummy, *args):
+    def loss_of_taps(model, taps, dummy, *args):
         inside = dict(nnx.to_flat_state(nnx.state(model, wrt)))
         for name, tap in taps.items():
             inside[paths[name]].set_raw_value(tables[name].differentiated(tap, dummy))
         out = loss_fn(model, *args, **kwargs)
         for name in taps:
             inside[paths[name]].set_raw_value(tables[name].constant)
-        return _without_tables(out)
+        return _tables_to_arrays(out)
 
     taps = {name: table.tap for name, table in tables.items()}
-    differentiate = nnx.value_and_grad(of_taps, argnums=(nnx.DiffState(0, rest), 1, 2), has_aux=has_aux)
-    value, (grads, of_rows, _) = differentiate(model, taps, 0.0, *args)
+    differentiate = nnx.value_and_grad(loss_of_taps, argnums=(nnx.DiffState(0, rest), 1, 2), has_aux=has_aux)
+    value, (grads, tap_grads, _) = differentiate(model, taps, 0.0, *args)
     flat = dict(nnx.to_flat_state(grads))
     for name, table in tables.items():
-        flat[paths[name]] = variables[paths[name]].replace(table.gradient(of_rows[name]))
+        flat[paths[name]] = variables[paths[name]].replace(table.gradient(tap_grads[name]))
     return value, nnx.from_flat_state({path: flat[path] for path in variables})
 
 
 def _check_keywords(model: nnx.Module, kwargs: dict[str, Any]) -> None:
     """Raises where a keyword argument holds variables of the model, which are constants there."""
-    own = _variables(model)
+    own = _variable_ids(model)
     for name, value in kwargs.items():
-        for part in filter(_is_object, jax.tree.leaves(value, is_leaf=_is_object)):
-            if own & _variables(part):
+        for part in filter(_is_nnx_object, jax.tree.leaves(value, is_leaf=_is_nnx_object)):
+            if own & _variable_ids(part):
                 raise ValueError(
                     f"the argument `{name}` shares variables with the model. What is differentiated goes through the "
                     "first argument: take the module from there, inside of the loss."
                 )
 
 
-def _variables(part: Any) -> set[int]:
+def _variable_ids(part: Any) -> set[int]:
     return {id(x) for _, x in nnx.to_flat_state(nnx.state(part))}
 
 
-def _is_sparse(module: nnx.Embed) -> bool:
-    return bool(getattr(module, "sparse", False))
-
-
-def _copied(tree: Any) -> Any:
-    """The same with copies of NNX's objects, whose state a first run may then change."""
-    return jax.tree.map(lambda x: nnx.clone(x) if _is_object(x) else x, tree, is_leaf=_is_object)
-
-
-def _is_object(x: Any) -> bool:
+def _is_nnx_object(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)
 
 
-def _known_anew(x: Any) -> Any:
+def _as_new_object(x: Any) -> Any:
     """The same array as an object of its own, which tells a parameter from all others that hold the same array."""
     if isinstance(x, jax_core.Tracer):
         return jax.lax.optimization_barrier(x)
@@ -201,12 +196,12 @@ def _known_anew(x: Any) -> Any:
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [s.data for s in x.addressable_shards])
 
 
-def _without_tables(out: Any) -> Any:
+def _tables_to_arrays(out: Any) -> Any:
     """What a loss returns, with arrays for the tables that it may return beside its value."""
     return jax.tree.map(lambda x: x.constant if is_looked_up_table(x) else x, out, is_leaf=is_looked_up_table)
 
 
-def _found(lookups: list[Lookup], leaves: list[_Leaf], others: Any) -> dict[str, list[jax.Array]]:
+def _recorded_ids(lookups: list[Lookup], leaves: list[_Parameter], others: Any) -> dict[str, list[jax.Array]]:
     """The ids of each table, by its path: a recorded table is known by being the very array.
 
     One that is no parameter is a constant, if it is one of `others` or has a shape that no parameter has.
@@ -233,15 +228,15 @@ def _found(lookups: list[Lookup], leaves: list[_Leaf], others: Any) -> dict[str,
     return found
 
 
-def _tables(given: Any, leaves: list[_Leaf]) -> dict[str, LookedUpTable]:
+def _looked_up_tables(given: Any, leaves: list[_Parameter]) -> dict[str, LookedUpTable]:
     arrays = {leaf.path: unbox(leaf.box) for leaf in leaves}
-    known = {path: x.shape[0] for path, x in arrays.items() if len(getattr(x, "shape", ())) == 2}
-    sparse = {leaf.path: known[leaf.path] for leaf in leaves if leaf.sparse and leaf.path in known}
+    num_rows = {path: x.shape[0] for path, x in arrays.items() if len(getattr(x, "shape", ())) == 2}
+    sparse = {leaf.path: num_rows[leaf.path] for leaf in leaves if leaf.sparse and leaf.path in num_rows}
     tables = {}
-    for path, row_numbers in ids_of_tables(given, sparse, known).items():
+    for path, row_numbers in row_numbers_by_path(given, sparse, num_rows).items():
         if not jnp.issubdtype(arrays[path].dtype, jnp.inexact):
             raise TypeError(f"the table {path!r} is {arrays[path].dtype}: only floating parameters have gradients.")
-        tables[path] = LookedUpTable.at(jnp.asarray(arrays[path]), distinct(row_numbers, known[path]))
+        tables[path] = LookedUpTable.at(jnp.asarray(arrays[path]), distinct(row_numbers, num_rows[path]))
     return tables
 
 

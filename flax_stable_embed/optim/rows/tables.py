@@ -23,14 +23,14 @@ def are_tables(mask: Any, tree: Any, paths: list[str], leaves: list[Any]) -> lis
     if mask is None or not any(hasattr(unbox(x), "shape") for x in leaves):  # optax's placeholder has none
         return [is_table(path, x) for path, x in zip(paths, leaves)]
     chosen = broadcast_mask("mask", mask(tree) if callable(mask) else mask, tree)
-    for ours, path, x in zip(chosen, paths, leaves):
+    for is_chosen, path, x in zip(chosen, paths, leaves):
         shape = getattr(unbox(x), "shape", (0, 0))
-        if ours and len(shape) != 2:
+        if is_chosen and len(shape) != 2:
             raise ValueError(f"`mask` names {path!r} as a table, but it has the shape {shape}: tables have two axes.")
     return chosen
 
 
-def ids_of_tables(token_ids: Any, tables: Mapping[str, int], known: Mapping[str, int]) -> dict[str, jax.Array]:
+def row_numbers_by_path(token_ids: Any, tables: Mapping[str, int], known: Mapping[str, int]) -> dict[str, jax.Array]:
     """The row numbers that a batch looks up in each table, flat.
 
     Args:
@@ -47,11 +47,11 @@ def ids_of_tables(token_ids: Any, tables: Mapping[str, int], known: Mapping[str,
         if len(tables) != 1:
             raise ValueError(
                 f"`token_ids` is one array, but there are {len(tables)} tables: {', '.join(tables) or '-'}. Name the "
-                "table: token_ids={'path/of/embedding': ids}. Other parameters: " + _some(known)
+                "table: token_ids={'path/of/embedding': ids}. Other parameters: " + _listed(known)
             )
         token_ids = {next(iter(tables)): token_ids}
     if unknown := [path for path in token_ids if path not in known]:
-        raise ValueError(f"`token_ids` names {unknown[0]!r}, which is no table. There are: {_some(known)}.")
+        raise ValueError(f"`token_ids` names {unknown[0]!r}, which is no table. There are: {_listed(known)}.")
     return {path: _row_numbers(path, ids, known[path]) for path, ids in token_ids.items()}
 
 
@@ -69,6 +69,6 @@ def _row_numbers(path: str, ids: Any, num_rows: int) -> jax.Array:
     return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
 
 
-def _some(paths: Mapping[str, int]) -> str:
+def _listed(paths: Mapping[str, int]) -> str:
     names = list(paths)
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "-"

@@ -48,52 +48,54 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: 
     >>> scales.shape, scales.sharding.spec, state[0].count.sharding.spec
     ((8, 768), P('fsdp', None), P())
     """
-    known = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
-    if not known:
+    sharding_of = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
+    if not sharding_of:
         return jax.eval_shape(tx.init, params)
-    where = _where(list(known.values()))
-    state, avals, shardings = _by_types(tx, params, known, where) or _by_paths(tx, params, known, where)
+    common = _common_placement(list(sharding_of.values()))
+    state, avals, shardings = _from_types(tx, params, sharding_of, common) or _from_paths(
+        tx, params, sharding_of, common
+    )
     leaves, tree = jax.tree.flatten(state)
     in_host = [aval.memory_space == jax.memory.Space.Host for aval in avals]
     shardings = [s.with_memory_kind("pinned_host") if host else s for s, host in zip(shardings, in_host)]
     return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, shardings))
 
 
-Found = tuple[Any, list[Any], list[Sharding]]  # the state's shapes, and what JAX and we know of each
+Layout = tuple[Any, list[Any], list[Sharding]]  # the state's shapes, and what JAX and we know of each
 
 
-def _by_types(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found | None:
+def _from_types(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: Sharding) -> Layout | None:
     """As JAX infers them; None where an `init` does what it does not follow.
 
     Types of Explicit axes say how an array is cut, through whatever is done with it.
     """
-    mesh = where.mesh if isinstance(where, NamedSharding) else AbstractMesh((), ())
+    mesh = common.mesh if isinstance(common, NamedSharding) else AbstractMesh((), ())
     typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # knows the kind of its devices, where there are any
     typed = typed.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
     def typed_like(sharding: Sharding | None) -> NamedSharding:
         return NamedSharding(typed, sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec())
 
-    shapes = _shapes(params, lambda path: typed_like(known.get(path)))
+    shapes = _shapes(params, lambda path: typed_like(sharding_of.get(path)))
     try:
         with jax.sharding.use_abstract_mesh(typed):
             jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
     except Exception:  # of any kind; one that is not of types comes again
         return None
-    named = isinstance(where, NamedSharding)
-    return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else where for x in jaxpr.out_avals]
+    named = isinstance(common, NamedSharding)
+    return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else common for x in jaxpr.out_avals]
 
 
-def _by_paths(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found:
+def _from_paths(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: Sharding) -> Layout:
     """The same, where an array at a path that ends as a parameter's is cut like it if it divides; all else is whole."""
 
     def placed(path, x):
         name = f"/{path_name(path)}"
-        own = next((sharding for of, sharding in known.items() if name.endswith(f"/{of}")), None)
-        if not isinstance(where, NamedSharding):
-            return where
+        own = next((sharding for of, sharding in sharding_of.items() if name.endswith(f"/{of}")), None)
+        if not isinstance(common, NamedSharding):
+            return common
         if not isinstance(own, NamedSharding) or len(own.spec) > x.ndim:
-            return NamedSharding(where.mesh, PartitionSpec())
+            return NamedSharding(common.mesh, PartitionSpec())
         return where_it_divides(own, x.shape)
 
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(_shapes(params, lambda path: None))
@@ -112,7 +114,7 @@ def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> 
     return jax.tree_util.tree_map_with_path(shape, params, is_leaf=is_box)
 
 
-def _where(shardings: list[Sharding]) -> Sharding:
+def _common_placement(shardings: list[Sharding]) -> Sharding:
     """One of them, for the mesh or the device that they share."""
     first = shardings[0]
     named = isinstance(first, NamedSharding)

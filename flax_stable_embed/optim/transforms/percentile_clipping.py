@@ -15,13 +15,11 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from ..rows.global_norm import values_of, with_values_of
+from ..rows.global_norm import values_of, with_values
 
 # As in bitsandbytes. A numpy integer, because `optax.inject_hyperparams` makes a traced array of every Python number,
 # and no traced number can be a shape.
 _HISTORY = np.int64(100)
-
-
 _DOWN = 2.0**-80  # squares of float32 numbers that are this much smaller do not overflow, nor does their sum
 
 
@@ -93,21 +91,27 @@ def percentile_clipping(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, tree = jax.tree.flatten(values_of(updates))
-        squares, small = _squares(leaves, 1.0, per_parameter), _squares(leaves, _DOWN, per_parameter)
+        squares, small = _squared_norms(leaves, per_parameter), _squared_norms(leaves, per_parameter, factor=_DOWN)
         if state.squared_norms.shape[1:] != squares.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
                 f"{state.squared_norms.shape}: was it made by `init` of the same parameters and `per_parameter`?"
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        ring = _recorded(state.squared_norms, count, squares, jnp.isfinite(small))
+        ring = _with_recorded(state.squared_norms, count, squares, jnp.isfinite(small))
         norm = jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), jnp.sqrt(small) * np.float32(1 / _DOWN))
         limit = jnp.sqrt(_percentile(ring, percentile))
         # A limit of 0, where gradients began as zeros, would stop all that follow (in bitsandbytes it does).
         scale = jnp.where(jnp.isfinite(small) & (norm > limit) & (limit > 0), limit / norm, 1.0)
         scales = scale if per_parameter else [scale] * len(leaves)
-        scaled = tree.unflatten(map(_scaled, leaves, scales))
-        return with_values_of(updates, scaled), PercentileClippingState(count, ring)
+
+        def clip(g: Any, scale: Array) -> Array:
+            g = jnp.asarray(g)
+            clipped = (g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale).astype(g.dtype)
+            return jnp.where(scale < 1, clipped, g)  # integers above 2^24 are not exact in float32
+
+        clipped = tree.unflatten(map(clip, leaves, scales))
+        return with_values(updates, clipped), PercentileClippingState(count, ring)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -129,13 +133,13 @@ def _check(percentile: Any, history: Any) -> None:
         raise ValueError(f"`history` must be at least 1, got {history}; try 100.")
 
 
-def _squares(leaves: list, factor: float, per_parameter: bool) -> Array:
+def _squared_norms(leaves: list, per_parameter: bool, factor: float = 1.0) -> Array:
     """Squared norms of the gradients times `factor`, float32: one, or one each."""
     sums = [jnp.sum(jnp.square(jnp.abs(g).astype(jnp.float32) * np.float32(factor))) for g in leaves]
     return jnp.asarray(sums, jnp.float32) if per_parameter else sum(sums, start=jnp.zeros([], jnp.float32))
 
 
-def _recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:
+def _with_recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:
     """The ring with these norms in their slot, and in all that are empty; unchanged where they are not finite."""
     slot = jax.lax.broadcasted_iota(jnp.int32, ring.shape, 0) == count % ring.shape[0]
     squares = jnp.minimum(squares, np.finfo(np.float32).max)
@@ -147,9 +151,3 @@ def _percentile(ring: Array, percentile: Any) -> Array:
     nearly = 1 + 2.0**-20  # so that what float32 makes of a whole number, 28.999998, is that number
     index = jnp.floor(percentile * jnp.float32(ring.shape[0] / 100 * nearly)).astype(jnp.int32)
     return jnp.sort(ring, axis=0).at[index].get(mode="fill", fill_value=jnp.inf)
-
-
-def _scaled(g: Any, scale: Array) -> Array:
-    g = jnp.asarray(g)
-    scaled = g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale
-    return jnp.where(scale < 1, scaled.astype(g.dtype), g)  # whole numbers above 2^24 are no float32

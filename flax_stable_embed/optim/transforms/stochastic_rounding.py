@@ -67,35 +67,44 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        return StochasticRoundState(jnp.zeros([], jnp.int32), inner.init(jax.tree.map(_wide, params)))
+        return StochasticRoundState(jnp.zeros([], jnp.int32), inner.init(jax.tree.map(_to_float32, params)))
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("stochastic rounding needs `params`: call `update(grads, state, params)`; got None.")
-        wide = jax.tree.map(_wide, params)
-        if any(jax.tree.leaves(jax.tree.map(_is_half_by_rows, updates, params, is_leaf=is_none_or_rows))):
+        params32 = jax.tree.map(_to_float32, params)
+        half_rows = jax.tree.map(
+            lambda g, p: is_sparse_rows(g) and _is_half(p), updates, params, is_leaf=is_none_or_rows
+        )
+        if any(jax.tree.leaves(half_rows)):
             raise TypeError(
                 "a gradient is a fse.SparseRows of a table in half precision, whose rows are not rounded "
                 "stochastically. Keep the table in float32, or take dense gradients from jax.value_and_grad."
             )
-        grads = jax.tree.map(lambda g, p: _wide(g) if _is_half(p) else g, updates, params, is_leaf=is_none_or_rows)
-        updates, inner_state = inner.update(grads, state.inner_state, wide, **extra_args)
+        grads = jax.tree.map(
+            lambda g, p: _to_float32(g) if _is_half(p) else g, updates, params, is_leaf=is_none_or_rows
+        )
+        updates, inner_state = inner.update(grads, state.inner_state, params32, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def rounded(path, u, p):
-            return _rounded(u, p, f"stochastic_round_updates/{path_name(path)}", count) if _is_half(p) else u
+            return _rounding_update(u, p, f"stochastic_round_updates/{path_name(path)}", count) if _is_half(p) else u
 
         updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=is_none_or_rows)
         return updates, StochasticRoundState(count, inner_state)
 
     def fused(grads, state, params, **extra_args):
         updates, state = update(grads, state, params, **extra_args)
-        return jax.tree.map(_applied, params, updates, is_leaf=is_none), state
+
+        def apply(p, u):  # as optax.apply_updates; a leaf may be without an update
+            return p if p is None or u is None else jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
+
+        return jax.tree.map(apply, params, updates, is_leaf=is_none), state
 
     return FusedTransformation(init, update, fused)
 
 
-def _rounded(u: Any, p: Any, path: str, count: Array) -> Any:
+def _rounding_update(u: Any, p: Any, path: str, count: Array) -> Any:
     """What to add to `p` in float32 so that it becomes `p + u`, rounded.
 
     Exact in float32: where `p + u` is so small beside `p` that `new - old` would be rounded, the sum is a multiple of
@@ -109,20 +118,11 @@ def _rounded(u: Any, p: Any, path: str, count: Array) -> Any:
     return jnp.where(new == old, -0.0, new - old)  # infinite parameters stay, and those that are -0.0
 
 
-def _applied(p: Any, u: Any) -> Any:
-    """`optax.apply_updates` of a leaf, which may be without an update."""
-    return p if p is None or u is None else jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
-
-
-def _is_half_by_rows(g: Any, p: Any) -> bool:
-    return is_sparse_rows(g) and _is_half(p)
-
-
 def _is_half(x: Any) -> bool:
     return getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16)
 
 
-def _wide(x: Any) -> Any:
+def _to_float32(x: Any) -> Any:
     """Half precision as float32, all else as it is."""
     if not _is_half(x):
         return x

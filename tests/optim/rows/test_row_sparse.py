@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from flax_stable_embed.optim.rows import row_step as _rowwise
+from flax_stable_embed.optim.rows import row_step
 
 V, D = 300, 8
 
@@ -115,7 +115,7 @@ ROW_BY_ROW = {
 @pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", ROW_BY_ROW)
 def test_touched_rows_make_the_dense_step_and_others_none(name, monkeypatch):
-    monkeypatch.setattr(_rowwise, "CHUNK_BYTES", 4 * D * 16)  # pieces of 16: 40 rows are 8 + 16 + 16
+    monkeypatch.setattr(row_step, "CHUNK_BYTES", 4 * D * 16)  # pieces of 16: 40 rows are 8 + 16 + 16
     inner = ROW_BY_ROW[name]
     found = trained(fse.row_sparse(inner), 4, params_of())
     if name == "with_max_norm":  # of all rows of the dense gradient, where only touched ones are renormalised
@@ -136,7 +136,7 @@ FUSED = ["fse.adamw8bit", "fse.sgd8bit", "fse.lion8bit"]
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", FUSED)
 def test_parameters_can_be_written_in_place(name, monkeypatch):
-    monkeypatch.setattr(_rowwise, "CHUNK_BYTES", 4 * D * 16)
+    monkeypatch.setattr(row_step, "CHUNK_BYTES", 4 * D * 16)
     tx = fse.chain(fse.clip_by_global_norm(5.0), fse.row_sparse(ROW_BY_ROW[name]))
     found, want = trained(tx, 3, params_of(), fused=True), trained(tx, 3, params_of())
     assert_close(found[0], want[0])
@@ -147,7 +147,7 @@ def test_parameters_can_be_written_in_place(name, monkeypatch):
 @pytest.mark.parametrize("piece", [1, 7, 39, 40, 41, 1000])
 def test_the_size_of_the_pieces_does_not_matter(piece, monkeypatch):
     want = trained(fse.row_sparse(optax.adamw(0.01)), 2, params_of())
-    monkeypatch.setattr(_rowwise, "CHUNK_BYTES", 4 * D * piece)
+    monkeypatch.setattr(row_step, "CHUNK_BYTES", 4 * D * piece)
     found = trained(fse.row_sparse(optax.adamw(0.01)), 2, params_of())
     assert_close(found, want, 1e-6)  # last bits: the compiler contracts products and sums as it likes
 
