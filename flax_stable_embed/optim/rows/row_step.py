@@ -1,7 +1,17 @@
-"""One step of an optimizer in which some parameters are represented by a few of their rows.
+"""Runs one optimizer step in which every embedding table is represented by a few of its rows.
 
-Whatever belongs to such a table, its gradient, its parameter and every array of the state with its path, is cut down to
-the same rows; the optimizer sees small arrays in the places of large ones.
+    g, p, m <- rows i of the gradient, the table and its moments
+    p, m    <- step(g, p, m)
+    table[i], moments[i] <- p, m
+
+The optimizer sees small arrays in the places of large ones. So any optimizer that treats rows one by one can run here,
+with its own formula. All other parameters take part with their full arrays.
+
+On CPU the rows of a table are processed in chunks that fit into the cache. The first chunk of every table runs in one
+step together with all other parameters; the remaining chunks run in a loop. In the loop the other parameters are zeros,
+so that the compiler removes their computation.
+
+A parameter is referred to by its place: its index in the flat list of parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +32,26 @@ from ..storage.moments import is_codes, memory_of
 from ..storage.rules import shapes_of_tables
 from ..trees import is_none, path_name
 
-CHUNK_BYTES = 2**18  # of rows in one piece, on CPU: they stay in the cache (measured: best of 2^15 to 2^22)
+CHUNK_BYTES = 2**18  # size of a chunk of float32 rows on CPU: it stays in the cache (measured: best of 2^15 to 2^22)
 
 
 class StepInputs(NamedTuple):
-    """What one step is given, as flat lists; `None` for parameters that were not given."""
+    """Gradients, parameters and state of one step, as flat lists.
 
-    tree: Any  # of the gradients
+    Always: `grads` and `params` have one element per path, `owners` one per array of the state.
+    """
+
+    tree: Any  # structure of the gradients
     paths: list[str]
     grads: list[Any]
-    params: list[Any] | None
+    params: list[Any] | None  # None if the caller gave no parameters
     state: list[Any]
-    state_tree: Any
-    owners: list[int | None]  # of each array of the state: the place of its parameter
+    state_tree: Any  # structure of the state
+    owners: list[int | None]  # for each array of the state, the place of its parameter; None for counts and the like
 
     @classmethod
     def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "StepInputs":
+        """Builds the flat lists, and finds for each array of the state the parameter it belongs to."""
         pairs, state_tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)
         p_leaves = None if params is None else [as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
         keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree.unflatten(range(len(paths))))[0]]
@@ -46,7 +60,12 @@ class StepInputs(NamedTuple):
         return cls(tree, paths, grads, p_leaves, state_leaves, state_tree, owners)
 
     def rows_of_state(self, place: int) -> list[int]:
-        """Which arrays of the state have a row for each row of a table."""
+        """Returns the indices of the state's arrays that have one row for each row of a table.
+
+        Raises:
+            TypeError: The moments of the table are stored in 8 bits, or are not made of rows.
+            NotImplementedError: The moments of the table are in host memory.
+        """
         num_rows = self.grads[place].shape[0]
         found = []
         for i, (owner, x) in enumerate(zip(self.owners, self.state)):
@@ -54,28 +73,31 @@ class StepInputs(NamedTuple):
                 continue
             if is_codes(x.dtype):
                 raise TypeError(
-                    f"the moments of {self.paths[place]!r} are in 8 bits, but `row_sparse` updates fp32 moments: give "
-                    "the table 32 in `rules`, as the default rules do for the name 'embedding'."
+                    f"The moments of {self.paths[place]!r} are stored in 8 bits, but `row_sparse` updates fp32 "
+                    "moments. Give the table 32 in `rules`, as the default rules do for parameters named 'embedding'."
                 )
             if memory_of(x) != "device":
                 raise NotImplementedError(
-                    f"the moments of {self.paths[place]!r} are in the host's memory, where no rows can be looked up: "
-                    "give the table memory_kind='device' in `rules`."
+                    f"The moments of {self.paths[place]!r} are in host memory, where rows cannot be looked up. Give "
+                    "the table memory_kind='device' in `rules`."
                 )
             if x.shape[:1] == (num_rows,):
                 found.append(i)
             elif x.size > 1:
                 raise TypeError(
-                    f"the state of {self.paths[place]!r} has an array of shape {x.shape}, which is not made of rows of "
-                    f"the {num_rows} of the table: `row_sparse` is for optimizers that treat rows one by one."
+                    f"The state of {self.paths[place]!r} has an array of shape {x.shape}, which does not have a row "
+                    f"for each of the {num_rows} rows of the table. `tx` of `row_sparse` must be an optimizer that "
+                    "treats rows one by one."
                 )
         return found
 
 
 def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | None:
-    """The parameter whose path a path in the state ends with: its keys or, in another kind of tree, their names.
+    """Returns the place of the parameter that an array of the state belongs to, or None.
 
-    A field `nu` of the state and a parameter's own "nu" are different keys of one name.
+    The array's path ends with the path of its parameter. Keys are compared first, because a field `nu` of the state and
+    a parameter called "nu" are different keys with the same name. If no keys match, because the state is another kind
+    of tree, names are compared.
     """
     fits = [i for i, key in enumerate(keys) if path[len(path) - len(key) :] == key]
     if not fits:
@@ -85,34 +107,50 @@ def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | No
 
 
 class TableRows(NamedTuple):
-    """The rows that represent one table in a step."""
+    """Holds the rows that represent one table in a step."""
 
     grads: Array
     params: Array | None
-    state: dict[int, Array]  # by its place in the flat state
-    drift: Array | None = None  # what catching up has added to the parameters
+    state: dict[int, Array]  # by the index of the array in the flat state
+    drift: Array | None = None  # change of the parameters by `catch_up`, before the step
 
     def with_drift(self, out: Any, *, fused: bool) -> Any:
-        """The update of these rows, or their new parameters."""
+        """Returns new parameters (`fused`) as they are, and updates with the drift added.
+
+        An update is added to the stored parameters, which do not contain the drift yet.
+        """
         return out if fused or self.drift is None else out + self.drift
 
 
 class StepOutputs(NamedTuple):
-    """What a step gave: updates, or new parameters where it was fused, and the state, as flat lists."""
+    """Holds the results of a step, as flat lists."""
 
-    out: list[Any]
+    out: list[Any]  # updates; new parameters if the step was fused
     state: list[Any]
 
 
 class RowStep:
-    """The step of an optimizer on a `StepInputs` whose tables are cut down to rows."""
+    """Runs the step of an optimizer with rows in the places of tables.
+
+    Args:
+        tx: The optimizer.
+        extra_args: Further keyword arguments of its `update`.
+        fused: Whether to call `fse.fused_update`, which returns new parameters, and not `tx.update`.
+    """
 
     def __init__(self, tx: optax.GradientTransformation, extra_args: dict[str, Any], *, fused: bool):
         self.apply: Callable = partial(fused_update, tx) if fused else optax.with_extra_args_support(tx).update
         self.fused, self.extra_args = fused, extra_args
 
     def __call__(self, inputs: StepInputs, rows: dict[int, TableRows], *, others: bool = True) -> StepOutputs:
-        """One step; without `others`, whose results are then of no use, all other parameters are zeros."""
+        """Runs one step.
+
+        Args:
+            inputs: The full arrays.
+            rows: By place, the rows that stand for each table.
+            others: If False, the other parameters and their states are replaced by zeros, and their results mean
+                nothing.
+        """
         keep: Any = (lambda x: x) if others else (lambda x: x if x is None else jnp.zeros_like(x))
         grads, params, state = map(list, (inputs.grads, inputs.params or (), inputs.state))
         for i in range(len(grads)):
@@ -130,7 +168,7 @@ class RowStep:
         with shapes_of_tables({inputs.paths[i]: inputs.grads[i].shape for i in rows}):
             out, new_state = self.apply(*given, p, token_ids=token_ids, **self.extra_args)
         same = jax.tree.structure(new_state, is_leaf=is_none) == inputs.state_tree
-        assert same, "the state of the optimizer changed its structure in update"
+        assert same, "The `update` of the optimizer changed the structure of its state."
         return StepOutputs(inputs.tree.flatten_up_to(out), jax.tree.leaves(new_state, is_leaf=is_none))
 
 
@@ -140,9 +178,18 @@ def step_on_rows(
     tables: dict[int, SparseRows],
     catch_up: Callable[[int, Array, TableRows], TableRows] | None = None,
 ) -> StepOutputs:
-    """The step on everything, tables by their rows: a first piece together with all other parameters, then the rest.
+    """Runs one step on the touched rows of all tables and on all other parameters.
 
-    `catch_up(place, indices, rows)` changes the rows of parameters and state before the step.
+    Args:
+        step: The optimizer's step.
+        inputs: Gradients, parameters and state.
+        tables: The row gradient of each table, by place.
+        catch_up: Function `(place, indices, rows) -> rows` that changes parameters and moments of these rows before the
+            step.
+
+    Returns:
+        Full arrays of the state, written in place where they are donated. For each table, a `SparseRows` update, or the
+        full table if the step is fused.
     """
     kept = {place: inputs.rows_of_state(place) for place in tables}
 
@@ -191,13 +238,13 @@ def step_on_rows(
 
 
 def _chunk_size(x: SparseRows) -> int:
-    """How many rows make one piece: all, but on CPU a few."""
+    """Returns the number of rows in a chunk: all rows, except on CPU, where a chunk is small."""
     if jax.default_backend() != "cpu":
         return max(1, x.indices.size)
     return max(1, CHUNK_BYTES // max(1, 4 * x.shape[1]))
 
 
 def _first_chunk_size(x: SparseRows) -> int:
-    """How many rows the first piece has, so that the rest are whole pieces."""
+    """Returns the size of the first chunk, chosen so that all further chunks are of full size."""
     n, size = x.indices.size, _chunk_size(x)
     return n % size or min(n, size)

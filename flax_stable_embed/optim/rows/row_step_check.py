@@ -1,4 +1,12 @@
-"""Whether an optimizer treats the rows of a table one by one, tried on a few rows of random numbers."""
+"""Checks by trial that an optimizer treats the rows of a table one by one.
+
+    step(rows)[some] == step(rows[some])
+
+`row_sparse` gives the wrong result for an optimizer that couples rows, for example by a norm of the full table. No
+attribute of an optax transform tells this. So the first step runs the optimizer on a few rows of random numbers, once
+together with other rows and once alone, and compares. For semantics="catch_up" it also checks that a step with a zero
+gradient multiplies moments and parameters by constant factors.
+"""
 
 import warnings
 from typing import Any
@@ -12,15 +20,28 @@ from .catch_up import measure_decays, rows_without_gradient
 from .row_step import RowStep, StepInputs, TableRows
 
 ACCUMULATES = (
-    "{} sums gradients over steps, but the rows of one step are not those of another. Accumulate the gradients of "
-    "microbatches instead, with fse.sum_microbatches, and make one step."
+    "`tx` contains {}, which sums gradients over steps, but each step touches other rows. Add up the gradients of "
+    "microbatches with fse.sum_microbatches instead, and make one step."
 )
 _ACCUMULATORS = optax.MultiStepsState, optax.ApplyEvery
-_GRADIENT_SIZES = 1.0, 1e4, 1e-4  # in three steps, between which limits take effect
+_GRADIENT_SIZES = 1.0, 1e4, 1e-4  # factors in three steps, so that limits such as clipping take effect in one of them
 
 
 def check_once(checked: set, tx: Any, inputs: StepInputs, tables: Any, extra_args: Any, catches_up: bool) -> None:
-    """Raises where `tx` does not do with a few rows what it does with all of them; tried on random numbers."""
+    """Raises if `tx` cannot be used with `row_sparse`; does nothing after the first check that passed.
+
+    Args:
+        checked: Keys of the checks that have passed. A key is added.
+        tx: The optimizer.
+        inputs: Gradients, parameters and state of the present step. Only their shapes and dtypes matter.
+        tables: The places of the tables.
+        extra_args: Further keyword arguments of `update`.
+        catches_up: Whether to check what semantics="catch_up" needs.
+
+    Raises:
+        TypeError: `tx` sums gradients over steps, or does not treat rows one by one.
+        ValueError: `catches_up`, and a step with a zero gradient is not a multiplication by factors.
+    """
     key = inputs.tree, inputs.state_tree, tuple(tables), inputs.params is None
     if key in checked:
         return
@@ -34,21 +55,22 @@ def check_once(checked: set, tx: Any, inputs: StepInputs, tables: Any, extra_arg
             try:
                 small = _small_copy(tx, inputs, tables)
             except ValueError:
-                return  # rules that go by shapes
+                return  # `rules` of the optimizer depend on shapes that the small tables do not have
             row_by_row = _is_row_by_row(step, small, tables)
             decays = not catches_up or not row_by_row or _decays_by_factors(step, small, tables)
     except jax.errors.JAXTypeError:
-        return  # hyper-parameters are traced
+        return  # hyperparameters are traced, so there are no numbers to compare
     if not row_by_row:
         raise TypeError(
-            "`tx` does not treat the rows of a table one by one: on some rows alone it does something else than on the "
-            "same rows among others. Norms over all gradients belong before it, optax.chain(fse.clip_by_global_norm("
-            "1.0), fse.row_sparse(tx)); trust ratios, factored moments and orthogonalised updates need whole gradients."
+            "`tx` does not treat the rows of a table one by one: a row gets another update if other rows are present. "
+            "If `tx` clips by a norm over all gradients, move that out: optax.chain(fse.clip_by_global_norm(1.0), "
+            "fse.row_sparse(tx)). Trust ratios, factored moments and orthogonalized updates need dense gradients."
         )
     if not decays:
         raise ValueError(
-            "semantics='catch_up' needs an optimizer that without a gradient multiplies moments and weights by "
-            "factors, such as Adam's with decoupled weight decay, but `tx` does not. Use 'lazy', or decay like adamw."
+            "semantics='catch_up' needs a `tx` whose step with a zero gradient multiplies moments and weights by "
+            "factors, as Adam with decoupled weight decay does. This `tx` does not. Use semantics='lazy', or decoupled "
+            "weight decay as in adamw."
         )
     checked.add(key)
 
@@ -58,9 +80,10 @@ def _accumulates(x: Any) -> bool:
 
 
 def _small_copy(tx: Any, inputs: StepInputs, tables: Any) -> StepInputs:
-    """The same parameters with fewer rows in each table, and two numbers an axis elsewhere.
+    """Returns the same problem with random numbers, few rows per table, and axes of size 2 elsewhere.
 
-    Some optimizers factor what has 128 rows and columns: where the table has them, so have its few rows.
+    Some optimizers factor the moments of arrays with at least 128 rows and columns. A table that is so large gets 130
+    of both here, so that it is treated alike.
     """
     rng = np.random.default_rng(0)
 
@@ -81,7 +104,10 @@ def _small_copy(tx: Any, inputs: StepInputs, tables: Any) -> StepInputs:
 
 
 def _is_row_by_row(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
-    """Whether two rows among others, some of which are NaN at last, make the steps that they make alone."""
+    """Returns whether two rows get the same results alone as among others.
+
+    There are four steps, whose gradients have different sizes. In the last one another row is NaN.
+    """
     some = np.array([0, 2])
     grads = inputs.grads
     for size in (*_GRADIENT_SIZES, None):
@@ -94,7 +120,7 @@ def _is_row_by_row(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
         among_all = step(inputs, _select_rows(inputs, kept, all_rows))
         try:
             alone = step(inputs, _select_rows(inputs, kept, dict.fromkeys(tables, some)))
-        except (TypeError, ValueError):  # moments whose shapes do not go with fewer rows
+        except (TypeError, ValueError):  # shapes of moments that do not fit fewer rows
             return False
         pairs = [(among_all.out[place][some], alone.out[place]) for place in tables]
         pairs += [(among_all.state[i][some], alone.state[i]) for place in tables for i in kept[place]]
@@ -106,7 +132,7 @@ def _is_row_by_row(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
 
 
 def _select_rows(inputs: StepInputs, kept: dict[int, list[int]], rows: dict[int, np.ndarray]) -> dict[int, TableRows]:
-    """These rows of every table."""
+    """Returns the given rows of every table."""
     params: Any = inputs.params
     return {
         place: TableRows(
@@ -119,9 +145,10 @@ def _select_rows(inputs: StepInputs, kept: dict[int, list[int]], rows: dict[int,
 
 
 def _decays_by_factors(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
-    """Whether three steps without a gradient are what factors say: of parameters that have not moved, and of moments.
+    """Returns whether steps with a zero gradient only multiply by the factors that `measure_decays` finds.
 
-    (Parameters that have moved may go on to, by momentum.)
+    Three steps are compared. Moments are compared from zero and after a step with a gradient. Parameters are compared
+    only from zero moments, because momentum may continue to move them.
     """
     n = max(len(inputs.rows_of_state(place)) for place in tables) + 1
     unit_rows = rows_without_gradient(inputs, tables, np.concatenate([np.eye(n), 2 * np.eye(n)]))
@@ -133,10 +160,10 @@ def _decays_by_factors(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
             return False
     all_rows = {place: np.arange(inputs.grads[place].shape[0]) for place in tables}
     kept = {place: inputs.rows_of_state(place) for place in tables}
-    given: Any = inputs.params  # checked by `step` of the transform
+    given: Any = inputs.params  # not None, which `row_sparse` has checked
     moved = step(inputs, _select_rows(inputs, kept, all_rows)).state
     inputs = inputs._replace(grads=[g if g is None else jnp.zeros_like(g) for g in inputs.grads])
-    for state, of_params in ((inputs.state, True), (moved, False)):
+    for state, compare_params in ((inputs.state, True), (moved, False)):
         now, params = inputs._replace(state=state), {place: given[place] for place in tables}
         moments, want = {i: state[i] for place in tables for i in kept[place]}, dict(params)
         for _ in range(3):
@@ -147,7 +174,7 @@ def _decays_by_factors(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
             after = step(now, _select_rows(now, kept, all_rows))
             params = {place: p + after.out[place] for place, p in params.items()}
             now = now._replace(state=after.state, params=[params.get(i, p) for i, p in enumerate(given)])
-        if of_params and not all(_are_close(params[place], want[place], 1e-6) for place in tables):
+        if compare_params and not all(_are_close(params[place], want[place], 1e-6) for place in tables):
             return False
         if not all(_are_close(now.state[i], x, 1e-6) for i, x in moments.items()):
             return False
@@ -155,7 +182,7 @@ def _decays_by_factors(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
 
 
 def _are_close(a: Any, b: Any, least: float = 0.0) -> bool:
-    """Within rounding or `least`, of numbers and what else there may be in a state."""
+    """Returns whether two arrays are equal up to rounding errors, or up to `least`; None equals None."""
     if a is None or b is None:
         return a is b
     tolerance = 1e-5 if a.dtype.itemsize > 2 else 2e-2
