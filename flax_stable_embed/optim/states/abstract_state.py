@@ -59,37 +59,35 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: 
     >>> scales.shape, scales.sharding.spec, state[0].count.sharding.spec
     ((8, 768), P('fsdp', None), P())
     """
-    sharding_of = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
-    if not sharding_of:
+    by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
+    if not by_path:
         return jax.eval_shape(tx.init, params)
-    common = _common_placement(list(sharding_of.values()))
-    state, avals, shardings = _from_types(tx, params, sharding_of, common) or _from_paths(
-        tx, params, sharding_of, common
-    )
+    common = _common_placement(list(by_path.values()))
+    layout = _from_types(tx, params, by_path, common) or _from_paths(tx, params, by_path, common)
+    state, avals, shardings = layout
     leaves, tree = jax.tree.flatten(state)
     in_host = [aval.memory_space == jax.memory.Space.Host for aval in avals]
     shardings = [s.with_memory_kind("pinned_host") if host else s for s, host in zip(shardings, in_host)]
     return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, shardings))
 
 
-Layout = tuple[
-    Any, list[Any], list[Sharding]
-]  # the state's shapes as a tree, JAX's types of its leaves, their shardings
+# The state's shapes as a tree, and the JAX types and the shardings of its leaves.
+Layout = tuple[Any, list[Any], list[Sharding]]
 
 
-def _from_types(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: Sharding) -> Layout | None:
+def _from_types(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout | None:
     """Returns the layout that JAX's types infer, or None if `init` does something that types do not support.
 
     On a mesh with Explicit axes, the type of an array contains its sharding, and every operation propagates it.
     """
     mesh = common.mesh if isinstance(common, NamedSharding) else AbstractMesh((), ())
-    typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # a concrete mesh also knows its kind of device
+    typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # it knows the kind of devices if `mesh` does
     typed = typed.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
     def typed_like(sharding: Sharding | None) -> NamedSharding:
         return NamedSharding(typed, sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec())
 
-    shapes = _shapes(params, lambda path: typed_like(sharding_of.get(path)))
+    shapes = _shapes(params, lambda path: typed_like(by_path.get(path)))
     try:
         with jax.sharding.use_abstract_mesh(typed):
             jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
@@ -99,7 +97,7 @@ def _from_types(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: 
     return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else common for x in jaxpr.out_avals]
 
 
-def _from_paths(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: Sharding) -> Layout:
+def _from_paths(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout:
     """Returns the layout in which arrays are sharded like the parameter whose path their own path ends with.
 
     Axes that are not divisible, and all other arrays, are replicated.
@@ -107,7 +105,7 @@ def _from_paths(tx: Any, params: Any, sharding_of: dict[str, Sharding], common: 
 
     def placed(path, x):
         name = f"/{path_name(path)}"
-        own = next((sharding for of, sharding in sharding_of.items() if name.endswith(f"/{of}")), None)
+        own = next((sharding for of, sharding in by_path.items() if name.endswith(f"/{of}")), None)
         if not isinstance(common, NamedSharding):
             return common
         if not isinstance(own, NamedSharding) or len(own.spec) > x.ndim:
