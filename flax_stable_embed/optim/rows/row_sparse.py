@@ -96,6 +96,7 @@ def row_sparse(
         ValueError: `semantics` is unknown. In `update`: there are neither row gradients nor `token_ids`. With
             "catch_up": `params` is None, a table is missing in `mask` or has no gradient, or the moments or weights of
             `tx` do not decay by factors.
+        NotImplementedError: In `update`: the moments of a table are in host memory.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> tx = fse.row_sparse(optax.sgd(1.0))

@@ -113,6 +113,7 @@ class _Parameter(NamedTuple):
 
 
 def _params_value_and_grad(loss_fn, params, args, kwargs, has_aux, given):
+    """Returns the value and the gradients for a pytree of parameters; `given` are the ids, None to record them."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
     leaves = [_Parameter(path_name(path), as_jax(box), is_table(path_name(path), box)) for path, box in pairs]
     if given is None:
@@ -137,6 +138,7 @@ def _params_value_and_grad(loss_fn, params, args, kwargs, has_aux, given):
 
 
 def _module_value_and_grad(loss_fn, model, args, kwargs, has_aux, wrt, given):
+    """Returns the value and the gradients for an NNX module; `given` are the ids, None to record them."""
     _check_keywords(model, kwargs)
     sparse_variables = {
         id(m.embedding) for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Embed) and getattr(m, "sparse", False)
