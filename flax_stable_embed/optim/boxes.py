@@ -1,7 +1,8 @@
-"""Parameters in a wrapper: NNX variables and Linen boxes, which carry sharding metadata next to the array.
+"""Unwraps and rewraps parameters: NNX variables and Linen boxes carry sharding metadata next to the array.
 
-Codes get the parameter's own wrapper. Scales have another extent along the blocked axis, so their wrapper keeps a name
-for that axis only where it is sure to divide.
+The state of a wrapped parameter is wrapped, too. Codes have the parameter's shape, so they take its wrapper as it is.
+Scales are shorter along the blocked axis. Their wrapper keeps the mesh axis names of that axis only if the number of
+blocks is known to be divisible by the number of shards.
 """
 
 from math import prod
@@ -16,17 +17,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..ops.blockwise.blocks import Blocks
 
-# Where NNX keeps the names of mesh or logical axes, by flax version.
+# Metadata in which NNX stores the names of mesh axes or logical axes, depending on the version of Flax.
 _SHARDING_KEYS = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
 
 
 def is_box(x: Any) -> bool:
-    """Whether `x` is an NNX variable or a Linen box."""
+    """Returns whether `x` is an NNX variable or a Linen box."""
     return isinstance(x, nnx.Variable | meta.AxisMetadata)
 
 
 def unbox(x: Any) -> Any:
-    """The array in the wrapper, in however many there are, or `x` itself."""
+    """Returns the array inside all wrappers of `x`, or `x` itself if it has none."""
     while is_box(x):
         x = _content(x)
     return x
@@ -35,30 +36,38 @@ def unbox(x: Any) -> Any:
 def _content(box: Any) -> Any:
     if isinstance(box, nnx.Variable):
         return box.get_raw_value()
-    # Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have.
+    # Flax's own `unbox` applies the named sharding, which fails for ShapeDtypeStructs and arrays placed otherwise.
     return box.value if hasattr(box, "value") else box.unbox()
 
 
 def as_jax(x: Any) -> Any:
-    """A parameter, in its wrapper if it has one, as an array of JAX where it is one of numpy; all else as it is."""
+    """Converts a NumPy array to a JAX array inside its wrapper; returns anything else unchanged."""
     array = unbox(x)
     return rebox(x, jnp.asarray(array)) if isinstance(array, np.ndarray) else x
 
 
 def optim_bits(x: Any) -> int | None:
-    """The `optim_bits` of an NNX variable's metadata, which asks for a precision."""
+    """Returns the `optim_bits` in the metadata of an NNX variable, by which a module asks for a precision, or None."""
     return x.get_metadata().get("optim_bits") if isinstance(x, nnx.Variable) else None
 
 
 def rebox(box: Any, value: Any) -> Any:
-    """`value` in the wrapper of `box`, if it has one."""
+    """Puts `value` into the wrapper of `box`; returns it as it is if `box` is not a wrapper."""
     if isinstance(box, nnx.Variable):
         return box.replace(value)
     return box.replace_boxed(rebox(_content(box), value)) if isinstance(box, meta.AxisMetadata) else value
 
 
 def rebox_scales(box: Any, scales: Any, blocks: Blocks | None, shards: int) -> Any:
-    """`scales` in the wrapper of `box`, with names for axes that divide; `blocks=None` stands for a placeholder."""
+    """Puts scales into the wrapper of `box`, with the mesh axis names that fit their shape.
+
+    Args:
+        box: The parameter.
+        scales: Its scales, with the rank of the parameter.
+        blocks: The blocks of the parameter. None if it is not in 8 bits: the scales are then a placeholder with one
+            element, whose axes have no names.
+        shards: The number of shards that the block layout promises to fit (`StateFormat.shards`).
+    """
 
     def keep(names: Any) -> Any:
         if isinstance(names, NamedSharding):
@@ -80,7 +89,10 @@ def rebox_scales(box: Any, scales: Any, blocks: Blocks | None, shards: int) -> A
 
 
 def _divides(n: int, names: Any, p: Any, shards: int) -> bool:
-    """Whether `n` blocks can be cut as `names` says: by the mesh where it is known, else by the promise of `shards`."""
+    """Returns whether an axis of `n` blocks can be sharded over the mesh axes `names`.
+
+    If no mesh is known, `names` are assumed to stand for `shards` devices.
+    """
     if names is None:
         return True
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""Parameters in the wrappers of NNX and Linen: what the scales' metadata says on meshes known and unknown."""
+"""Tests the sharding metadata of scales in the wrappers of NNX and Linen, with and without a known mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,15 @@ def boxed(value, names, box):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("x", None), ("x", None)),  # an axis that is not blocked is as long as the parameter's
-        ((None, "x"), (None, "x")),  # 8 blocks and a promise of 8 shards
+        (("x", None), ("x", None)),  # an axis that is not blocked has the parameter's size
+        ((None, "x"), (None, "x")),  # 8 blocks and shards=8
         (("x", "y"), ("x", "y")),
         (("x",), ("x",)),
         ((None, ("x", "y")), (None, ("x", "y"))),
         ((), ()),
     ],
 )
-def test_without_a_mesh_names_stay_where_the_promise_of_shards_divides(box, names, expected):
+def test_without_a_mesh_names_stay_if_shards_divides_the_number_of_blocks(box, names, expected):
     param = boxed(jax.ShapeDtypeStruct((64, 256), jnp.float32), names, box)
     state = TX.init({"kernel": param})
     assert unbox(state.mu_absmax["kernel"]).shape == (64, 8)
@@ -49,7 +49,7 @@ def test_without_a_mesh_names_stay_where_the_promise_of_shards_divides(box, name
 
 
 @pytest.mark.parametrize("box", ["nnx", "linen"])
-def test_a_name_that_need_not_divide_is_dropped(box):
+def test_a_name_whose_axis_may_not_be_divisible_is_dropped(box):
     for shape, names, expected in (
         ((64, 96), ("x", "y"), (None, "y")),  # two blocks along the first axis
         ((7, 96), ("x", "y"), ("x", None)),  # three blocks along the last
@@ -70,7 +70,7 @@ def test_a_placeholder_has_no_names(box):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("names", [("a", "b"), P("a", "b"), P(None, "b"), P("b")], ids=str)
 @pytest.mark.one_in(2)
-def test_on_a_known_mesh_scales_lie_where_their_codes_lie(kind, names):
+def test_on_a_known_mesh_scales_are_sharded_like_their_codes(kind, names):
     with jax.set_mesh(mesh_of(kind)):
         state = TX.init({"kernel": nnx.Param(jnp.ones((64, 256)), out_sharding=names)})
     codes, absmax = state.mu["kernel"], state.mu_absmax["kernel"]
@@ -79,7 +79,7 @@ def test_on_a_known_mesh_scales_lie_where_their_codes_lie(kind, names):
     assert absmax.get_value().sharding.is_equivalent_to(codes.get_value().sharding, 2)
 
 
-def test_a_sharding_in_place_of_names_is_understood():
+def test_metadata_can_hold_a_sharding_instead_of_names():
     mesh = mesh_of()
     params = {
         name: nnx.Param(jnp.ones((64, 256)), out_sharding=NamedSharding(mesh, P("a", "b")))
@@ -91,8 +91,8 @@ def test_a_sharding_in_place_of_names_is_understood():
 
 
 @pytest.mark.parametrize(("size", "count", "expected"), [(128, 3, None), (32, 12, "b")])
-def test_a_known_mesh_is_asked_before_the_promise(size, count, expected):
-    """Neither 3 nor 12 blocks can be cut 8 ways, but 12 can be cut as this mesh does, in 4."""
+def test_a_known_mesh_takes_precedence_over_shards(size, count, expected):
+    """Neither 3 nor 12 blocks can be split over 8 shards, but 12 can be split over the 4 devices of this axis."""
     tx = fse.scale_by_adam8bit(state_format=fse.StateFormat(block_size=size, min_size=0))
     with jax.set_mesh(mesh_of()):
         state = tx.init({"kernel": nnx.Param(jnp.ones((7, 384)), out_sharding=(None, "b"))})
@@ -100,7 +100,7 @@ def test_a_known_mesh_is_asked_before_the_promise(size, count, expected):
     assert names_of(state.mu_absmax["kernel"]) == (None, expected)
 
 
-def test_logical_names_follow_the_promise():
+def test_logical_names_depend_on_shards():
     rules = (("mlp", "b"), ("embed", "a"))
     with jax.set_mesh(mesh_of()), nnx.logical_axis_rules(rules):
         state = TX.init({"kernel": nnx.Param(jnp.ones((64, 256)), out_sharding=("embed", "mlp"))})

@@ -1,1 +1,1 @@
-"""Embedding tables by their rows."""
+"""Gradients and updates of single rows of embedding tables."""

@@ -1,4 +1,9 @@
-"""The norm of all gradients, where some of them are of a few rows only."""
+r"""Computes norms of gradients that are partly row gradients, and clips by them.
+
+    |g| = sqrt(sum over dense gradients |g_j|^2 + sum over row gradients |values_j|^2)
+
+The rows that a row gradient does not hold are zero. So its norm is that of its values.
+"""
 
 from typing import Any
 
@@ -10,15 +15,12 @@ from ..arguments import check_numbers
 
 
 def values_of(tree: Any) -> Any:
-    """A tree of gradients with the values of row gradients in their place.
-
-    Sums over all elements are those of the dense gradients, whose other rows are zero.
-    """
+    """Replaces each row gradient of a tree by its values, which have the same norm."""
     return jax.tree.map(lambda x: x.values if is_sparse_rows(x) else x, tree, is_leaf=is_sparse_rows)
 
 
-def with_values_of(tree: Any, values: Any) -> Any:
-    """`tree` with other values: those that `values_of` took from it, changed."""
+def with_values(tree: Any, values: Any) -> Any:
+    """Puts changed `values_of(tree)` back into the row gradients of `tree`."""
 
     def put_back(old: Any, new: Any) -> Any:
         return old.with_values(new) if isinstance(old, SparseRows) else new
@@ -27,9 +29,17 @@ def with_values_of(tree: Any, values: Any) -> Any:
 
 
 def global_norm(updates: Any) -> jax.Array:
-    r"""`optax.global_norm` of gradients or updates, dense ones and `fse.SparseRows`.
+    r"""Computes the global norm of gradients or updates, dense ones and `fse.SparseRows` together.
 
-    $$\sqrt{\sum_i |x_i|^2}$$
+    $$\lVert x \rVert = \sqrt{\sum_i |x_i|^2}$$
+
+    The result is that of `optax.global_norm` on the dense arrays, which are not built.
+
+    Args:
+        updates: Pytree of arrays and `fse.SparseRows`.
+
+    Returns:
+        The norm, a scalar array.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> rows = fse.SparseRows.of_lookups(jnp.array([7, 7]), jnp.array([[1.0, 0.0], [0.0, 2.0]]), num_rows=1000)
@@ -40,15 +50,21 @@ def global_norm(updates: Any) -> jax.Array:
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
-    r"""`optax.clip_by_global_norm` for dense gradients and `fse.SparseRows` together.
+    r"""Clips gradients by their global norm, dense ones and `fse.SparseRows` together.
 
     $$g \leftarrow g \cdot \min(1, \mathrm{max\_norm} / \lVert g \rVert)$$
 
+    The result is that of `optax.clip_by_global_norm` on the dense gradients. Place it before `fse.row_sparse`, not
+    inside: there the optimizer sees only some of the rows.
+
     Args:
-        max_norm: the largest norm that is left alone.
+        max_norm: The maximum global norm. Gradients with a larger norm are scaled down to it.
+
+    Returns:
+        An optax transform without state, for a chain.
 
     Raises:
-        TypeError: `max_norm` is no number.
+        TypeError: `max_norm` is not a number.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(optax.adam(1e-3)))
@@ -58,6 +74,6 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         values, state = inner.update(values_of(updates), state, params)
-        return with_values_of(updates, values), state
+        return with_values(updates, values), state
 
     return optax.GradientTransformation(inner.init, update)

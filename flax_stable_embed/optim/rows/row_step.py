@@ -1,7 +1,17 @@
-"""One step of an optimizer in which some parameters are represented by a few of their rows.
+"""Runs one optimizer step in which every embedding table is represented by a few of its rows.
 
-Whatever belongs to such a table, its gradient, its parameter and every array of the state with its path, is cut down to
-the same rows; the optimizer sees small arrays in the places of large ones.
+    g, p, m <- rows i of the gradient, the table and its moments
+    p, m    <- step(g, p, m)
+    table[i], moments[i] <- p, m
+
+The optimizer sees small arrays in the places of large ones. So any optimizer that treats rows one by one can run here,
+with its own formula. All other parameters take part with their full arrays.
+
+On CPU the rows of a table are processed in chunks that fit into the cache. The first chunk of every table runs in one
+step together with all other parameters; the remaining chunks run in a loop. In the loop the other parameters are zeros,
+so that the compiler removes their computation.
+
+A parameter is referred to by its place: its index in the flat list of parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +32,26 @@ from ..storage.moments import is_codes, memory_of
 from ..storage.rules import shapes_of_tables
 from ..trees import is_none, path_name
 
-CHUNK_BYTES = 2**18  # of rows in one piece, on CPU: they stay in the cache (measured: best of 2^15 to 2^22)
+CHUNK_BYTES = 2**18  # size of a chunk of float32 rows on CPU: it stays in the cache (measured: best of 2^15 to 2^22)
 
 
-class Problem(NamedTuple):
-    """What one step is given, as flat lists; `None` for parameters that were not given."""
+class StepInputs(NamedTuple):
+    """Gradients, parameters and state of one step, as flat lists.
 
-    tree: Any  # of the gradients
+    Always: `grads` and `params` have one element per path, `owners` one per array of the state.
+    """
+
+    tree: Any  # structure of the gradients
     paths: list[str]
     grads: list[Any]
-    params: list[Any] | None
+    params: list[Any] | None  # None if the caller gave no parameters
     state: list[Any]
-    state_tree: Any
-    owners: list[int | None]  # of each array of the state: the place of its parameter
+    state_tree: Any  # structure of the state
+    owners: list[int | None]  # for each array of the state, the place of its parameter; None for counts and the like
 
     @classmethod
-    def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "Problem":
+    def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "StepInputs":
+        """Builds the flat lists, and finds for each array of the state the parameter it belongs to."""
         pairs, state_tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)
         p_leaves = None if params is None else [as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
         keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree.unflatten(range(len(paths))))[0]]
@@ -46,7 +60,12 @@ class Problem(NamedTuple):
         return cls(tree, paths, grads, p_leaves, state_leaves, state_tree, owners)
 
     def rows_of_state(self, place: int) -> list[int]:
-        """Which arrays of the state have a row for each row of a table."""
+        """Returns the indices of the state's arrays that have one row for each row of a table.
+
+        Raises:
+            TypeError: The moments of the table are stored in 8 bits, or are not made of rows.
+            NotImplementedError: The moments of the table are in host memory.
+        """
         num_rows = self.grads[place].shape[0]
         found = []
         for i, (owner, x) in enumerate(zip(self.owners, self.state)):
@@ -54,28 +73,31 @@ class Problem(NamedTuple):
                 continue
             if is_codes(x.dtype):
                 raise TypeError(
-                    f"the moments of {self.paths[place]!r} are in 8 bits, but `row_sparse` updates fp32 moments: give "
-                    "the table 32 in `rules`, as the default rules do for the name 'embedding'."
+                    f"The moments of {self.paths[place]!r} are stored in 8 bits, but `row_sparse` updates fp32 "
+                    "moments. Give the table 32 in `rules`, as the default rules do for parameters named 'embedding'."
                 )
             if memory_of(x) != "device":
                 raise NotImplementedError(
-                    f"the moments of {self.paths[place]!r} are in the host's memory, where no rows can be looked up: "
-                    "give the table memory_kind='device' in `rules`."
+                    f"The moments of {self.paths[place]!r} are in host memory, where rows cannot be looked up. Give "
+                    "the table memory_kind='device' in `rules`."
                 )
             if x.shape[:1] == (num_rows,):
                 found.append(i)
             elif x.size > 1:
                 raise TypeError(
-                    f"the state of {self.paths[place]!r} has an array of shape {x.shape}, which is not made of rows of "
-                    f"the {num_rows} of the table: `row_sparse` is for optimizers that treat rows one by one."
+                    f"The state of {self.paths[place]!r} has an array of shape {x.shape}, which does not have a row "
+                    f"for each of the {num_rows} rows of the table. `tx` of `row_sparse` must be an optimizer that "
+                    "treats rows one by one."
                 )
         return found
 
 
 def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | None:
-    """The parameter whose path a path in the state ends with: its keys or, in another kind of tree, their names.
+    """Returns the place of the parameter that an array of the state belongs to, or None.
 
-    A field `nu` of the state and a parameter's own "nu" are different keys of one name.
+    The array's path ends with the path of its parameter. Keys are compared first, because a field `nu` of the state and
+    a parameter called "nu" are different keys with the same name. If no keys match, because the state is another kind
+    of tree, names are compared.
     """
     fits = [i for i, key in enumerate(keys) if path[len(path) - len(key) :] == key]
     if not fits:
@@ -84,120 +106,145 @@ def _owner(path: tuple, keys: Sequence[tuple], names: Sequence[str]) -> int | No
     return max(fits, key=lambda i: len(keys[i]), default=None)
 
 
-class Rows(NamedTuple):
-    """The rows that represent one table in a step."""
+class TableRows(NamedTuple):
+    """Holds the rows that represent one table in a step."""
 
     grads: Array
     params: Array | None
-    state: dict[int, Array]  # by its place in the flat state
-    drift: Array | None = None  # what catching up has added to the parameters
+    state: dict[int, Array]  # by the index of the array in the flat state
+    drift: Array | None = None  # change of the parameters by `catch_up`, before the step
 
-    def written(self, out: Any, fused: bool) -> Any:
-        """The update of these rows, or their new parameters."""
+    def with_drift(self, out: Any, *, fused: bool) -> Any:
+        """Returns new parameters (`fused`) as they are, and updates with the drift added.
+
+        An update is added to the stored parameters, which do not contain the drift yet.
+        """
         return out if fused or self.drift is None else out + self.drift
 
 
-class Outcome(NamedTuple):
-    """What a step gave: updates, or new parameters where it was fused, and the state, as flat lists."""
+class StepOutputs(NamedTuple):
+    """Holds the results of a step, as flat lists."""
 
-    outputs: list[Any]
+    out: list[Any]  # updates; new parameters if the step was fused
     state: list[Any]
 
 
 class RowStep:
-    """The step of an optimizer on a `Problem` whose tables are cut down to rows."""
+    """Runs the step of an optimizer with rows in the places of tables.
 
-    def __init__(self, tx: optax.GradientTransformation, fused: bool, extra_args: dict[str, Any]):
+    Args:
+        tx: The optimizer.
+        extra_args: Further keyword arguments of its `update`.
+        fused: Whether to call `fse.fused_update`, which returns new parameters, and not `tx.update`.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, extra_args: dict[str, Any], *, fused: bool):
         self.apply: Callable = partial(fused_update, tx) if fused else optax.with_extra_args_support(tx).update
         self.fused, self.extra_args = fused, extra_args
 
-    def __call__(self, problem: Problem, rows: dict[int, Rows], *, others: bool = True) -> Outcome:
-        """One step; without `others`, whose results are then of no use, all other parameters are zeros."""
+    def __call__(self, inputs: StepInputs, rows: dict[int, TableRows], *, others: bool = True) -> StepOutputs:
+        """Runs one step.
+
+        Args:
+            inputs: The full arrays.
+            rows: By place, the rows that stand for each table.
+            others: If False, the other parameters and their states are replaced by zeros, and their results mean
+                nothing.
+        """
         keep: Any = (lambda x: x) if others else (lambda x: x if x is None else jnp.zeros_like(x))
-        grads, params, state = map(list, (problem.grads, problem.params or (), problem.state))
+        grads, params, state = map(list, (inputs.grads, inputs.params or (), inputs.state))
         for i in range(len(grads)):
             grads[i] = rows[i].grads if i in rows else keep(grads[i])
         for i in range(len(params)):
             params[i] = rows[i].params if i in rows else keep(params[i])
-        for i, (x, owner) in enumerate(zip(state, problem.owners)):
+        for i, (x, owner) in enumerate(zip(state, inputs.owners)):
             if owner in rows:
                 state[i] = rows[owner].state.get(i, x)
             elif owner is not None and jnp.ndim(x):
                 state[i] = keep(x)
-        given = problem.tree.unflatten(grads), problem.state_tree.unflatten(state)
-        p = None if problem.params is None else problem.tree.unflatten(params)
-        touched = {problem.paths[i]: np.arange(r.grads.shape[0]) for i, r in rows.items()}
-        with shapes_of_tables({problem.paths[i]: problem.grads[i].shape for i in rows}):
-            outputs, new_state = self.apply(*given, p, token_ids=touched, **self.extra_args)
-        same = jax.tree.structure(new_state, is_leaf=is_none) == problem.state_tree
-        assert same, "the state of the optimizer changed its structure in update"
-        return Outcome(problem.tree.flatten_up_to(outputs), jax.tree.leaves(new_state, is_leaf=is_none))
+        given = inputs.tree.unflatten(grads), inputs.state_tree.unflatten(state)
+        p = None if inputs.params is None else inputs.tree.unflatten(params)
+        token_ids = {inputs.paths[i]: np.arange(r.grads.shape[0]) for i, r in rows.items()}
+        with shapes_of_tables({inputs.paths[i]: inputs.grads[i].shape for i in rows}):
+            out, new_state = self.apply(*given, p, token_ids=token_ids, **self.extra_args)
+        same = jax.tree.structure(new_state, is_leaf=is_none) == inputs.state_tree
+        assert same, "The `update` of the optimizer changed the structure of its state."
+        return StepOutputs(inputs.tree.flatten_up_to(out), jax.tree.leaves(new_state, is_leaf=is_none))
 
 
 def step_on_rows(
     step: RowStep,
-    problem: Problem,
+    inputs: StepInputs,
     tables: dict[int, SparseRows],
-    catch_up: Callable[[int, Array, Rows], Rows] | None = None,
-) -> Outcome:
-    """The step on everything, tables by their rows: a first piece together with all other parameters, then the rest.
+    catch_up: Callable[[int, Array, TableRows], TableRows] | None = None,
+) -> StepOutputs:
+    """Runs one step on the touched rows of all tables and on all other parameters.
 
-    `catch_up(place, indices, rows)` changes the rows of parameters and state before the step.
+    Args:
+        step: The optimizer's step.
+        inputs: Gradients, parameters and state.
+        tables: The row gradient of each table, by place.
+        catch_up: Function `(place, indices, rows) -> rows` that changes parameters and moments of these rows before the
+            step.
+
+    Returns:
+        Full arrays of the state, written in place where they are donated. For each table, a `SparseRows` update, or the
+        full table if the step is fused.
     """
-    kept = {place: problem.rows_of_state(place) for place in tables}
+    kept = {place: inputs.rows_of_state(place) for place in tables}
 
-    def cut(place: int, table: Any, arrays: dict[int, Array], start: Any, size: int) -> tuple[Array, Rows]:
+    def gather(place: int, table: Any, arrays: dict[int, Array], start: Any, size: int) -> tuple[Array, TableRows]:
         x = tables[place]
         indices, values = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x.indices, x.values))
         p = None if table is None else take_rows(table, indices)
-        whole = [a for a in (table, *arrays.values()) if a is not None and a.ndim == 2]
-        values = beside_rows(whole[0], indices, values) if whole else values
-        rows = Rows(values, p, {i: take_rows(a, indices) for i, a in arrays.items()})
+        like = next((a for a in (table, *arrays.values()) if a is not None and a.ndim == 2), None)
+        values = values if like is None else beside_rows(like, indices, values)
+        rows = TableRows(values, p, {i: take_rows(a, indices) for i, a in arrays.items()})
         return indices, rows if catch_up is None else catch_up(place, indices, rows)
 
-    heads = {place: _head(x) for place, x in tables.items()}
-    before = {place: {i: problem.state[i] for i in kept[place]} for place in tables}
-    params: Any = problem.params or {place: None for place in tables}
-    first = {place: cut(place, params[place], before[place], 0, heads[place]) for place in tables}
-    blank = {place: jax.tree.map(jnp.zeros_like, rows) for place, (_, rows) in first.items()}
-    outputs, state = map(list, step(problem, {place: rows for place, (_, rows) in first.items()}))
+    first_sizes = {place: _first_chunk_size(x) for place, x in tables.items()}
+    before = {place: {i: inputs.state[i] for i in kept[place]} for place in tables}
+    params: Any = inputs.params or dict.fromkeys(tables)
+    first = {place: gather(place, params[place], before[place], 0, first_sizes[place]) for place in tables}
+    zero_rows = {place: jax.tree.map(jnp.zeros_like, rows) for place, (_, rows) in first.items()}
+    out, state = map(list, step(inputs, {place: rows for place, (_, rows) in first.items()}))
     for place, x in tables.items():
-        table, size, (indices, rows) = params[place], _chunk(x), first[place]
+        table, size, (indices, rows) = params[place], _chunk_size(x), first[place]
         arrays = {i: set_rows(a, indices, state[i]) for i, a in before[place].items()}
-        out = rows.written(outputs[place], step.fused)
+        written = rows.with_drift(out[place], fused=step.fused)
         if step.fused:
-            target = set_rows(table, indices, out)
+            target = set_rows(table, indices, written)
         else:
-            target = jnp.zeros(x.values.shape, out.dtype, out_sharding=explicit_sharding(out))
-            target = jax.lax.dynamic_update_slice_in_dim(target, out, 0, 0)
+            target = jnp.zeros(x.values.shape, written.dtype, out_sharding=explicit_sharding(written))
+            target = jax.lax.dynamic_update_slice_in_dim(target, written, 0, 0)
 
-        def one(k: Any, carry: Any, place=place, table=table, size=size) -> Any:
+        def one_chunk(k: Any, carry: Any, place=place, table=table, size=size) -> Any:
             arrays, target = carry
-            start = heads[place] + k * size
-            indices, rows = cut(place, target if step.fused else table, arrays, start, size)
-            outputs, state = step(problem, {**blank, place: rows}, others=False)
-            out = rows.written(outputs[place], step.fused)
+            start = first_sizes[place] + k * size
+            indices, rows = gather(place, target if step.fused else table, arrays, start, size)
+            out, state = step(inputs, {**zero_rows, place: rows}, others=False)
+            written = rows.with_drift(out[place], fused=step.fused)
             arrays = {i: set_rows(a, indices, state[i]) for i, a in arrays.items()}
             if step.fused:
-                return arrays, set_rows(target, indices, out)
-            return arrays, jax.lax.dynamic_update_slice_in_dim(target, out, start, 0)
+                return arrays, set_rows(target, indices, written)
+            return arrays, jax.lax.dynamic_update_slice_in_dim(target, written, start, 0)
 
-        if rest := (x.indices.size - heads[place]) // size:
-            arrays, target = jax.lax.fori_loop(0, rest, one, (arrays, target))
+        if n_chunks := (x.indices.size - first_sizes[place]) // size:
+            arrays, target = jax.lax.fori_loop(0, n_chunks, one_chunk, (arrays, target))
         for i, a in arrays.items():
             state[i] = a
-        outputs[place] = target if step.fused else x.with_values(target)
-    return Outcome(outputs, state)
+        out[place] = target if step.fused else x.with_values(target)
+    return StepOutputs(out, state)
 
 
-def _chunk(x: SparseRows) -> int:
-    """How many rows make one piece: all, but on CPU a few."""
+def _chunk_size(x: SparseRows) -> int:
+    """Returns the number of rows in a chunk: all rows, except on CPU, where a chunk is small."""
     if jax.default_backend() != "cpu":
         return max(1, x.indices.size)
     return max(1, CHUNK_BYTES // max(1, 4 * x.shape[1]))
 
 
-def _head(x: SparseRows) -> int:
-    """How many rows the first piece has, so that the rest are whole pieces."""
-    n, size = x.indices.size, _chunk(x)
+def _first_chunk_size(x: SparseRows) -> int:
+    """Returns the size of the first chunk, chosen so that all further chunks are of full size."""
+    n, size = x.indices.size, _chunk_size(x)
     return n % size or min(n, size)

@@ -1,4 +1,10 @@
-"""The state that an optimizer would make, as shapes with shardings: to restore into, to place by, to compile for."""
+"""Computes the shapes and shardings of an optimizer state: to restore into, to place arrays by, to compile for.
+
+    abstract_state(tx, params) == jax.eval_shape(tx.init, params), with a sharding for every array
+
+JAX's types infer the shardings: `init` is traced with parameters whose mesh axes are Explicit, whatever they are in
+the program.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,32 +20,37 @@ from ..trees import path_name
 
 
 def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: Any = None) -> Any:
-    """`jax.eval_shape(tx.init, params)` with the sharding of every array, and nothing allocated.
+    """Returns `jax.eval_shape(tx.init, params)` with the sharding of every array. Nothing is allocated.
 
-    Whatever `tx.init` makes in the likeness of a parameter is cut as the parameter is (by JAX's types; where an `init`
-    does what these do not follow, say `optax.flatten`'s, by paths that end as the parameter's); so are scales of 8-bit
-    moments, but for axes that their number of blocks does not divide. All else, such as counts, is whole on every
-    device. Moments in the host's memory (`fse.Rule(memory_kind="pinned_host")`) have it in their sharding. For every
-    transform of optax, alone or wrapped, and for NNX variables and Linen boxes.
+    Arrays that `tx.init` derives from a parameter are sharded like the parameter. JAX's types tell which these are. If
+    `init` does something that types do not follow (`optax.flatten`, for example), arrays whose path ends with that of a
+    parameter are sharded like it. The scales of 8-bit moments are sharded like the parameter, except along axes whose
+    number of blocks is not divisible. All other arrays, such as counts, are replicated. Moments in host memory
+    (`fse.Rule(memory_kind="pinned_host")`) have that memory kind in their sharding.
+
+    It works for every optax transform, alone or wrapped, and for NNX variables and Linen boxes.
 
     Args:
-        tx: any transform.
-        params: the parameters, or their shapes (`jax.eval_shape`).
-        shardings: how the parameters are cut, a tree like them of PartitionSpec (of the mesh in `jax.set_mesh`) or
-            NamedSharding, None for what is whole; SingleDeviceSharding, the same for all, for a single device. By
-            default as they lie, where they are arrays or shapes with a NamedSharding.
+        tx: Any optax transform.
+        params: The parameters, or their shapes from `jax.eval_shape`.
+        shardings: Pytree with the structure of the parameters that holds the sharding of each. A leaf is a
+            NamedSharding, a PartitionSpec (on the mesh of `jax.set_mesh`), or None for a replicated parameter. For a
+            single device, every leaf is the same SingleDeviceSharding. By default the shardings are those of the
+            parameters, if these are arrays or shapes with a NamedSharding.
 
     Returns:
-        A tree like `tx.init(params)` of `jax.ShapeDtypeStruct`: what orbax restores into, and `jax.jit(f).lower` takes.
-        Their `.sharding` is for `out_shardings` and `jax.device_put`; None where that of no parameter is known.
+        A tree of `jax.ShapeDtypeStruct` like `tx.init(params)`. Orbax restores into it, and `jax.jit(f).lower` takes
+        it. Each `.sharding` can be used in `out_shardings` and in `jax.device_put`. It is None if no parameter has a
+        known sharding.
 
     Raises:
         TypeError: `shardings` holds something else.
-        ValueError: it is no tree like the parameters, has no mesh or several, or does not fit mesh and shapes.
+        ValueError: `shardings` has another structure than the parameters, has no mesh or several, or does not fit the
+            mesh and the shapes.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
-    >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))  # of devices that nobody has
+    >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))  # no devices are needed
     >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 768), jnp.float32)}
     >>> state = fse.abstract_state(fse.lion8bit(1e-3), shapes, shardings={"kernel": NamedSharding(mesh, P("fsdp"))})
     >>> codes, scales = state[0].mu["kernel"], state[0].mu_absmax["kernel"]
@@ -48,52 +59,57 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: 
     >>> scales.shape, scales.sharding.spec, state[0].count.sharding.spec
     ((8, 768), P('fsdp', None), P())
     """
-    known = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
-    if not known:
+    by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
+    if not by_path:
         return jax.eval_shape(tx.init, params)
-    where = _where(list(known.values()))
-    state, avals, shardings = _by_types(tx, params, known, where) or _by_paths(tx, params, known, where)
+    common = _common_placement(list(by_path.values()))
+    layout = _from_types(tx, params, by_path, common) or _from_paths(tx, params, by_path, common)
+    state, avals, shardings = layout
     leaves, tree = jax.tree.flatten(state)
     in_host = [aval.memory_space == jax.memory.Space.Host for aval in avals]
     shardings = [s.with_memory_kind("pinned_host") if host else s for s, host in zip(shardings, in_host)]
     return tree.unflatten(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, shardings))
 
 
-Found = tuple[Any, list[Any], list[Sharding]]  # the state's shapes, and what JAX and we know of each
+# The state's shapes as a tree, and the JAX types and the shardings of its leaves.
+Layout = tuple[Any, list[Any], list[Sharding]]
 
 
-def _by_types(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found | None:
-    """As JAX infers them; None where an `init` does what it does not follow.
+def _from_types(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout | None:
+    """Returns the layout that JAX's types infer, or None if `init` does something that types do not support.
 
-    Types of Explicit axes say how an array is cut, through whatever is done with it.
+    On a mesh with Explicit axes, the type of an array contains its sharding, and every operation propagates it.
     """
-    mesh = where.mesh if isinstance(where, NamedSharding) else AbstractMesh((), ())
-    typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # knows the kind of its devices, where there are any
+    mesh = common.mesh if isinstance(common, NamedSharding) else AbstractMesh((), ())
+    typed = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh  # it knows the kind of devices if `mesh` does
     typed = typed.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
     def typed_like(sharding: Sharding | None) -> NamedSharding:
         return NamedSharding(typed, sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec())
 
-    shapes = _shapes(params, lambda path: typed_like(known.get(path)))
+    shapes = _shapes(params, lambda path: typed_like(by_path.get(path)))
     try:
         with jax.sharding.use_abstract_mesh(typed):
             jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
-    except Exception:  # of any kind; one that is not of types comes again
+    except Exception:  # of any kind; an error that is not about types is raised again by `_from_paths`
         return None
-    named = isinstance(where, NamedSharding)
-    return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else where for x in jaxpr.out_avals]
+    named = isinstance(common, NamedSharding)
+    return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else common for x in jaxpr.out_avals]
 
 
-def _by_paths(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding) -> Found:
-    """The same, where an array at a path that ends as a parameter's is cut like it if it divides; all else is whole."""
+def _from_paths(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout:
+    """Returns the layout in which arrays are sharded like the parameter whose path their own path ends with.
+
+    Axes that are not divisible, and all other arrays, are replicated.
+    """
 
     def placed(path, x):
         name = f"/{path_name(path)}"
-        own = next((sharding for of, sharding in known.items() if name.endswith(f"/{of}")), None)
-        if not isinstance(where, NamedSharding):
-            return where
+        own = next((sharding for of, sharding in by_path.items() if name.endswith(f"/{of}")), None)
+        if not isinstance(common, NamedSharding):
+            return common
         if not isinstance(own, NamedSharding) or len(own.spec) > x.ndim:
-            return NamedSharding(where.mesh, PartitionSpec())
+            return NamedSharding(common.mesh, PartitionSpec())
         return where_it_divides(own, x.shape)
 
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(_shapes(params, lambda path: None))
@@ -101,7 +117,7 @@ def _by_paths(tx: Any, params: Any, known: dict[str, Sharding], where: Sharding)
 
 
 def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> Any:
-    """Parameters as shapes with shardings, in their wrappers."""
+    """Returns the parameters as ShapeDtypeStructs with shardings, in their wrappers."""
 
     def shape(path, box):
         x = unbox(box)
@@ -112,13 +128,23 @@ def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> 
     return jax.tree_util.tree_map_with_path(shape, params, is_leaf=is_box)
 
 
-def _where(shardings: list[Sharding]) -> Sharding:
-    """One of them, for the mesh or the device that they share."""
+def _common_placement(shardings: list[Sharding]) -> Sharding:
+    """Returns one of the shardings, to know the mesh or device that all share.
+
+    Raises:
+        TypeError: Several devices, but not by NamedShardings.
+        ValueError: The shardings have different meshes or devices.
+    """
     first = shardings[0]
     named = isinstance(first, NamedSharding)
     if not named and len(first.device_set) > 1:
-        raise TypeError(f"`shardings` must be NamedShardings where there is more than one device, got {first!r:.80}.")
+        raise TypeError(
+            f"`shardings` must be NamedShardings if there is more than one device, got {first!r:.80}. Make them with "
+            "jax.sharding.NamedSharding(mesh, spec)."
+        )
     for other in shardings[1:]:
         if not (isinstance(other, NamedSharding) and other.mesh == first.mesh if named else other == first):
-            raise ValueError(f"`shardings` must be of one mesh, got {first!r:.80} and {other!r:.80}.")
+            raise ValueError(
+                f"`shardings` must all be on one mesh, got {first!r:.80} and {other!r:.80}. Make them on the same mesh."
+            )
     return first

@@ -1,8 +1,9 @@
-r"""Gradient clipping against a percentile of the norms that came before.
+r"""Clips gradients by a percentile of their past norms.
 
-    h[t mod n] <- ||g||^2;   c = sqrt(sorted(h)[percentile n / 100]);   u = g min(1, c / ||g||)
+    h[t mod n] <- |g|^2;   c = sqrt(sorted(h)[percentile n / 100]);   u = g min(1, c / |g|)
 
-Source: the `percentile_clipping` of bitsandbytes' optimizers, up to version 0.49 (there per parameter and n = 100).
+h is a ring buffer of the last n squared norms.
+Source: `percentile_clipping` of bitsandbytes' optimizers, up to version 0.49 (there per parameter and with n = 100).
 """
 
 import operator
@@ -15,21 +16,22 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from ..rows.global_norm import values_of, with_values_of
+from ..rows.global_norm import values_of, with_values
 
-# As in bitsandbytes. A numpy integer, because `optax.inject_hyperparams` makes a traced array of every Python number,
-# and no traced number can be a shape.
+# As in bitsandbytes. It is a NumPy integer because `optax.inject_hyperparams` turns every Python number into an array,
+# which is traced under jit and then cannot be part of a shape.
 _HISTORY = np.int64(100)
-
-
-_DOWN = 2.0**-80  # squares of float32 numbers that are this much smaller do not overflow, nor does their sum
+_DOWN = 2.0**-80  # float32 numbers times this factor have squares, and sums of squares, that do not overflow
 
 
 class PercentileClippingState(NamedTuple):
-    """State of `percentile_clipping`. A slot of the ring that holds no norm yet is infinite."""
+    """State of `percentile_clipping`.
 
-    count: Array  # shape=(), dtype=int32
-    squared_norms: Array  # float32, (history,); (history, number of parameters) with per_parameter
+    Always: `squared_norms` is a ring buffer along its first axis, and slots without a norm yet are infinite.
+    """
+
+    count: Array  # shape=(), dtype=int32: number of steps
+    squared_norms: Array  # float32, (history,), or (history, number of parameters) with per_parameter=True
 
 
 def percentile_clipping(
@@ -38,36 +40,38 @@ def percentile_clipping(
     *,
     per_parameter: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales a gradient down whose norm exceeds a percentile of the last norms, its own among them.
+    r"""Clips a gradient whose norm exceeds a percentile of the last n norms, its own included.
 
     $$h_{t \bmod n} \leftarrow \lVert g \rVert^2, \quad c = \sqrt{\mathrm{sort}(h)_{\lfloor pn/100 \rfloor}}, \quad
     u = g \cdot \min(1, c / \lVert g \rVert)$$
 
-    The first norm fills all n slots, so the first gradient is never clipped. Norms are recorded unclipped, in float32;
-    updates keep the dtype of the gradients, and a gradient that is not clipped is kept to the last bit.
-
-    A limit of 0, from gradients that began as zeros, does not clip; in bitsandbytes it stops all that follow.
+    The first norm fills all n slots, so the first gradient is never clipped. Norms are recorded before clipping, in
+    float32. Updates keep the dtype of the gradients. A gradient that is not clipped is returned bit for bit.
 
     Where this differs from bitsandbytes:
-        - There the norm is each parameter's own; here it is that of the whole tree, so that clipping does not turn the
-          gradient. `per_parameter=True` gives theirs.
-        - A gradient with NaN or infinite elements passes as it is, for the user or `optax.apply_if_finite` to see, and
-          is not recorded; there the history is lost.
-        - A finite gradient whose square overflows is clipped all the same, and recorded as the largest float32. (What
-          is too large for float32 itself, in float64, counts as infinite.)
+        - There every parameter has a norm of its own. Here the norm is that of all gradients, because clipping then
+          keeps the direction of the gradient. `per_parameter=True` does as bitsandbytes.
+        - A gradient with NaN or infinite elements is returned as it is and is not recorded. The user or
+          `optax.apply_if_finite` can handle it. In bitsandbytes it destroys the history.
+        - A finite gradient whose squared norm overflows is clipped and recorded as the largest float32. (A float64
+          gradient that is too large for float32 counts as infinite.)
+        - A limit of 0, which comes from initial gradients of zero, does not clip. In bitsandbytes it sets all following
+          gradients to zero.
 
     Args:
-        percentile: in percent, 0 to 100: 0 clips to the smallest of the norms, 100 does not clip.
-        history: how many norms are kept, n.
-        per_parameter: every parameter is clipped against norms of its own.
+        percentile: Percentile of the recorded norms to clip to, from 0 to 100. 0 clips to the smallest norm, 100 does
+            not clip.
+        history: Number n of norms that are kept.
+        per_parameter: Whether every parameter is clipped by its own norms.
 
     Returns:
-        An optax transform; place it before the optimizer. Under `optax.inject_hyperparams` `percentile` can be changed
-        and scheduled. `history` cannot: other than by default, name it in `static_args` where `init` is traced.
+        An optax transform; place it before the optimizer. With `optax.inject_hyperparams`, `percentile` can be changed
+        and scheduled. `history` cannot. If you set `history` and `init` runs under `jit`, name it in `static_args`.
 
     Raises:
-        ValueError: a percentile outside of 0 to 100, a history below 1; in `update`, a state of other parameters.
-        TypeError: arguments that are no numbers; in `init`, a traced history.
+        ValueError: `percentile` is not between 0 and 100, or `history` is less than 1. In `update`: the state was made
+            for other parameters.
+        TypeError: An argument is not a number. In `init`: `history` is traced.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> optimizer = fse.chain(fse.percentile_clipping(5), fse.adamw8bit(1e-3))
@@ -82,8 +86,8 @@ def percentile_clipping(
     def init(params):
         if isinstance(history, Tracer):
             raise TypeError(
-                "`history` must be a concrete integer, as the state's shape depends on it, got a traced array. Under "
-                'optax.inject_hyperparams pass static_args=("history",).'
+                "`history` must be a concrete integer, because the state's shape depends on it, but it is traced. With "
+                'optax.inject_hyperparams, pass static_args=("history",).'
             )
         n = (len(jax.tree.leaves(params)),) if per_parameter else ()
         return PercentileClippingState(
@@ -93,26 +97,32 @@ def percentile_clipping(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, tree = jax.tree.flatten(values_of(updates))
-        squares, small = _squares(leaves, 1.0, per_parameter), _squares(leaves, _DOWN, per_parameter)
+        squares, small = _squared_norms(leaves, per_parameter), _squared_norms(leaves, per_parameter, factor=_DOWN)
         if state.squared_norms.shape[1:] != squares.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
-                f"{state.squared_norms.shape}: was it made by `init` of the same parameters and `per_parameter`?"
+                f"{state.squared_norms.shape}. Make the state by `init` with the same parameters and `per_parameter`."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        ring = _recorded(state.squared_norms, count, squares, jnp.isfinite(small))
+        ring = _with_recorded(state.squared_norms, count, squares, jnp.isfinite(small))
         norm = jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), jnp.sqrt(small) * np.float32(1 / _DOWN))
         limit = jnp.sqrt(_percentile(ring, percentile))
-        # A limit of 0, where gradients began as zeros, would stop all that follow (in bitsandbytes it does).
         scale = jnp.where(jnp.isfinite(small) & (norm > limit) & (limit > 0), limit / norm, 1.0)
         scales = scale if per_parameter else [scale] * len(leaves)
-        scaled = tree.unflatten(map(_scaled, leaves, scales))
-        return with_values_of(updates, scaled), PercentileClippingState(count, ring)
+
+        def clip(g: Any, scale: Array) -> Array:
+            g = jnp.asarray(g)
+            clipped = (g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale).astype(g.dtype)
+            return jnp.where(scale < 1, clipped, g)  # integers above 2^24 are not exact in float32
+
+        clipped = tree.unflatten(map(clip, leaves, scales))
+        return with_values(updates, clipped), PercentileClippingState(count, ring)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check(percentile: Any, history: Any) -> None:
+    """Raises if `percentile` or `history` is not a number in its range; traced numbers pass."""
     numbers = int | float | np.number | np.ndarray | Array
     if not isinstance(percentile, numbers) or isinstance(percentile, bool) or np.ndim(percentile):
         raise TypeError(
@@ -129,27 +139,21 @@ def _check(percentile: Any, history: Any) -> None:
         raise ValueError(f"`history` must be at least 1, got {history}; try 100.")
 
 
-def _squares(leaves: list, factor: float, per_parameter: bool) -> Array:
-    """Squared norms of the gradients times `factor`, float32: one, or one each."""
+def _squared_norms(leaves: list, per_parameter: bool, factor: float = 1.0) -> Array:
+    """Returns the squared norm of all gradients times `factor`, or of each gradient, in float32."""
     sums = [jnp.sum(jnp.square(jnp.abs(g).astype(jnp.float32) * np.float32(factor))) for g in leaves]
     return jnp.asarray(sums, jnp.float32) if per_parameter else sum(sums, start=jnp.zeros([], jnp.float32))
 
 
-def _recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:
-    """The ring with these norms in their slot, and in all that are empty; unchanged where they are not finite."""
+def _with_recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:
+    """Writes squared norms into their slot of the ring buffer and into all empty slots; ignores nonfinite norms."""
     slot = jax.lax.broadcasted_iota(jnp.int32, ring.shape, 0) == count % ring.shape[0]
     squares = jnp.minimum(squares, np.finfo(np.float32).max)
     return jnp.where((slot | jnp.isinf(ring)) & finite[None], squares[None], ring)
 
 
 def _percentile(ring: Array, percentile: Any) -> Array:
-    """The entry below which lie `percentile` percent of the ring; infinite at 100."""
-    nearly = 1 + 2.0**-20  # so that what float32 makes of a whole number, 28.999998, is that number
+    """Returns the entry that is larger than `percentile` percent of the ring buffer; infinity for 100."""
+    nearly = 1 + 2.0**-20  # so that an integer that float32 computes as 28.999998 is not rounded down to 28
     index = jnp.floor(percentile * jnp.float32(ring.shape[0] / 100 * nearly)).astype(jnp.int32)
     return jnp.sort(ring, axis=0).at[index].get(mode="fill", fill_value=jnp.inf)
-
-
-def _scaled(g: Any, scale: Array) -> Array:
-    g = jnp.asarray(g)
-    scaled = g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale
-    return jnp.where(scale < 1, scaled.astype(g.dtype), g)  # whole numbers above 2^24 are no float32

@@ -1,4 +1,4 @@
-"""`with_max_norm` and its errors; that its trajectories are torch's is in tests/golden/test_embedding_training.py."""
+"""Tests `with_max_norm`. That its trajectories are those of torch is in tests/golden/test_embedding_training.py."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_weight_decay_starts_from_the_scaled_rows():
     np.testing.assert_allclose(new["embedding"][0], 0.95 * TABLE[0], rtol=1e-6)
 
 
-def test_ids_outside_the_table_and_none_touch_nothing():
+def test_ids_outside_the_table_and_empty_ids_change_nothing():
     tx = fse.with_max_norm(optax.sgd(0.1), 1.0)
     for ids in (jnp.array([4, -5]), jnp.zeros(0, jnp.int32), jnp.zeros((2, 0), jnp.uint8)):
         np.testing.assert_array_equal(stepped(tx, token_ids=ids)["embedding"], TABLE)
@@ -55,10 +55,10 @@ def test_row_gradients_know_their_rows_in_either_order(order, fused):
         new, _ = fse.fused_update(tx, grads, tx.init(PARAMS), PARAMS)
     else:
         new = stepped(tx, grads=grads)
-    short = PARAMS | {"embedding": jnp.array([[3.0, 4.0], [0.6, 0.8], [0.3, 0.4], [0.6, 0.8]])}
+    scaled = PARAMS | {"embedding": jnp.array([[3.0, 4.0], [0.6, 0.8], [0.3, 0.4], [0.6, 0.8]])}
     dense = PARAMS | {"embedding": ROWS.to_dense()}
-    updates, _ = inner.update(dense, inner.init(short), short)
-    want = optax.apply_updates(short, updates)
+    updates, _ = inner.update(dense, inner.init(scaled), scaled)
+    want = optax.apply_updates(scaled, updates)
     for row in (1, 3):
         np.testing.assert_allclose(new["embedding"][row], want["embedding"][row], rtol=1e-5)
     np.testing.assert_array_equal(new["embedding"][jnp.array([0, 2])], TABLE[jnp.array([0, 2])])
@@ -94,19 +94,19 @@ def test_max_norm_can_be_a_schedule_by_inject_hyperparams():
         (
             lambda: fse.with_max_norm(optax.sgd(0.1), 1.0).update(ZEROS, optax.sgd(0.1).init(PARAMS)),
             ValueError,
-            r"max_norm needs `params`: call `update\(grads, state, params\)`",
+            r"`params` is None.*Call `update\(grads, state, params\)`",
         ),
         (
             lambda: stepped(fse.with_max_norm(optax.sgd(0.1), 1.0), token_ids={"kernel": jnp.array([1])}),
             ValueError,
-            "names 'kernel', which is no table. There are: embedding",
+            "names 'kernel', which is not a table. It may name: embedding",
         ),
         (
             lambda: stepped(
                 fse.with_max_norm(optax.sgd(0.1), 1.0), {"k": TABLE}, {"k": TABLE}, token_ids=jnp.array([1])
             ),
             ValueError,
-            "finds no table among the parameters k: name it with `mask`",
+            "found no table among the parameters: k. Give it a `mask`",
         ),
         (
             lambda: optax.inject_hyperparams(fse.with_max_norm)(optax.sgd(0.1), 1.0).init(PARAMS),
@@ -115,12 +115,12 @@ def test_max_norm_can_be_a_schedule_by_inject_hyperparams():
         ),
     ],
 )
-def test_what_cannot_be_raises(wrong, error, message):
+def test_a_wrong_use_raises_an_error_with_the_way_out(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong()
 
 
-# --- the module that writes rows back ---------------------------------------------------------------------------------
+# --- the module that writes rows back ---
 
 
 def writer(module=fse.nnx.Embed, **options):
@@ -149,12 +149,12 @@ def test_a_lookup_stores_the_rows_that_it_scales(module):
     ],
     ids=["jit", "grad", "vmap", "eval_shape", "scan"],
 )
-def test_where_nnx_forbids_it_the_error_says_what_to_do(closes_over):
+def test_a_module_that_is_closed_over_cannot_write_rows_back(closes_over):
     with pytest.raises(ValueError, match=r"which NNX forbids: pass the module as an argument.*fse\.with_max_norm"):
         closes_over(writer())
 
 
-def test_it_needs_max_norm_and_no_sparse():
+def test_write_back_needs_max_norm_and_refuses_sparse():
     with pytest.raises(
         ValueError, match="`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None"
     ):
@@ -164,7 +164,7 @@ def test_it_needs_max_norm_and_no_sparse():
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_logits_of_a_table_that_a_lookup_has_scaled(api):
+def test_attend_can_scale_the_looked_up_rows_first(api):
     query, ids = jnp.array([[1.0, 1.0]]), jnp.array([1, 2])
     if api == "linen":
         attend = fse.linen.Embed(4, 2, max_norm=1.0).bind({"params": {"embedding": TABLE}}).attend
@@ -179,7 +179,7 @@ def test_logits_of_a_table_that_a_lookup_has_scaled(api):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_rows_come_out_as_renorm_has_them(dtype):
+def test_half_precision_rows_are_stored_as_renorm_returns_them(dtype):
     table = (100 * jax.random.normal(jax.random.key(0), (8, 16))).astype(dtype)
     want = fse.linen.Embed(8, 16, max_norm=1.0, param_dtype=dtype).apply(
         {"params": {"embedding": table}}, jnp.arange(8)
@@ -193,7 +193,7 @@ def test_half_precision_rows_come_out_as_renorm_has_them(dtype):
     np.testing.assert_array_equal(new["embedding"], want)
 
 
-def test_clipped_ids_are_clipped_where_rows_are_stored_too():
+def test_mode_clip_also_clips_the_ids_of_stored_rows():
     options = {"max_norm": 1.0, "mode": "clip", "rngs": nnx.Rngs(0)}
     stores, plain = (fse.nnx.Embed.from_pretrained(TABLE, write_back=w, **options) for w in (True, False))
     ids = jnp.array([99, -1])
@@ -202,6 +202,6 @@ def test_clipped_ids_are_clipped_where_rows_are_stored_too():
     np.testing.assert_allclose(stores.embedding[...], [[0.6, 0.8], [6, 8], [0.3, 0.4], [0.6, 0.8]], rtol=1e-6)
 
 
-def test_a_table_of_one_row_gives_nan_elsewhere_when_it_stores():
+def test_a_table_of_one_row_that_writes_back_gives_nan_for_other_ids():
     embed = fse.nnx.Embed.from_pretrained(TABLE[:1], max_norm=1.0, write_back=True, rngs=nnx.Rngs(0))
     assert jnp.isnan(embed(jnp.array([3]))).all() and embed(jnp.array([0]))[0, 0] == pytest.approx(0.6)

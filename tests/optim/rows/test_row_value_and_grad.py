@@ -1,4 +1,4 @@
-"""Row gradients are the gradients of `jax.value_and_grad`, of rows alone, whatever is around the lookup."""
+"""Tests that row gradients equal the rows of the gradients of `jax.value_and_grad`, whatever is around the lookup."""
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ def dense(grads):
 
 
 def assert_same(grads, want, tables):
-    """The gradients are those of JAX, and exactly `tables` are row gradients."""
+    """Asserts that gradients are those of JAX, and that exactly `tables` have row gradients."""
     pairs = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_rows)[0]
     assert {path_name(path) for path, x in pairs if is_rows(x)} == set(tables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), dense(grads), want)
@@ -112,16 +112,16 @@ AROUND = {
 
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", AROUND)
-def test_a_transformation_around_the_lookup_works_with_ids_that_are_said_and_else_raises(name):
+def test_a_transformation_around_the_lookup_needs_token_ids(name):
     params, loss = params_and_loss()
     around = AROUND[name](loss)
-    with pytest.raises(ValueError, match=r"keeps its ids to itself.*token_ids="):
+    with pytest.raises(ValueError, match=r"jax\.checkpoint.*token_ids="):
         fse.row_value_and_grad(around)(params, IDS)
 
-    def said(params, ids):
+    def ids_of_tables(params, ids):
         return {"tokens/embedding": ids, "users/embedding": [ids + 1]}
 
-    _, grads = jax.jit(fse.row_value_and_grad(around, token_ids=said))(params, IDS)
+    _, grads = jax.jit(fse.row_value_and_grad(around, token_ids=ids_of_tables))(params, IDS)
     assert_same(grads, jax.jit(jax.grad(around))(params, IDS), TABLES)
 
 
@@ -142,13 +142,13 @@ def test_the_outer_transformations_of_a_step_work():
 
 
 @pytest.mark.slow
-def test_ids_that_were_not_said_give_nan():
+def test_ids_that_token_ids_leaves_out_give_nan():
     params, loss = params_and_loss()
 
-    def said(params, ids):
+    def ids_of_tables(params, ids):
         return {"tokens/embedding": ids, "users/embedding": ids}
 
-    value, _ = fse.row_value_and_grad(loss, token_ids=said)(params, IDS)
+    value, _ = fse.row_value_and_grad(loss, token_ids=ids_of_tables)(params, IDS)
     assert jnp.isnan(value)
 
 
@@ -165,7 +165,7 @@ def test_ids_outside_the_table_have_no_gradient():
     assert grads["embedding"].indices[0] == 2
 
 
-def test_one_row_counts_for_every_id_as_in_flax():
+def test_every_id_looks_up_the_only_row_as_in_flax():
     embed = fse.linen.Embed(1, D, sparse=True)
     params = embed.init(jax.random.key(0), IDS)["params"]
 
@@ -214,7 +214,7 @@ def test_boxed_parameters_keep_their_boxes():
     assert_same(nn.unbox(grads), nn.unbox(jax.grad(loss)(params, IDS)), {"embedding"})
 
 
-def test_attend_has_a_dense_gradient_and_says_what_to_do():
+def test_attend_raises_and_names_sampled_ids_as_the_way_out():
     embed = fse.linen.Embed(V, D, sparse=True)
     params = embed.init(jax.random.key(0), IDS)["params"]
 
@@ -258,21 +258,21 @@ def frequency(params, loss):
     return of_rows(params, IDS)
 
 
-def said(ids):
+def given(ids):
     return lambda params, loss: fse.row_value_and_grad(loss, token_ids=lambda *_: ids)(params, IDS)
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (no_table, ValueError, "no table with `sparse=True` is looked up"),
-        (cast_table, ValueError, "no parameter is this array: it was cast"),
-        (integer_table, TypeError, "'embedding' is int32: only floating"),
+        (no_table, ValueError, "looks up no table with `sparse=True`"),
+        (cast_table, ValueError, "no parameter is this array. Either it was cast"),
+        (integer_table, TypeError, "'embedding' has dtype int32, but only floating"),
         (frequency, ValueError, "scale_grad_by_freq=True` does not go with a sparse gradient, as in torch"),
-        (said(IDS), ValueError, "`token_ids` is one array, but there are 3 tables.*Name the table"),
-        (said({"tokens": IDS}), ValueError, "names 'tokens', which is no table. There are: .*tokens/embedding"),
-        (said({"tokens/embedding": [1, 2]}), TypeError, "must be an array of integers, got 1"),
-        (said({"tokens/embedding": IDS * 1.0}), ValueError, "must be integers, got float32"),
+        (given(IDS), ValueError, "`token_ids` is one array, but there are 3 tables.*Name the table"),
+        (given({"tokens": IDS}), ValueError, "names 'tokens', which is not a table. It may name: .*tokens/embedding"),
+        (given({"tokens/embedding": [1, 2]}), TypeError, "must be an array of integers, got 1"),
+        (given({"tokens/embedding": IDS * 1.0}), ValueError, "must be integers, got float32"),
         (
             lambda params, loss: fse.row_value_and_grad(loss, token_ids=IDS),
             TypeError,
@@ -280,14 +280,14 @@ def said(ids):
         ),
     ],
 )
-def test_what_cannot_be_raises(wrong, error, message):
+def test_a_wrong_use_raises_an_error_with_the_way_out(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong(*params_and_loss())
 
 
 @pytest.mark.slow
-def test_a_sum_over_the_parameters_does_not_forget_the_table():
-    """Regularisation that reads the table as an array: an error, and no gradient that lacks it."""
+def test_a_sum_over_all_parameters_raises():
+    """Regularization reads the table as an array. An error is better than a gradient without that term."""
     params, loss = params_and_loss()
 
     def decayed(p, ids):
@@ -319,7 +319,7 @@ def test_derivatives_of_the_gradient_and_of_the_value_are_those_of_jax():
 
 
 @pytest.mark.parametrize("jit", [EAGER, JIT], ids=["eager", "jit"])
-def test_a_sum_over_the_floating_parameters_does_not_forget_the_table_either(jit):
+def test_a_sum_over_chosen_parameters_raises(jit):
     params, loss = params_and_loss()
     for chosen in (lambda x: x.ndim > 1, lambda x: jnp.issubdtype(x.dtype, jnp.floating)):
 
@@ -344,7 +344,7 @@ def test_a_table_that_is_cast_in_the_loss_has_its_gradient_summed_in_float32():
 
 
 @pytest.mark.slow
-def test_numpy_parameters_and_a_constant_table_beside_them():
+def test_numpy_parameters_work_next_to_a_constant_table():
     params, loss = params_and_loss()
     other = fse.linen.Embed(V + 1, D, sparse=True)
     constant = other.init(jax.random.key(1), IDS)["params"]
@@ -353,7 +353,7 @@ def test_numpy_parameters_and_a_constant_table_beside_them():
     assert_same(grads, jax.jit(jax.grad(loss))(params, IDS), TABLES)
 
 
-def test_what_a_loss_returns_beside_its_value_has_arrays_for_tables():
+def test_tables_in_aux_are_returned_as_arrays():
     params, loss = params_and_loss()
     (_, aux), _ = fse.row_value_and_grad(lambda p, ids: (loss(p, ids), p), has_aux=True)(params, IDS)
     jax.tree.map(np.testing.assert_array_equal, aux, params)
@@ -361,7 +361,7 @@ def test_what_a_loss_returns_beside_its_value_has_arrays_for_tables():
 
 @pytest.mark.one_in(3, start=1)
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("x", None), PartitionSpec(None, "x")], ids=str)
-def test_ids_that_are_cut_on_an_explicit_mesh(spec):
+def test_ids_can_be_sharded_on_an_explicit_mesh(spec):
     embed = fse.linen.Embed(16, 4, sparse=True)
     ids = jnp.array([1, 3, 3, 7])
     params = embed.init(jax.random.key(0), ids)["params"]
@@ -370,7 +370,7 @@ def test_ids_that_are_cut_on_an_explicit_mesh(spec):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
-        cut = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("x" if "x" not in spec else "y")))
+        sharded_ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("x" if "x" not in spec else "y")))
         tx = fse.row_sparse(optax.sgd(1.0))
 
         @jax.jit
@@ -379,7 +379,7 @@ def test_ids_that_are_cut_on_an_explicit_mesh(spec):
             updates, _ = tx.update(grads, tx.init(params), params)
             return optax.apply_updates(params, updates)
 
-        new = step(placed, cut)["embedding"]
+        new = step(placed, sharded_ids)["embedding"]
     np.testing.assert_allclose(params["embedding"] - np.asarray(new), want["embedding"], rtol=1e-5, atol=1e-7)
 
 
@@ -439,11 +439,11 @@ def test_aux_and_a_table_that_is_shared_by_two_modules():
     assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"a/embedding"})
 
 
-def test_remat_inside_of_an_nnx_loss_works_with_ids_that_are_said():
+def test_remat_inside_an_nnx_loss_needs_token_ids():
     model = Module(nnx.Rngs(0))
     model.layers = nnx.List([model.layers[0]])
     around = nnx.remat(nnx_loss)
-    with pytest.raises(ValueError, match="keeps its ids to itself"):
+    with pytest.raises(ValueError, match=r"jax\.checkpoint.*token_ids="):
         fse.row_value_and_grad(around)(model, IDS)
     _, grads = fse.row_value_and_grad(around, token_ids=lambda m, ids: ids)(model, IDS)
     _, want = nnx.value_and_grad(nnx_loss)(model, IDS)
@@ -468,7 +468,7 @@ def test_keyword_arguments_and_random_streams_pass_through():
     assert stream.negatives.count[...] == 1
 
 
-def test_a_table_outside_of_wrt_is_a_constant_and_one_that_is_not_looked_up_has_no_rows():
+def test_a_table_outside_wrt_is_constant_and_a_table_without_lookups_has_no_rows():
     class Two(nnx.Module):
         def __init__(self, rngs):
             self.a, self.b, self.c = (fse.nnx.Embed(V, D, sparse=True, rngs=rngs) for _ in range(3))
@@ -480,8 +480,8 @@ def test_a_table_outside_of_wrt_is_a_constant_and_one_that_is_not_looked_up_has_
     want = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model, IDS)
     assert_same(nnx.to_pure_dict(grads), nnx.to_pure_dict(want), {"a/embedding", "c/embedding"})
     assert nnx.to_pure_dict(grads)["c"]["embedding"].values.shape == (0, D)
-    said = {"a/embedding": IDS}  # and not b: a gradient without it would be lost
-    assert jnp.isnan(fse.row_value_and_grad(loss, token_ids=lambda *_: said)(model, IDS)[0])
+    only_a = {"a/embedding": IDS}  # without b, whose gradient would be lost
+    assert jnp.isnan(fse.row_value_and_grad(loss, token_ids=lambda *_: only_a)(model, IDS)[0])
 
 
 def test_attend_of_an_nnx_module_raises():
@@ -494,7 +494,7 @@ def test_attend_of_an_nnx_module_raises():
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 @pytest.mark.one_in(2)
 def test_a_model_learns_with_row_gradients_end_to_end(api):
-    """TrainState and nnx.Optimizer take row gradients and row updates as they take all others."""
+    """TrainState and nnx.Optimizer take row gradients and row updates like any others."""
     tx = optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(optax.adam(0.05)))
     ids = jnp.arange(8).reshape(2, 4) * 5
     target = jnp.linspace(-1, 1, ids.size * D).reshape(*ids.shape, D)
@@ -531,11 +531,11 @@ def test_a_model_learns_with_row_gradients_end_to_end(api):
     assert losses[-1] < 0.01 * losses[0]
 
 
-# --- parameters that hold the same array, and devices ----------------------------------------------------------------
+# --- parameters that hold the same array, and shard_map ---
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_two_parameters_that_hold_the_same_array_are_two(jit):
+def test_two_parameters_that_hold_the_same_array_are_told_apart(jit):
     embed, array = fse.linen.Embed(V, D, sparse=True), jnp.ones((V, D))
 
     def loss(params, ids):
@@ -549,10 +549,10 @@ def test_two_parameters_that_hold_the_same_array_are_two(jit):
     want_value, want = jax.value_and_grad(loss)({"a": array, "b": array}, IDS[0])
     np.testing.assert_allclose(value, want_value, rtol=1e-6)
     assert_same(grads, want, "ab")
-    assert set(np.asarray(grads["a"].indices)[:3]) == {1, 3, 4}  # and none of b's
+    assert set(np.asarray(grads["a"].indices)[:3]) == {1, 3, 4}  # no row of b
 
 
-def test_an_nnx_table_that_began_as_a_copy_of_another_is_another_one():
+def test_an_nnx_table_that_was_copied_from_another_is_told_apart():
     class Two(nnx.Module):
         def __init__(self):
             self.a, self.b = (fse.nnx.Embed(V, D, sparse=True, rngs=nnx.Rngs(k)) for k in range(2))
@@ -593,8 +593,8 @@ def test_an_outer_derivative_needs_no_jit():
 
 
 @pytest.mark.parametrize("checks", [False, True])
-@pytest.mark.parametrize("said", [False, True])
-def test_inside_of_shard_map_every_device_has_the_rows_of_its_own_ids(checks, said):
+@pytest.mark.parametrize("with_token_ids", [False, True])
+def test_inside_shard_map_every_device_has_the_rows_of_its_own_ids(checks, with_token_ids):
     embed, mesh = fse.linen.Embed(V, D, sparse=True), jax.make_mesh((4,), ("data",), (AxisType.Auto,))
     params = embed.init(jax.random.key(0), IDS)["params"]
     ids = jnp.array([0, 1, 2, 3, 4, 5, 6, 0])
@@ -603,7 +603,7 @@ def test_inside_of_shard_map_every_device_has_the_rows_of_its_own_ids(checks, sa
         return jnp.sum(embed.apply({"params": params}, ids) ** 2)
 
     def of_one(params, ids):
-        token_ids = (lambda params, ids: ids) if said else None
+        token_ids = (lambda params, ids: ids) if with_token_ids else None
         rows = fse.row_value_and_grad(loss, token_ids=token_ids)(params, ids)[1]["embedding"]
         exchanged = fse.SparseRows.of_lookups(
             jax.lax.all_gather(rows.indices, "data"), jax.lax.all_gather(rows.values, "data"), rows.num_rows
@@ -617,5 +617,5 @@ def test_inside_of_shard_map_every_device_has_the_rows_of_its_own_ids(checks, sa
     summed, exchanged = jax.jit(jax.shard_map(of_one, mesh=mesh, check_vma=checks, **specs))(params, ids)
     want = jax.grad(loss)(params, ids)["embedding"]
     np.testing.assert_allclose(summed, want, rtol=1e-5)
-    for part in exchanged:
-        np.testing.assert_allclose(part, want, rtol=1e-5)
+    for of_device in exchanged:
+        np.testing.assert_allclose(of_device, want, rtol=1e-5)

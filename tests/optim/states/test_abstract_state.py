@@ -1,4 +1,4 @@
-"""Shapes of states with shardings: those that arrays get, for every transform, wrapper and framework."""
+"""Tests that `abstract_state` returns the shardings that real states get, for every transform and wrapper."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ TRANSFORMS = {
 }
 
 
-def assert_lies_as(like, state):
+def assert_sharded_like(like, state):
     assert jax.tree.structure(state) == jax.tree.structure(like)
     for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert (x.shape, x.dtype) == (shape.shape, shape.dtype)
@@ -74,12 +74,12 @@ def assert_lies_as(like, state):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_it_is_how_the_state_of_arrays_lies(name, kind):
+def test_shardings_are_those_of_the_state_of_arrays(name, kind):
     tx, mesh = TRANSFORMS[name](), mesh_of(kind)
     params = placed(mesh)
     state, like = tx.init(params), fse.abstract_state(tx, params)
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(like))
-    assert_lies_as(like, state)
+    assert_sharded_like(like, state)
     with jax.set_mesh(mesh):
         assert fse.abstract_state(tx, shapes(), shardings=SPECS) == like
     out = jax.tree.map(lambda x: x.sharding, like)
@@ -87,8 +87,8 @@ def test_it_is_how_the_state_of_arrays_lies(name, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sums_over_an_axis_are_cut_along_the_others(kind):
-    """Where optax itself would keep them whole."""
+def test_sums_over_an_axis_are_sharded_along_the_others(kind):
+    """optax itself would replicate them."""
     tx, mesh = optax.adafactor(1e-3, min_dim_size_to_factor=16), mesh_of(kind)
     with jax.set_mesh(mesh):
         params = placed(mesh)
@@ -100,12 +100,12 @@ def test_sums_over_an_axis_are_cut_along_the_others(kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_a_learning_rate_that_lies_on_the_mesh(kind):
-    """As one does that was restored; types of another mesh cannot be mixed with it."""
+def test_a_learning_rate_can_be_an_array_on_the_mesh(kind):
+    """A restored learning rate is one. Types of another mesh cannot be mixed with it."""
     mesh = mesh_of(kind)
     rate = jax.device_put(jnp.float32(1e-3), NamedSharding(mesh, P()))
     tx, params = optax.inject_hyperparams(fse.adamw8bit)(rate, state_format=SMALL), placed(mesh)
-    assert_lies_as(fse.abstract_state(tx, params), tx.init(params))
+    assert_sharded_like(fse.abstract_state(tx, params), tx.init(params))
 
 
 def test_an_init_that_types_do_not_follow_is_placed_by_paths():
@@ -116,27 +116,29 @@ def test_an_init_that_types_do_not_follow_is_placed_by_paths():
     tx, params = optax.GradientTransformation(init, lambda g, s, p=None: (g, s)), placed(mesh_of())
     like = fse.abstract_state(optax.chain(tx, adamw()), params)
     assert like[0]["mu"]["kernel"].sharding.spec == P("a", "b") and like[0]["sums"].sharding.is_fully_replicated
-    assert_lies_as(like[1], adamw().init(params))
+    assert_sharded_like(like[1], adamw().init(params))
     flat = fse.abstract_state(optax.flatten(optax.adam(1e-3)), params)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(flat))
 
 
-def test_an_init_that_fails_fails():
+def test_an_error_in_init_is_raised():
     def init(params):
-        raise RuntimeError("of its own")
+        raise RuntimeError("own error")
 
-    with pytest.raises(RuntimeError, match="of its own"):
+    with pytest.raises(RuntimeError, match="own error"):
         fse.abstract_state(optax.GradientTransformation(init, lambda g, s, p=None: (g, s)), placed(mesh_of()))
 
 
-def test_what_is_no_array_has_no_sharding():
-    cut = NamedSharding(mesh_of(), P("a"))
+def test_parameters_that_are_not_arrays_need_no_sharding():
+    sharding = NamedSharding(mesh_of(), P("a"))
     params = {"kernel": jax.ShapeDtypeStruct((256, 32), jnp.float32), "number": 2.0, "none": None}
-    like = fse.abstract_state(optax.adamw(1e-3), params, shardings={"kernel": cut, "number": cut, "none": None})
+    like = fse.abstract_state(
+        optax.adamw(1e-3), params, shardings={"kernel": sharding, "number": sharding, "none": None}
+    )
     assert like[0].mu["kernel"].sharding.spec == P("a", None) and like[0].mu["none"] is None
 
 
-def test_a_state_in_the_host_says_so():
+def test_a_state_in_host_memory_has_its_memory_kind():
     like = fse.abstract_state(adamw(rules=IN_HOST), placed(mesh_of()))
     kinds = {
         jax.tree_util.keystr(path): x.sharding.memory_kind for path, x in jax.tree_util.tree_leaves_with_path(like)
@@ -146,17 +148,17 @@ def test_a_state_in_the_host_says_so():
     }
 
 
-def test_of_devices_that_nobody_has():
-    """And of cuts in which blocks straddle: codes stay cut, scales do not."""
+def test_an_abstract_mesh_needs_no_devices():
+    """Blocks straddle devices here, so codes are sharded and scales are not."""
     pod = AbstractMesh((256,), ("fsdp",))
-    tx, cut = adamw(), NamedSharding(pod, P("fsdp"))
-    like = fse.abstract_state(tx, {"kernel": jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16, sharding=cut)})
+    tx, sharding = adamw(), NamedSharding(pod, P("fsdp"))
+    like = fse.abstract_state(tx, {"kernel": jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16, sharding=sharding)})
     assert like[0].mu["kernel"].sharding.spec == P("fsdp", None)
     assert like[0].mu_absmax["kernel"].sharding.spec == P(None, None)
     assert like[0].count.sharding == NamedSharding(pod, P())
 
 
-def test_what_is_none_is_whole():
+def test_a_sharding_of_none_means_replicated():
     like = fse.abstract_state(
         adamw(),
         shapes(),
@@ -166,7 +168,7 @@ def test_what_is_none_is_whole():
     assert like[0].mu["wte"]["embedding"].sharding.is_fully_replicated
 
 
-def test_without_a_known_sharding_it_is_that_of_init():
+def test_without_a_known_sharding_it_equals_eval_shape():
     tx = adamw()
     assert fse.abstract_state(tx, shapes()) == jax.eval_shape(tx.init, shapes())
     assert fse.abstract_state(tx, {}) == jax.eval_shape(tx.init, {})
@@ -190,7 +192,7 @@ def test_nnx_variables(kind):
         params = jax.device_put(params, nnx.get_named_sharding(params, mesh))
         tx = adamw()
         state, like = tx.init(params), fse.abstract_state(tx, params)
-        assert_lies_as(like, state)
+        assert_sharded_like(like, state)
         assert like[0].mu["kernel"].get_value().sharding.is_equivalent_to(NamedSharding(mesh, P("a", "b")), 2)
         restored = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
         assert_same_bits(restored, state)
@@ -202,7 +204,7 @@ def test_linen_boxes():
     params = {"kernel": box.replace(value=jax.device_put(box.value, NamedSharding(mesh, P("a", "b"))))}
     tx = adamw()
     like = fse.abstract_state(tx, params)
-    assert_lies_as(like, tx.init(params))
+    assert_sharded_like(like, tx.init(params))
     assert like[0].mu["kernel"].value.sharding.is_equivalent_to(NamedSharding(mesh, P("a", "b")), 2)
 
 
@@ -216,19 +218,19 @@ def test_orbax_restores_into_it_on_another_mesh(tmp_path):
         like = fse.abstract_state(tx, shapes(), shardings=other)
         restored = checkpointer.restore(tmp_path / "state", like)
     assert_same_bits(restored, state)
-    assert_lies_as(like, restored)
+    assert_sharded_like(like, restored)
 
 
 BAD = {
-    "no shardings": ({"kernel": "a"}, TypeError, "must be a tree of PartitionSpec or NamedSharding"),
+    "not shardings": ({"kernel": "a"}, TypeError, "must be a pytree of PartitionSpec or NamedSharding"),
     "no mesh": ({"kernel": P("a")}, ValueError, r"jax.set_mesh\(mesh\)"),
     "another tree": ({}, ValueError, "must be a pytree like the parameters"),
-    "unequal pieces": ({"kernel": NamedSharding(AbstractMesh((3,), ("a",)), P("a"))}, ValueError, "cannot be sharded"),
+    "unequal shards": ({"kernel": NamedSharding(AbstractMesh((3,), ("a",)), P("a"))}, ValueError, "cannot be sharded"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_says_the_way_out(name):
+def test_bad_input_raises_an_error_with_the_way_out(name):
     given, error, message = BAD[name]
     with pytest.raises(error, match=message):
         fse.abstract_state(adamw(), {"kernel": jax.ShapeDtypeStruct((256, 32), jnp.float32)}, shardings=given)
@@ -237,7 +239,7 @@ def test_bad_input_says_the_way_out(name):
 def test_parameters_on_several_meshes_are_refused():
     two = {"a": NamedSharding(mesh_of(), P("a")), "b": NamedSharding(mesh_of(shape=(4, 2)), P("a"))}
     params = {name: jax.ShapeDtypeStruct((256, 32), jnp.float32, sharding=where) for name, where in two.items()}
-    with pytest.raises(ValueError, match="must be of one mesh"):
+    with pytest.raises(ValueError, match="must all be on one mesh"):
         fse.abstract_state(adamw(), params)
-    with pytest.raises(ValueError, match="must be of one mesh"):
+    with pytest.raises(ValueError, match="must all be on one mesh"):
         fse.abstract_state(adamw(), params, shardings=two | {"b": SingleDeviceSharding(jax.devices()[0])})

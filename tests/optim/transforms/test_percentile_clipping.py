@@ -1,4 +1,4 @@
-"""Percentile clipping, against bitsandbytes' own steps in numpy, and in everything optax wraps around it."""
+"""Tests percentile clipping against the steps of bitsandbytes in NumPy, and inside the wrappers of optax."""
 
 import functools
 import inspect
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
+from flax_stable_embed.optim.transforms.percentile_clipping import _percentile
 from tests.tools import assert_nearly, assert_same_bits, gradients, parameters, types
 
 PARAMS = parameters()
@@ -21,7 +22,7 @@ either_norm = pytest.mark.parametrize("per_parameter", [False, True], ids=["glob
 
 
 class Bitsandbytes:
-    """What bitsandbytes did for one parameter up to 0.49, in its kernel and around it."""
+    """Does the steps of bitsandbytes up to 0.49 for one parameter, in its kernel and around it."""
 
     def __init__(self, percentile):
         self.percentile, self.gnorm_vec, self.step = percentile, np.zeros(100), 0
@@ -52,7 +53,7 @@ def stepped(tx):
 
 
 def run(tx, steps, state=None):
-    """The updates of gradients with these norms, and the last state."""
+    """Returns the updates of gradients with these norms, and the last state."""
     state, out = tx.init({"a": jnp.ones(4)}) if state is None else state, []
     for norm in steps:
         updates, state = stepped(tx)({"a": jnp.full(4, norm / 2, jnp.float32)}, state)
@@ -63,7 +64,7 @@ def run(tx, steps, state=None):
 @pytest.mark.parametrize("percentile", [0, 5, 50, 99])
 @either_norm
 @pytest.mark.one_in(3)
-def test_every_update_is_bitsandbytes(percentile, per_parameter):
+def test_every_update_equals_that_of_bitsandbytes(percentile, per_parameter):
     tx = fse.percentile_clipping(percentile, per_parameter=per_parameter)
     state = tx.init(PARAMS)
     theirs = jax.tree.map(lambda _: Bitsandbytes(percentile), PARAMS) if per_parameter else Bitsandbytes(percentile)
@@ -77,7 +78,9 @@ def test_every_update_is_bitsandbytes(percentile, per_parameter):
             expected = theirs(flat(grads))
         np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-5)
         clipped += np.any(flat(updates) != flat(grads))
-    assert clipped == 0 if percentile == 99 else 0 < clipped < 230  # 99 is the largest of 100, its own norm included
+    assert (
+        clipped == 0 if percentile == 99 else 0 < clipped < 230
+    )  # 99 selects the largest of 100 norms, its own included
     assert int(state.count) == 230
 
 
@@ -91,7 +94,7 @@ def test_at_100_percent_nothing_is_clipped():
                                                               (12.5, 8, 1), (50, 1, 0), (57, 1000, 570),
                                                               (4.996, 100, 4)])  # fmt: skip
 def test_the_percentile_is_that_of_the_history(percentile, history, index):
-    """With the ring full of known norms, a larger one comes down to the entry at floor(percentile n / 100)."""
+    """With a full ring buffer, a larger norm is clipped to the entry at floor(percentile n / 100)."""
     tx = fse.percentile_clipping(percentile, history)
     ring = norms(history) ** 2
     state = tx.init({"a": jnp.ones(4)})._replace(
@@ -111,18 +114,18 @@ def test_a_gradient_that_is_not_clipped_keeps_its_bits(per_parameter):
         assert_same_bits(updates, grads)
 
 
-def test_whole_numbers_that_float32_lacks_are_kept():
+def test_integers_that_float32_cannot_hold_are_kept():
     tx, grads = fse.percentile_clipping(), {"a": jnp.asarray([2**24 + 1, -3], jnp.int32)}
     assert_same_bits(tx.update(grads, tx.init(grads))[0], grads)
 
 
-# --- numbers at the edge -------------------------------------------------------------------------------------------
+# --- special numbers ---
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("first", [True, False], ids=["at_first", "later"])
 @pytest.mark.one_in(2)
-def test_a_nonfinite_gradient_passes_and_leaves_no_trace(bad, first):
+def test_a_nonfinite_gradient_passes_and_is_not_recorded(bad, first):
     tx = fse.percentile_clipping(5)
     _, state = run(tx, [] if first else norms(20))
     grads = {"a": jnp.asarray([1, bad, 2, 3], jnp.float32)}
@@ -134,7 +137,7 @@ def test_a_nonfinite_gradient_passes_and_leaves_no_trace(bad, first):
     assert np.isfinite(after.squared_norms).all() and np.all(out <= 2.0 + 1e-6)
 
 
-def test_per_parameter_only_the_bad_one_goes_unclipped():
+def test_per_parameter_only_the_nonfinite_gradient_is_not_clipped():
     tx = fse.percentile_clipping(5, per_parameter=True)
     state = tx.init({"a": jnp.ones(4), "b": jnp.ones(4)})
     grads = {"a": jnp.ones(4), "b": jnp.ones(4)}
@@ -146,12 +149,12 @@ def test_per_parameter_only_the_bad_one_goes_unclipped():
 
 
 @pytest.mark.parametrize("spike", [1e20, 1e30, 3e38])
-def test_a_gradient_whose_square_overflows_is_clipped_all_the_same(spike):
+def test_a_gradient_whose_square_overflows_is_clipped(spike):
     tx = fse.percentile_clipping(5)
     _, state = run(tx, [1.0])
     grads = {"a": jnp.asarray([spike, 0, 0, -spike], jnp.float32)}
     updates, state = stepped(tx)(grads, state)
-    expected = 0.0 if spike == 3e38 else 0.5**0.5  # that norm is itself no float32
+    expected = 0.0 if spike == 3e38 else 0.5**0.5  # that norm is too large for float32
     np.testing.assert_allclose(updates["a"], [expected, 0, 0, -expected], rtol=1e-6)
     assert np.isfinite(state.squared_norms).all()
     assert np.max(state.squared_norms) == np.finfo(np.float32).max
@@ -164,14 +167,16 @@ def test_an_overflowing_first_gradient_passes():
     assert np.isfinite(out[0]) and out[0] > 1e19
 
 
-def test_zero_gradients_divide_by_nothing():
+def test_zero_gradients_do_not_divide_by_zero():
     out, state = run(fse.percentile_clipping(5), [0.0, 0.0, 1.0, 0.0])
-    np.testing.assert_array_equal(out, [0.0, 0.0, 1.0, 0.0])  # in bitsandbytes a history of zeros stops all that follow
+    np.testing.assert_array_equal(
+        out, [0.0, 0.0, 1.0, 0.0]
+    )  # in bitsandbytes a history of zeros zeroes all later gradients
     assert np.isfinite(state.squared_norms).all()
 
 
 def test_the_norm_of_half_precision_is_summed_in_float32():
-    """256 ones and more are 256 in bfloat16, and the square of 300 is infinite in float16."""
+    """In bfloat16 a sum of ones stops at 256, and in float16 the square of 300 is infinite."""
     for dtype, value in ((jnp.bfloat16, 1.0), (jnp.float16, 300.0)):
         tx = fse.percentile_clipping(5)
         grads = {"a": jnp.full(5000, value, dtype)}
@@ -182,7 +187,7 @@ def test_the_norm_of_half_precision_is_summed_in_float32():
         np.testing.assert_array_equal(updates["a"], grads["a"])
 
 
-# --- the contract of an optax transform ----------------------------------------------------------------------------
+# --- the contract of an optax transform ---
 
 TREES = {
     "empty": {},
@@ -318,7 +323,7 @@ def test_in_multi_steps_only_the_mean_gradient_counts(per_parameter):
 
 @either_norm
 @pytest.mark.one_in(2)
-def test_masked_counts_only_what_it_shows(per_parameter):
+def test_masked_gradients_do_not_count(per_parameter):
     tx = fse.percentile_clipping(5, per_parameter=per_parameter)
     masked = optax.masked(tx, {"a": True, "b": False})
     grads = {"a": jnp.ones(4), "b": jnp.full(4, 1e6)}
@@ -333,7 +338,7 @@ def test_a_chain_keeps_the_fused_path():
     assert int(state[0].count) == 1 and types(params) == types(PARAMS)
 
 
-# --- inject_hyperparams --------------------------------------------------------------------------------------------
+# --- inject_hyperparams ---
 
 
 @either_norm
@@ -362,10 +367,10 @@ def test_the_percentile_may_follow_a_schedule():
     np.testing.assert_allclose(out, [1, 3, 1])
 
 
-def test_every_whole_percent_survives_as_a_traced_number():
-    """By the reciprocal of 100, as XLA divides, 29 percent of 100 would be 28."""
+def test_every_integer_percentile_is_exact_when_it_is_traced():
+    """XLA divides by 100 through its reciprocal, by which 29 percent of 100 would be 28."""
     ring = jnp.asarray(np.arange(1, 101), jnp.float32) ** 2
-    index = jax.jit(lambda p: jax.vmap(lambda p: fse.optim.percentile_clipping._percentile(ring, p))(p))
+    index = jax.jit(lambda p: jax.vmap(lambda p: _percentile(ring, p))(p))
     for percent in (jnp.arange(100), jnp.arange(100.0)):
         np.testing.assert_array_equal(index(percent), ring)
     assert np.isinf(index(jnp.array([100]))).all()
@@ -387,11 +392,11 @@ def test_an_injected_history_needs_an_init_that_is_not_traced():
         assert types(jax.jit(tx.update)(gradients(), state)[1]) == types(state)
 
 
-def test_the_default_history_is_bitsandbytes():
+def test_the_default_history_is_that_of_bitsandbytes():
     assert inspect.signature(fse.percentile_clipping).parameters["history"].default == 100
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -422,7 +427,7 @@ def test_a_state_of_other_parameters_is_refused():
         tx.update(PARAMS, fse.percentile_clipping().init(PARAMS))
 
 
-# --- meshes --------------------------------------------------------------------------------------------------------
+# --- meshes ---
 
 
 @either_norm
@@ -444,4 +449,4 @@ def test_sharded_gradients_have_the_same_norm(kind, per_parameter):
             updates, state = step(jax.device_put(grads, spec), state)
         assert updates["kernel"].sharding.is_equivalent_to(spec["kernel"], 2)
         assert types(state) == before
-    assert_nearly((updates, state), (expected, expected_state), rtol=1e-5)  # sums run in another order
+    assert_nearly((updates, state), (expected, expected_state), rtol=1e-5)  # sums are computed in another order

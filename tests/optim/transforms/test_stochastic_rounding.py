@@ -1,4 +1,4 @@
-"""Stochastic rounding of parameters: exact once applied, unbiased, the same on every mesh, around anything."""
+"""Tests that stochastic rounding is exact once applied, unbiased, and the same on every mesh, around any optimizer."""
 
 import functools
 
@@ -19,7 +19,7 @@ from flax_stable_embed.ops.rounding import stochastic_round
 from tests.tools import SMALL, assert_nearly, assert_same_bits, gradients, is_codes, parameters, types
 
 HALF = ["bfloat16", "float16"]
-# What differs between the two is in tests/ops/test_rounding.py.
+# The differences between the two are tested in tests/ops/test_rounding.py.
 half_precision = pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.slow)])
 INNER = {
     "sgd": lambda: optax.sgd(1e-3),
@@ -29,7 +29,7 @@ INNER = {
 every_inner = pytest.mark.parametrize(
     "inner", [pytest.param(name, marks=[] if name == "adamw8bit" else pytest.mark.slow) for name in INNER]
 )
-ADD = fse.stochastic_round_updates(optax.identity())  # the gradient is what is added
+ADD = fse.stochastic_round_updates(optax.identity())  # the gradient itself is added
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def wide(tree):
 
 
 def mixed(dtype="bfloat16"):
-    """A kernel in half precision beside float32 norms."""
+    """Returns a kernel in half precision and float32 norms."""
     return parameters(dtype) | {"norm": parameters()["norm"]}
 
 
@@ -68,18 +68,18 @@ def run(tx, params, steps=3, state=None):
     return params, state
 
 
-# --- what is computed ----------------------------------------------------------------------------------------------
+# --- arithmetic ---
 
 
 def expected_rounding(p, u, path, step):
-    """`p + u` in numpy's float32, rounded with the bits of this path and step."""
+    """Returns `p + u` in NumPy's float32, rounded with the random bits of this path and step."""
     total = np.asarray(p).astype(np.float32) + np.asarray(u)
     bits = hashed_bits(linear_index(p.shape), array_key(f"stochastic_round_updates/{path}", jnp.int32(step)))
     return np.asarray(stochastic_round(jnp.asarray(total), p.dtype, bits))
 
 
 def numbers(dtype, n, seed):
-    """Of all magnitudes and both signs, zeros too; where float32 differences are not subnormal, which CPUs flush."""
+    """Returns numbers of all magnitudes and both signs, and zeros. None is so small that differences are subnormal."""
     rng = np.random.default_rng(seed)
     low, high = (-110, 126) if dtype == "bfloat16" else (-24, 15)
     x = rng.choice([-1, 1, 0], n, p=[0.49, 0.49, 0.02]) * rng.uniform(1, 2, n) * 2.0 ** rng.integers(low, high, n)
@@ -87,7 +87,7 @@ def numbers(dtype, n, seed):
 
 
 def far_and_near_updates(p, dtype):
-    """Updates of any size; those that lead to any other number; and those that leave next to nothing of `p`."""
+    """Returns updates of any size, updates that lead to any other number, and updates that nearly cancel `p`."""
     n, rng = p.size, np.random.default_rng(7)
     old = np.asarray(p).astype(np.float32)
     anything = numbers(dtype, n, 8)
@@ -120,8 +120,8 @@ def test_applying_the_update_gives_exactly_the_rounded_parameter(dtype):
 
 
 @half_precision
-def test_every_pair_of_numbers_far_and_near_can_be_reached(dtype):
-    """From every number to 64 others: `p + (q - p)` is `q`, although float32 cannot hold every `q - p`."""
+def test_every_number_can_be_reached_from_every_other(dtype):
+    """Goes from every number to 64 others: `p + (q - p)` is `q`, although float32 cannot hold every `q - p`."""
     bits = np.arange(2**16, dtype=np.uint16)
     p = bits[(bits & 0x7FFF) < np.array(np.inf, dtype).view(np.uint16)].view(dtype)
     if dtype == "bfloat16":
@@ -135,7 +135,7 @@ def test_every_pair_of_numbers_far_and_near_can_be_reached(dtype):
 
 
 @half_precision
-def test_a_zero_update_moves_nothing_not_even_a_sign(dtype):
+def test_a_zero_update_changes_no_bit_not_even_a_sign(dtype):
     bits = np.arange(2**16, dtype=np.uint16)
     p = bits[(bits & 0x7FFF) <= np.array(np.inf, dtype).view(np.uint16)].view(dtype)
     if dtype == "bfloat16":
@@ -148,7 +148,7 @@ def test_a_zero_update_moves_nothing_not_even_a_sign(dtype):
 
 
 @half_precision
-def test_nan_and_infinity_stay_what_they_are(dtype):
+def test_nan_and_infinity_follow_float32(dtype):
     inf, nan = np.inf, np.nan
     p = jnp.asarray([1, 1, 1, inf, -inf, inf, nan], dtype)
     u = jnp.asarray([nan, inf, -inf, 1, 1, -inf, 1], jnp.float32)
@@ -215,7 +215,7 @@ def test_the_inner_optimizer_sees_float32(dtype, inner):
     assert_nearly(state.inner_state, expected_state)
     kernel = expected_rounding(params["kernel"], updates["kernel"], "kernel", 1).astype(np.float32)
     off = np.asarray(new["kernel"]).astype(np.float32) != kernel
-    assert off.mean() < 1e-3  # the inner optimizer was compiled anew, and a sum may be an ulp of float32 off
+    assert off.mean() < 1e-3  # the inner optimizer was compiled separately, so a sum may differ by an ulp of float32
     np.testing.assert_allclose(new["norm"]["scale"], optax.apply_updates(params, updates)["norm"]["scale"], rtol=1e-6)
 
 
@@ -241,8 +241,8 @@ def test_fused_update_is_update_and_apply_updates(dtype, inner):
         params, state = new, after
 
 
-def test_training_in_bfloat16_goes_where_float32_goes():
-    """A slow approach, with steps below an ulp: to nearest, the parameters stay where they are."""
+def test_training_in_bfloat16_makes_progress_with_steps_below_an_ulp():
+    """With rounding to nearest, the parameters do not change."""
     target = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
     start = {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
 
@@ -262,13 +262,13 @@ def test_training_in_bfloat16_goes_where_float32_goes():
     assert distance(fse.stochastic_round_updates(fse.adam8bit(5e-4, state_format=SMALL))) < before - steps
 
 
-# --- the contract of an optax transform ----------------------------------------------------------------------------
+# --- the contract of an optax transform ---
 
 
 @every_inner
-def test_params_are_asked_for_by_name(inner):
+def test_missing_params_raise(inner):
     params = mixed()
-    with pytest.raises(ValueError, match="stochastic rounding needs `params`"):
+    with pytest.raises(ValueError, match="`params` is None, but stochastic_round_updates rounds them"):
         wrapped(inner).update(params, wrapped(inner).init(params))
 
 
@@ -354,7 +354,7 @@ def test_extra_arguments_reach_the_inner_transform():
 @half_precision
 @every_inner
 def test_donated_buffers_are_used_in_place(dtype, inner):
-    """Warnings are errors here, and JAX warns of a donated buffer that it could not use."""
+    """JAX warns of a donated buffer that it could not use, and warnings are errors in these tests."""
     tx, params = wrapped(inner), jax.tree.map(jnp.copy, mixed(dtype))
     state, grads = tx.init(params), gradients(0, params)
     step = jax.jit(functools.partial(fse.fused_update, tx), donate_argnums=(1, 2))
@@ -379,11 +379,11 @@ def test_x64_changes_nothing():
         assert (updates["p"].dtype, updates["q"].dtype) == (jnp.float64, jnp.float32)
 
 
-# --- inside and around other transforms ----------------------------------------------------------------------------
+# --- inside and around other transforms ---
 
 
 @every_inner
-def test_tree_map_params_finds_what_lies_beside_the_parameters(inner):
+def test_tree_map_params_finds_the_arrays_that_belong_to_parameters(inner):
     tx, alone, params = wrapped(inner), INNER[inner](), mixed()
     specs = jax.tree.map(lambda p: P("x") if p.ndim == 2 else P(), params)
     mapped = optax.tree.map_params(tx, lambda _, s: s, tx.init(params), specs, transform_non_params=lambda _: None)
@@ -506,8 +506,8 @@ def test_the_optimizer_of_nnx():
     assert int(optimizer.opt_state.count.get_value()) == 3
 
 
-def test_a_variable_draws_as_the_array_in_it():
-    """Whatever wrapper the parameter is in, its path is the same."""
+def test_a_wrapped_parameter_is_rounded_like_its_array():
+    """The path of a parameter does not depend on its wrapper."""
     kernel = parameters("bfloat16")["kernel"]
     u = jnp.full(kernel.shape, 1e-3)
     (plain, boxed), (add, boxed_add) = ({"k": kernel}, {"k": nnx.Param(kernel)}), ({"k": u}, {"k": nnx.Param(u)})
@@ -516,7 +516,7 @@ def test_a_variable_draws_as_the_array_in_it():
     assert_same_bits(found["k"].get_value(), expected["k"])
 
 
-def test_a_state_survives_serialization_and_goes_on_with_the_same_bits():
+def test_a_restored_state_continues_with_the_same_bits():
     tx, params = wrapped("adamw8bit"), mixed()
     params, state = run(tx, params)
     data = flax.serialization.to_bytes((params, state))
@@ -526,7 +526,7 @@ def test_a_state_survives_serialization_and_goes_on_with_the_same_bits():
     assert_same_bits(run(tx, restored[0], 2, restored[1]), run(tx, params, 2, state))
 
 
-# --- meshes --------------------------------------------------------------------------------------------------------
+# --- meshes ---
 
 
 @pytest.mark.parametrize("inner", [pytest.param("identity", marks=pytest.mark.slow), "adamw8bit"])
