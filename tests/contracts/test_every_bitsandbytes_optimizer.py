@@ -12,7 +12,7 @@ import pytest
 import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes
 from flax_stable_embed.interop.bitsandbytes import two_states
-from flax_stable_embed.interop.bitsandbytes._formula import correction
+from flax_stable_embed.interop.bitsandbytes.formula import correction
 from tests.interop.bitsandbytes.tools import BLOCKS, fused, normal
 from tests.tools import REPRESENTATIVE
 

@@ -19,7 +19,7 @@ from flax import nnx
 from ... import nnx as modules
 from ...ops.dtypes import at_least_float32
 from ...optim.boxes import unbox
-from ._tensors import as_numpy, open_tensors
+from .tensors import as_numpy, open_tensors
 
 NORM = {"scale": "norm.weight", "bias": "norm.bias"}
 

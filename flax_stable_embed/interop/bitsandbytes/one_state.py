@@ -15,7 +15,7 @@ from ...optim.methods.lion import engine as lion_engine
 from ...optim.methods.rmsprop import engine as rmsprop_engine
 from ...optim.methods.sgd import engine as sgd_engine
 from ...optim.storage.state_format import StateFormat
-from ._formula import STATE_FORMAT, decayed
+from .formula import STATE_FORMAT, decayed
 
 
 def sgd8bit(

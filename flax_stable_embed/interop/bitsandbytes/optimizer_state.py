@@ -2,7 +2,7 @@
 
 bitsandbytes keeps for each parameter `step`, `state1` and perhaps `state2`; where they are uint8, `absmax` and `qmap`
 beside each. Since 0.50 they lie in a dictionary of their own, before that beside `step`; both are read. Where blocks
-and maps agree (`_blocks.py`), codes survive bit by bit.
+and maps agree (`flat_blocks.py`), codes survive bit by bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from ...optim.storage.moments import is_codes
-from . import _blocks as flat
-from ._layout import layout
-from ._moments import Stored, to_ours, to_theirs
-from ._pairs import Axes, Key, check_shape, pair
-from ._report import ConversionReport, Converted
-from ._slots import Arrays, Slot, slots, states_of
-from ._tensors import as_numpy
+from . import flat_blocks as flat
+from .conversion import Stored, to_ours, to_theirs
+from .layout import layout
+from .pairs import Axes, Key, check_shape, pair
+from .report import ConversionReport, Converted
+from .slots import Arrays, Slot, slots, states_of
+from .tensors import as_numpy
 
 NESTED = "__bnb_optimizer_quant_state__"  # where 0.50 puts tensors, to hide them from FSDP
 

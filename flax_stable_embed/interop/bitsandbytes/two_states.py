@@ -19,7 +19,7 @@ from ...optim.fused_update import FusedTransformation
 from ...optim.methods.adam import engine as adam_engine
 from ...optim.methods.ademamix import engine as ademamix_engine
 from ...optim.storage.state_format import StateFormat
-from ._formula import STATE_FORMAT, correction, decayed, log
+from .formula import STATE_FORMAT, correction, decayed, log
 
 
 def adam8bit(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flax_stable_embed import linen, nnx
-from flax_stable_embed.interop.bitsandbytes._tensors import DTYPES, SafetensorsFile
 from flax_stable_embed.interop.bitsandbytes.embedding import dump_embedding, load_embedding
+from flax_stable_embed.interop.bitsandbytes.tensors import DTYPES, SafetensorsFile
 from tests.interop.bitsandbytes.tools import live as live
 
 IDS = jnp.array([[0, 3], [4, 1]])

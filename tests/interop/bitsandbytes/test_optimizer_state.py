@@ -10,8 +10,8 @@ import pytest
 
 import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes
-from flax_stable_embed.interop.bitsandbytes._tensors import as_numpy
 from flax_stable_embed.interop.bitsandbytes.optimizer_state import NESTED
+from flax_stable_embed.interop.bitsandbytes.tensors import as_numpy
 from tests.golden.make_optimizers import (
     CONTINUED,
     SAVED,

@@ -15,9 +15,9 @@ from ...optim.methods.lion import ScaleByLion8bitState
 from ...optim.methods.rmsprop import ScaleByRmsprop8bitState
 from ...optim.methods.sgd import ScaleBySgd8bitState
 from ...optim.trees import path_name
-from ._layout import Layout
-from ._moments import Place
-from ._pairs import Axes, Key
+from .conversion import Place
+from .layout import Layout
+from .pairs import Axes, Key
 
 # The moments that are state1 (AdEMAMix stacks two of them) and state2.
 STATES: dict[type, tuple[tuple[str, ...], ...]] = {

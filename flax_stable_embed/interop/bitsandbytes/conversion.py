@@ -12,8 +12,8 @@ import numpy as np
 from ...ops.blockwise.blocks import Blocks
 from ...optim.storage.moments import MomentName, decode, encode
 from ...optim.storage.rules import Decision
-from . import _blocks as flat
-from ._report import How
+from . import flat_blocks as flat
+from .report import How
 
 
 class Stored(NamedTuple):
