@@ -249,14 +249,14 @@ def test_an_embedding_and_its_optimizer_together(name):
 @pytest.mark.parametrize("name", ["b1", "b3"])
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_rate_that_cannot_grow_is_refused(name, rate):
-    with pytest.raises(ValueError, match=f"`{name}` must lie between 0 and 1 where `t_beta3` lets b3 grow"):
+    with pytest.raises(ValueError, match=f"`{name}` must be between 0 and 1 if `t_beta3` lets b3 grow"):
         fse.interop.bitsandbytes.ademamix8bit(t_beta3=10, **{name: rate})
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"t_beta3": -5}, ValueError, "`t_beta3` must be a number of steps, at least 0, or None; got -5"),
+        ({"t_beta3": -5}, ValueError, "`t_beta3` must be a number of steps that is at least 0, or None, got -5"),
         ({"t_alpha": "soon"}, TypeError, "`t_alpha` must be a number, got 'soon'"),
         ({"t_beta3": 5, "b3": lambda count: 0.9}, TypeError, "`b3` must be a number"),
     ],

@@ -1,4 +1,9 @@
-"""What a transform stores where: its method, its state within the whole one, and the decision for each parameter."""
+"""Finds the 8-bit transform in an optimizer, its state, and how it stores each parameter.
+
+The user may give `adamw8bit` itself or a chain, `optax.inject_hyperparams` or another wrapper around it. The state of
+the 8-bit transform is therefore found by its type, anywhere in the optimizer's state. Tracing `init` tells how each
+parameter is stored, so nothing here repeats the rules.
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,26 +16,27 @@ from ...optim.storage.rules import Decision
 
 
 class Layout(NamedTuple):
-    """How the one 8-bit transform in an optimizer stores the moments of each parameter."""
+    """The one 8-bit transform in an optimizer, and how it stores the moments of each parameter."""
 
     method: Method
-    parameters: dict[str, tuple[tuple[int, ...], Decision]]  # by path: the shape, and the decision
+    parameters: dict[str, tuple[tuple[int, ...], Decision]]  # by path: the shape, and how it is stored
 
     def find(self, state: Any) -> Any:
-        """Its state, from within the whole one.
+        """Returns the transform's own state from the optimizer's state.
 
         Raises:
-            ValueError: there is none in it.
+            ValueError: If `state` does not have exactly one state of this type.
         """
         found = [x for x in jax.tree.leaves(state, is_leaf=self._is_ours) if self._is_ours(x)]
         if len(found) != 1:
             raise ValueError(
-                f"`state` must hold one {self.method.state.__name__}, as `tx.init(params)` makes it, got {len(found)}."
+                f"`state` must have one {self.method.state.__name__}, got {len(found)}. Pass a state that `tx.init` or "
+                "`tx.update` returned."
             )
         return found[0]
 
     def replace(self, state: Any, new: Any) -> Any:
-        """The whole state with `new` in place of its own."""
+        """Returns the optimizer's state with `new` in place of the transform's own state."""
         return jax.tree.map(lambda x: new if self._is_ours(x) else x, state, is_leaf=self._is_ours)
 
     def _is_ours(self, x: Any) -> bool:
@@ -38,16 +44,16 @@ class Layout(NamedTuple):
 
 
 def layout(tx: optax.GradientTransformation, params: Any) -> Layout:
-    """The layout of the 8-bit transform in `tx`, alone or in optax's wrappers.
+    """Returns the layout of the 8-bit transform in `tx`, which may be inside optax's wrappers.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: If `tx` does not have exactly one 8-bit transform.
     """
     records = [record for _, record in trace_init(tx, params)[1]]
     found = [Layout(r.method, r.parameters) for r in records if r.method is not None]
     if len(found) != 1:
         raise ValueError(
-            f"`tx` must hold one 8-bit transform of this library, got {len(found)}. Give it the optimizer itself, or a "
-            "chain of which one member is one."
+            f"`tx` must have one 8-bit transform of this library, got {len(found)}. Pass the optimizer itself, or a "
+            "chain with one 8-bit optimizer in it."
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What became of each moment on its way from one library to the other."""
+"""Reports how each moment was converted: copied exactly, decoded or rounded."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,38 +9,37 @@ How = Literal["exact", "decoded", "encoded", "absent"]
 
 
 class Converted(NamedTuple):
-    """One moment of one parameter.
+    """How one moment of one parameter was converted: a row of `ConversionReport`, which describes the fields."""
 
-    `how` is "exact": the same codes and scales, or the same fp32 numbers; "decoded": codes became the fp32 numbers that
-    they stand for; "encoded": rounded anew, because blocks, map or precision differ; "absent": there was none, and it
-    is zeros.
-    """
-
-    path: str  # ours
-    key: int | str  # torch's
-    moment: str  # the field of our state
+    path: str
+    key: int | str
+    moment: str
     how: How
-    error: float  # the largest change, in parts of the largest magnitude in its block (without blocks, in the moment)
+    error: float
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did, moment by moment; prints as a table.
+    """Reports how each moment was converted; prints as a table.
 
     Attributes:
-        rows: one `(path, key, moment, how, error)` for every moment of every parameter.
+        rows: One `(path, key, moment, how, error)` for every moment of every parameter. `path` is our path, `key` is
+            torch's key and `moment` is the field of our state. `how` is "exact" (nothing changed), "decoded" (codes
+            became the fp32 numbers that they stand for), "encoded" (rounded again, because blocks, map or precision
+            differ) or "absent" (the source has no such moment, and the result is zeros). `error` is the largest change
+            of an element, relative to the largest magnitude in its block, or in the moment where there are no blocks.
     """
 
     rows: tuple[Converted, ...]
 
     @property
     def exact(self) -> bool:
-        """Whether no number was rounded; maps that differ in last digits count as the same."""
+        """Whether no number was rounded. Maps that differ by a few float32 roundings count as the same."""
         return all(row.how != "encoded" for row in self.rows)
 
     @property
     def largest_error(self) -> float:
-        """The largest error of all moments."""
+        """The largest error over all moments."""
         return max((row.error for row in self.rows), default=0.0)
 
     def __str__(self) -> str:
