@@ -68,7 +68,7 @@ def make(request):
     def make(*args, **options):
         return wrapper(module, *args, **options)
 
-    make.normalises, make.api = name == "StableEmbed", api
+    make.normalizes, make.api = name == "StableEmbed", api
     return make
 
 
@@ -93,7 +93,7 @@ def test_padding_idx(make):
 
 def test_max_norm(make):
     norms = jnp.linalg.norm(make(7, 4, max_norm=0.1)(jnp.arange(7)), axis=-1)
-    if make.normalises:  # rows are about as long as the root of epsilon, so shorter rows give shorter outputs
+    if make.normalizes:  # rows are about as long as the root of epsilon, so shorter rows give shorter outputs
         np.testing.assert_array_less(norms, jnp.linalg.norm(make(7, 4)(jnp.arange(7)), axis=-1))
     else:
         np.testing.assert_allclose(norms, 0.1, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_max_norm(make):
 
 def test_norm_type(make):
     rows = {p: make(7, 4, max_norm=0.1, norm_type=p)(jnp.arange(7)) for p in (1.0, 2.0, float("inf"))}
-    if make.normalises:
+    if make.normalizes:
         assert len({float(x.sum().round(6)) for x in map(jnp.abs, rows.values())}) == 3
     else:
         for p, x in rows.items():
