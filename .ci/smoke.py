@@ -1,4 +1,4 @@
-"""What a wheel must do without the repository and without extras: `make dist` runs this in a bare environment."""
+"""Checks that a wheel works without the repository and without extras. `make dist` runs it in a bare environment."""
 
 import sys
 from importlib.metadata import files, requires
@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 import flax_stable_embed as fse
 
 package = Path(fse.__file__).parent
-assert package.is_relative_to(sys.prefix), f"not the wheel: {package}"
+assert package.is_relative_to(sys.prefix), f"This is not the wheel: {package}"
 assert (package / "py.typed").exists() and (package / "ops/blockwise/README.md").exists()
 folders = {file.parts[0] for file in files("flax-stable-embed")}
 assert {name.partition("-")[0] for name in folders} == {"flax_stable_embed"}, folders

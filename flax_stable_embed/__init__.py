@@ -1,4 +1,8 @@
-"""Stable embeddings and 8-bit optimizers for JAX: Flax modules and optax transforms."""
+"""8-bit optimizers and stable embeddings for JAX: optax transforms and Flax modules.
+
+Replace `optax.adamw` by `adamw8bit` to store optimizer moments in 8 bits, and `nn.Embed` by `linen.StableEmbed` or
+`nnx.StableEmbed`. `describe(tx, params)` lists how the moments of each parameter are stored, and why.
+"""
 
 from importlib.metadata import version as _version
 

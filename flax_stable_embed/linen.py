@@ -1,11 +1,7 @@
-"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which normalises its output.
+"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which also normalizes its output.
 
-Both are subclasses of `flax.linen.Embed`: same positional arguments, same `embedding` parameter, same
-`attend`. The arithmetic is in `ops/embedding.py`, and `nnx.py` gives the same numbers, bit for bit.
-
-Differences from `flax.linen.Embed`: the table starts Xavier uniform (as in bitsandbytes), and it is cast to
-`dtype` after the rows are gathered, not before, so that the gradient of a frequent token does not stall at
-256 in bfloat16.
+Both are subclasses of `flax.linen.Embed`, with the same positional arguments, the same `embedding` parameter and the
+same `attend`. The arithmetic is in `ops/embedding`. The modules in `nnx.py` give the same numbers, bit for bit.
 """
 
 import dataclasses
@@ -22,44 +18,45 @@ from .ops.embedding.layer_norm import NORM_EPSILON
 
 
 def _option(default: Any) -> Any:
-    """A keyword-only field, so that Flax's own fields keep their positions."""
+    """Returns a keyword-only field, so that Flax's own fields keep their positions."""
     return dataclasses.field(default=default, kw_only=True)
 
 
 class Embed(nn.Embed):
-    """`flax.linen.Embed` with the options of `torch.nn.Embedding`.
+    """Looks up rows of an embedding table, with the options of `torch.nn.Embedding`.
 
         y = promote_dtype(renorm(embedding[inputs]))
 
-    Ids -1 .. -num_embeddings count from the end and ids outside the table give rows of NaN, as in Flax. With
-    max_norm, only the rows that are returned are scaled: the stored table keeps its length. For torch's
-    trajectory, where scaled rows are stored, wrap the optimizer: `fse.with_max_norm`.
+    As in Flax, ids from -num_embeddings to -1 count from the end, and ids outside the table give rows of NaN. A lookup
+    never changes the table: with `max_norm`, only the returned rows are scaled. torch stores the scaled rows. To train
+    as torch does, wrap the optimizer in `fse.with_max_norm`.
 
-    Parameters: `embedding`, (num_embeddings, features), param_dtype.
+    Differences from `flax.linen.Embed`: the table is initialized Xavier uniform, as in bitsandbytes. Rows are cast to
+    `dtype` after they are gathered, instead of the table before. The gradient of a token is then summed in float32. A
+    sum in bfloat16 stalls at 256 equal terms.
+
+    Parameters: `embedding`, of shape (num_embeddings, features) and dtype `param_dtype`.
+
+    The options from `padding_idx` on are the same as those of `fse.nnx.Embed`, which describes them in full.
 
     Args:
-      num_embeddings: the number of rows.
-      features: the length of a row.
-      dtype: dtype of the output; by default the dtype of the table.
-      param_dtype: dtype of the table. Its gradient is summed in at least float32 and has this dtype.
-      embedding_init: initializer of the table. `pretrained(table)` starts from a given one.
-      promote_dtype: casts the rows to `dtype` (`(query, embedding)` in `attend`).
-      padding_idx: a row that starts at zero (but a pretrained one is kept as given) and whose gradient in the
-        lookup is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from
-        the end.
-      max_norm: looked-up rows with a larger norm are scaled down to it, and the gradient ignores the scaling.
-      norm_type: the p of that p-norm: 0, any positive number or infinity.
-      scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
-        global batch under jit, in one example under a vmap over examples.
-      sparse: `fse.row_value_and_grad` gives the table a gradient of the looked-up rows alone, for `fse.row_sparse`; no
-        dense one exists. Under `jax.grad` it is the dense one. Not with scale_grad_by_freq, as in torch.
-      lookup: "take" gathers the rows; "one_hot" multiplies with a one-hot matrix, and so does the gradient (summed in
-        float32): num_embeddings times the arithmetic, without a gather or a scatter. For TPU, where that can be faster.
-      mode: for ids outside the table. "fill": rows of NaN. "clip": the nearest row (the first for negative ids, too).
-        "promise_in_bounds": there are none, all ids are 0 .. num_embeddings - 1; the cheapest, undefined for others.
+      num_embeddings: Number of rows of the table, such as the size of the vocabulary.
+      features: Length of a row.
+      dtype: Dtype of the output; by default that of the table.
+      param_dtype: Dtype of the table and of its gradient, which is summed in at least float32.
+      embedding_init: Initializer of the table. Use `fse.linen.pretrained(table)` to start from a given table.
+      promote_dtype: Function that casts arrays to `dtype`: the rows of a lookup, query and table in `attend`.
+      padding_idx: Index of the padding row. It is initialized to zero and gets no gradient from lookups.
+      max_norm: Looked-up rows with a larger norm are scaled down to this norm.
+      norm_type: The p of the p-norm that `max_norm` compares.
+      scale_grad_by_freq: If True, the gradient of a token is divided by the number of times that it appears.
+      sparse: If True, `fse.row_value_and_grad` returns the gradient of the looked-up rows alone, for `fse.row_sparse`.
+      lookup: "take" gathers the rows, "one_hot" multiplies a one-hot matrix by the table.
+      mode: How to treat ids outside the table. "fill" returns rows of NaN, "clip" the nearest row. With
+        "promise_in_bounds" there is no check, and rows of such ids are undefined.
 
     Raises:
-      ValueError, TypeError: an option outside its range, or inputs that are not an array of integers.
+      ValueError, TypeError: If an option is outside its range, or if the inputs are not an array of integers.
 
     >>> from flax_stable_embed import linen
     >>> embed = linen.Embed(num_embeddings=5, features=3, padding_idx=-1)
@@ -104,10 +101,15 @@ class Embed(nn.Embed):
         return jax.tree.map(lambda t: maths.zero_padding_row(t, padding_idx), table)  # Flax's boxes are trees
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Rows of the table: (*batch, features) for integer `inputs` of shape (*batch).
+        """Returns the rows of the table at the given ids.
 
-        `out_sharding`: sharding of the result under a mesh with Explicit axes, ignored elsewhere. By default
-        that of the inputs, then that of the table's features.
+        Args:
+          inputs: Array of integer ids, of any shape (*batch).
+          out_sharding: Sharding of the result under a mesh with Explicit axes; ignored elsewhere. By default the
+            result is sharded like `inputs`, and its last axis like the features of the table.
+
+        Returns:
+          Array of shape (*batch, features) and dtype `dtype`.
         """
         return self._cast(maths.lookup(self.embedding, inputs, **self._options(out_sharding)), self.dtype)
 
@@ -129,10 +131,16 @@ class Embed(nn.Embed):
         return rows_cast
 
     def attend(self, query: jax.Array, out_sharding: Sharding = None, *, token_ids: Any = None) -> jax.Array:
-        """Tied logits, `query @ embedding.T` on the table as stored: (*batch, num_embeddings).
+        """Returns tied logits, `query @ embedding.T`, with the table as it is stored.
 
-        `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
-        them in the table. The gradient is taken at the scaled rows, not through the scaling.
+        Args:
+          query: Array of shape (*batch, features).
+          out_sharding: Sharding of the result under a mesh with Explicit axes; ignored elsewhere.
+          token_ids: With `max_norm`, the ids that were looked up. Their rows are scaled first, because a lookup in
+            torch scales them in the table. The gradient is taken at the scaled rows, not through the scaling.
+
+        Returns:
+          Array of shape (*batch, num_embeddings).
         """
         table = maths.table_for_logits(self.embedding, token_ids, self.max_norm, self.norm_type, self.mode)
         query_cast, table_cast = self.promote_dtype(query, table, dtype=self.dtype)
@@ -141,25 +149,26 @@ class Embed(nn.Embed):
 
 
 class StableEmbed(Embed):
-    """`Embed`, then a LayerNorm in float32: bitsandbytes' StableEmbedding.
+    """Looks up rows of an embedding table and normalizes them: bitsandbytes' StableEmbedding.
 
         x = renorm(embedding[inputs]);    y = (x - mean) / sqrt(var + norm_epsilon) * scale + bias
 
-    Statistics, scale and bias are float32 whatever the other dtypes (float64 with a float64 table); the
-    output is cast once. A padding token gives `norm.bias`, not zeros, as in bitsandbytes. Rows of variance
-    v come out with v / (v + epsilon), about 1 unless a table's values are tiny: drop a following multiplication by
-    sqrt(features), and add positions after it.
+    The LayerNorm runs in float32 whatever the other dtypes are (in float64 for a float64 table), and the output is cast
+    once. As in bitsandbytes, a padding token gives the bias of the norm, not zeros. `attend` uses the table as it is
+    stored, without the norm.
 
-    `attend` uses the table as stored, without the norm.
+    With scale 1 and bias 0, a row of variance v gives an output of variance v / (v + norm_epsilon). This is about 1
+    unless the values of the table are tiny. So remove a multiplication by sqrt(features) that follows the embedding,
+    and add position embeddings after it.
 
-    Parameters: `embedding`, (num_embeddings, features), param_dtype; `norm/scale` and `norm/bias`,
-    (features,), float32. The optimizers of this package keep the state of all three in 32 bits by their
-    default rules.
+    Parameters: `embedding`, of shape (num_embeddings, features) and dtype `param_dtype`; `norm/scale` and `norm/bias`,
+    of shape (features,) and dtype float32. By default, the optimizers of this package keep fp32 moments for all three.
 
     Args:
-      norm_epsilon: added to the variance. torch's 1e-5, not Flax's 1e-6.
+      norm_epsilon: Small constant added to the variance, to avoid dividing by zero. The default is torch's 1e-5, not
+        Flax's 1e-6.
 
-    Every other argument as in `Embed`.
+    All other arguments are those of `Embed`.
 
     >>> from flax_stable_embed import linen
     >>> embed = linen.StableEmbed(num_embeddings=5, features=4, dtype=jnp.bfloat16)
@@ -184,7 +193,7 @@ class StableEmbed(Embed):
         self.norm = _Norm(self.features, self.norm_epsilon, maths.at_least_float32(self.param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
+        """Returns the normalized rows of the table at the given ids. Arguments and shapes are as in `Embed`."""
         dtype = self.dtype or self.embedding.dtype
         norm = {"scale": self.norm.scale, "bias": self.norm.bias, "epsilon": self.norm_epsilon}
         rows = maths.normalised_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
@@ -192,7 +201,7 @@ class StableEmbed(Embed):
 
 
 class _Norm(nn.Module):
-    """The parameters of a LayerNorm around the arithmetic that both APIs share."""
+    """Holds the parameters of a LayerNorm. The arithmetic is shared with NNX, in `ops/embedding`."""
 
     features: int
     epsilon: float

@@ -1,12 +1,7 @@
-"""Embeddings for Flax NNX: `Embed` with torch's options, and `StableEmbed`, which normalises what it looks
-up.
+"""Embeddings for Flax NNX: `Embed` with torch's options, and `StableEmbed`, which also normalizes its output.
 
-Both are subclasses of `flax.nnx.Embed`: same arguments, same `embedding` Param, same `attend`. The arithmetic
-is in `ops/embedding.py`, and `linen.py` gives the same numbers, bit for bit.
-
-Differences from `flax.nnx.Embed`: the table starts Xavier uniform (as in bitsandbytes), and it is cast to
-`dtype` after the rows are gathered, not before, so that the gradient of a frequent token does not stall at
-256 in bfloat16.
+Both are subclasses of `flax.nnx.Embed`, with the same arguments, the same `embedding` Param and the same `attend`. The
+arithmetic is in `ops/embedding`. The modules in `linen.py` give the same numbers, bit for bit.
 """
 
 from collections.abc import Mapping
@@ -25,45 +20,54 @@ from .ops.embedding.layer_norm import NORM_EPSILON
 
 
 class Embed(nnx.Embed):
-    """`flax.nnx.Embed` with the options of `torch.nn.Embedding`.
+    """Looks up rows of an embedding table, with the options of `torch.nn.Embedding`.
 
         y = promote_dtype(renorm(embedding[inputs]))
 
-    Ids -1 .. -num_embeddings count from the end and ids outside the table give rows of NaN, as in Flax. With
-    max_norm, only the rows that are returned are scaled: the stored table keeps its length. For torch's
-    trajectory, where scaled rows are stored, wrap the optimizer: `fse.with_max_norm`.
+    As in Flax, ids from -num_embeddings to -1 count from the end, and ids outside the table give rows of NaN. By
+    default a lookup does not change the table: with `max_norm`, only the returned rows are scaled. torch stores the
+    scaled rows. To train as torch does, wrap the optimizer in `fse.with_max_norm`, or use `write_back`.
 
-    State: `embedding`, a Param of shape (num_embeddings, features) and dtype param_dtype.
+    Differences from `flax.nnx.Embed`: the table is initialized Xavier uniform, as in bitsandbytes. Rows are cast to
+    `dtype` after they are gathered, instead of the table before. The gradient of a token is then summed in float32. A
+    sum in bfloat16 stalls at 256 equal terms.
+
+    State: `embedding`, a Param of shape (num_embeddings, features) and dtype `param_dtype`.
 
     Args:
-      num_embeddings: the number of rows.
-      features: the length of a row.
-      dtype: dtype of the output; by default param_dtype.
-      param_dtype: dtype of the table. Its gradient is summed in at least float32 and has this dtype.
-      embedding_init: initializer of the table.
-      promote_dtype: casts the rows to `dtype` (`(query, embedding)` in `attend`).
-      padding_idx: a row that starts at zero (but a pretrained one is kept as given) and whose gradient in the
-        lookup is exactly zero; `attend` still sends it one, and weight decay acts on it. Negative counts from
-        the end.
-      max_norm: looked-up rows with a larger norm are scaled down to it, and the gradient ignores the scaling.
-      norm_type: the p of that p-norm: 0, any positive number or infinity.
-      scale_grad_by_freq: divide the gradient of a token by the number of times it appears in the call: in the
-        global batch under jit, in one example under a vmap over examples.
-      sparse: `fse.row_value_and_grad` gives the table a gradient of the looked-up rows alone, for `fse.row_sparse`; no
-        dense one exists. Under `jax.grad` it is the dense one. Not with scale_grad_by_freq, as in torch.
-      lookup: "take" gathers the rows; "one_hot" multiplies with a one-hot matrix, and so does the gradient (summed in
-        float32): num_embeddings times the arithmetic, without a gather or a scatter. For TPU, where that can be faster.
-      mode: for ids outside the table. "fill": rows of NaN. "clip": the nearest row (the first for negative ids, too).
-        "promise_in_bounds": there are none, all ids are 0 .. num_embeddings - 1; the cheapest, undefined for others.
-      write_back: a lookup stores the rows that max_norm scales, as in torch, in evaluation too: training is then
-        torch's trajectory. The module must be an argument of every transformation that calls it, and one that is
-        handed back (of nnx.scan, a carry; of nnx.vmap, one of each); where NNX forbids the change it raises. By
-        default modules change nothing; `fse.with_max_norm` gives the same trajectory.
-      embedding_metadata: metadata of the Param, for example its sharding.
-      rngs: the stream `params` draws the table.
+      num_embeddings: Number of rows of the table, such as the size of the vocabulary.
+      features: Length of a row.
+      dtype: Dtype of the output; by default `param_dtype`.
+      param_dtype: Dtype of the table and of its gradient, which is summed in at least float32.
+      embedding_init: Initializer of the table. Use `Embed.from_pretrained` to start from a given table.
+      promote_dtype: Function that casts arrays to `dtype`: the rows of a lookup, query and table in `attend`.
+      padding_idx: Index of the padding row; a negative one counts from the end. The row is initialized to zero (unless
+        the table is pretrained) and gets no gradient from lookups. It still gets a gradient from `attend`, and weight
+        decay applies to it.
+      max_norm: Looked-up rows with a larger norm are scaled down to this norm. The gradient is taken at the scaled
+        rows, not through the scaling.
+      norm_type: The p of the p-norm that `max_norm` compares: 0, a positive number or infinity.
+      scale_grad_by_freq: If True, the gradient of a token is divided by the number of times that the token appears in
+        the call. Under `jax.jit` this is the number in the global batch, under a `jax.vmap` over examples the number in
+        one example.
+      sparse: If True, `fse.row_value_and_grad` returns the gradient of the looked-up rows alone, for `fse.row_sparse`,
+        and never computes the dense gradient of the table. `jax.grad` still returns the dense gradient. It cannot be
+        combined with `scale_grad_by_freq`, as in torch, nor with lookup="one_hot".
+      lookup: "take" gathers the rows. "one_hot" multiplies a one-hot matrix by the table; the gradient is such a
+        product, too, summed in float32. This needs num_embeddings times the arithmetic, but no gather and no scatter,
+        and can be faster on TPU.
+      mode: How to treat ids outside the table. "fill" returns rows of NaN. "clip" returns the first or the last row
+        (for negative ids the first). "promise_in_bounds" skips the check, which is cheapest: every id must be between 0
+        and num_embeddings - 1, and the rows of all others are undefined.
+      write_back: If True, a lookup stores the rows that `max_norm` scales in the table, as in torch, during evaluation,
+        too. Lookups then change the module. It must therefore be an argument of every NNX transformation that calls it,
+        and one that may change there: a carry of `nnx.scan`, or one module per mapped element of `nnx.vmap`. Anything
+        else raises an error. `fse.with_max_norm` trains in the same way and leaves the module alone.
+      embedding_metadata: Metadata of the Param, for example its sharding.
+      rngs: Random number generators. The table is drawn from the `params` stream.
 
     Raises:
-      ValueError, TypeError: an option outside its range, or inputs that are not an array of integers.
+      ValueError, TypeError: If an option is outside its range, or if the inputs are not an array of integers.
 
     >>> from flax_stable_embed import nnx as fse_nnx
     >>> embed = fse_nnx.Embed(num_embeddings=5, features=3, padding_idx=-1, rngs=nnx.Rngs(0))
@@ -126,11 +130,21 @@ class Embed(nnx.Embed):
 
     @classmethod
     def from_pretrained(cls, table: Any, *, rngs: nnx.Rngs, **options: Any) -> Self:
-        """A module that starts from `table`, (num_embeddings, features), its padding row as given.
+        """Builds a module whose table starts as a copy of `table`.
 
-        `options` are the keyword arguments of the class; `param_dtype` is by default the table's dtype. The
-        table is copied and trainable, unlike that of torch's `from_pretrained(freeze=True)`: leave it out of
-        the optimizer's `wrt` to freeze it.
+        The padding row is kept as it is. The table is trainable, unlike in torch, where it is frozen by default. To
+        freeze it, leave it out of the optimizer's `wrt`.
+
+        Args:
+          table: Array or nested lists of shape (num_embeddings, features).
+          rngs: Random number generators, as for the class. The table does not depend on them.
+          **options: Other keyword arguments of the class. `param_dtype` is by default the dtype of the table.
+
+        Returns:
+          A module of this class.
+
+        Raises:
+          ValueError: If the table does not have two axes.
 
         >>> from flax_stable_embed import nnx as fse_nnx
         >>> embed = fse_nnx.Embed.from_pretrained([[1.0, 2.0], [3.0, 4.0]], padding_idx=0, rngs=nnx.Rngs(0))
@@ -143,10 +157,13 @@ class Embed(nnx.Embed):
         return cls(num_embeddings, features, embedding_init=init, rngs=rngs, **options)
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
-        """Draw the table anew, Xavier uniform with a zero padding row, in place; dtype and metadata stay.
+        """Draws a new table in place: Xavier uniform, with a padding row of zeros.
 
-        As in torch and bitsandbytes: whatever `embedding_init` was, and without touching the norm of
-        StableEmbed.
+        As in torch and bitsandbytes, this ignores `embedding_init` and does not reset the norm of `StableEmbed`. Dtype
+        and metadata stay the same.
+
+        Args:
+          rngs: Random number generators. The table is drawn from the `params` stream.
         """
         table = self.embedding[...]
         self.embedding[...] = maths.xavier_uniform(rngs.params(), table.shape, table.dtype)
@@ -157,20 +174,31 @@ class Embed(nnx.Embed):
             self.embedding[...] = maths.zero_padding_row(self.embedding[...], self.padding_idx)
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Rows of the table: (*batch, features) for integer `inputs` of shape (*batch).
+        """Returns the rows of the table at the given ids.
 
-        `out_sharding`: sharding of the result under a mesh with Explicit axes, ignored elsewhere. By default
-        that of the inputs, then that of the table's features.
+        Args:
+          inputs: Array of integer ids, of any shape (*batch).
+          out_sharding: Sharding of the result under a mesh with Explicit axes; ignored elsewhere. By default the
+            result is sharded like `inputs`, and its last axis like the features of the table.
+
+        Returns:
+          Array of shape (*batch, features) and dtype `dtype`.
         """
         table, options = self._table_and_options(inputs, out_sharding)
         (rows,) = self.promote_dtype((maths.lookup(table, inputs, **options),), dtype=self.dtype, inexact=False)
         return rows
 
     def attend(self, query: jax.Array, out_sharding: Sharding = None, *, token_ids: Any = None) -> jax.Array:
-        """Tied logits, `query @ embedding.T` on the table as stored: (*batch, num_embeddings).
+        """Returns tied logits, `query @ embedding.T`, with the table as it is stored.
 
-        `token_ids`: with max_norm, ids whose rows are scaled to it first, as in torch, where a lookup has scaled
-        them in the table. The gradient is taken at the scaled rows, not through the scaling.
+        Args:
+          query: Array of shape (*batch, features).
+          out_sharding: Sharding of the result under a mesh with Explicit axes; ignored elsewhere.
+          token_ids: With `max_norm`, the ids that were looked up. Their rows are scaled first, because a lookup in
+            torch scales them in the table. The gradient is taken at the scaled rows, not through the scaling.
+
+        Returns:
+          Array of shape (*batch, num_embeddings).
         """
         table = maths.table_for_logits(self.embedding.get_value(), token_ids, self.max_norm, self.norm_type, self.mode)
         query, table = self.promote_dtype((query, table), dtype=self.dtype)
@@ -179,7 +207,7 @@ class Embed(nnx.Embed):
     def _table_and_options(self, inputs: jax.Array, out_sharding: Sharding) -> tuple[Any, dict[str, Any]]:
         if self.write_back:
             self._write_back(inputs)
-        table = self.embedding.get_value()  # maybe no array: see ops/looked_up.py
+        table = self.embedding.get_value()  # may not be an array: see ops/embedding/looked_up.py
         return table, {
             "padding_idx": self.padding_idx,
             "max_norm": self.max_norm,
@@ -200,41 +228,43 @@ class Embed(nnx.Embed):
         except TraceContextError as error:
             raise ValueError(
                 "`write_back=True` stores rows in a module that was made outside of this transformation, which NNX "
-                "forbids: pass the module as an argument of nnx.jit, nnx.grad, nnx.remat, ..., or take write_back="
-                "False and train with fse.with_max_norm."
+                "forbids. Pass the module as an argument of nnx.jit, nnx.grad, nnx.remat and so on, or use "
+                "write_back=False and train with fse.with_max_norm."
             ) from error
 
 
 def _check_write_back(write_back: bool, max_norm: float | None, sparse: bool) -> None:
     if write_back and max_norm is None:
-        raise ValueError("`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None.")
+        raise ValueError("`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None. Set it.")
     if write_back and sparse:
         raise ValueError(
-            "`write_back=True` does not go with `sparse=True`: its copy of the table costs what sparse gradients save. "
-            "Use fse.row_sparse(fse.with_max_norm(tx, max_norm))."
+            "`write_back=True` cannot be combined with `sparse=True`, because it copies the table, which costs as much "
+            "as sparse gradients save. Use fse.row_sparse(fse.with_max_norm(tx, max_norm))."
         )
 
 
 class StableEmbed(Embed):
-    """`Embed`, then a LayerNorm in float32: bitsandbytes' StableEmbedding.
+    """Looks up rows of an embedding table and normalizes them: bitsandbytes' StableEmbedding.
 
         x = renorm(embedding[inputs]);    y = (x - mean) / sqrt(var + norm_epsilon) * scale + bias
 
-    Statistics, scale and bias are float32 whatever the other dtypes (float64 with a float64 table); the
-    output is cast once. A padding token gives `norm.bias`, not zeros, as in bitsandbytes. Rows of variance
-    v come out with v / (v + epsilon), about 1 unless a table's values are tiny: drop a following multiplication by
-    sqrt(features), and add positions after it.
+    The LayerNorm runs in float32 whatever the other dtypes are (in float64 for a float64 table), and the output is cast
+    once. As in bitsandbytes, a padding token gives the bias of the norm, not zeros. `attend` uses the table as it is
+    stored, without the norm.
 
-    `attend` uses the table as stored, without the norm.
+    With scale 1 and bias 0, a row of variance v gives an output of variance v / (v + norm_epsilon). This is about 1
+    unless the values of the table are tiny. So remove a multiplication by sqrt(features) that follows the embedding,
+    and add position embeddings after it.
 
-    State: `embedding`, a Param of shape (num_embeddings, features) and dtype param_dtype; `norm.scale` and
-    `norm.bias`, (features,), float32. The optimizers of this package keep the state of all three in 32 bits
-    by their default rules.
+    State: `embedding`, a Param of shape (num_embeddings, features) and dtype `param_dtype`; `norm.scale` and
+    `norm.bias`, of shape (features,) and dtype float32. By default, the optimizers of this package keep fp32 moments
+    for all three.
 
     Args:
-      norm_epsilon: added to the variance. torch's 1e-5, not Flax's 1e-6.
+      norm_epsilon: Small constant added to the variance, to avoid dividing by zero. The default is torch's 1e-5, not
+        Flax's 1e-6.
 
-    Every other argument as in `Embed`.
+    All other arguments are those of `Embed`.
 
     >>> from flax_stable_embed import nnx as fse_nnx
     >>> embed = fse_nnx.StableEmbed(num_embeddings=5, features=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -290,20 +320,20 @@ class StableEmbed(Embed):
         self.norm = _Norm(features, norm_epsilon, maths.at_least_float32(param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
+        """Returns the normalized rows of the table at the given ids. Arguments and shapes are as in `Embed`."""
         table, options = self._table_and_options(inputs, out_sharding)
         dtype = self.dtype or table.dtype
         if type(self.norm) is _Norm:
             norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...], "epsilon": self.norm.epsilon}
             rows = maths.normalised_lookup(table, inputs, **norm, dtype=dtype, **options)
-        else:  # a user's own
+        else:  # the user replaced the norm
             rows = self.norm(maths.lookup(table, inputs, dtype=maths.at_least_float32(table.dtype), **options))
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
         return rows
 
 
 class _Norm(nnx.Module):
-    """The parameters of a LayerNorm around the arithmetic that both APIs share."""
+    """Holds the parameters of a LayerNorm. The arithmetic is shared with Linen, in `ops/embedding`."""
 
     def __init__(self, features: int, epsilon: float, param_dtype: Any):
         self.scale = nnx.Param(jnp.ones(features, param_dtype))

@@ -1,4 +1,4 @@
-"""The Linen modules against Flax's own nn.Embed, and what is Linen's alone: boxes, fields, collections."""
+"""Tests the Linen modules: equality with Flax's nn.Embed, and boxes, fields and collections, which only Linen has."""
 
 import inspect
 
@@ -35,7 +35,7 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("dtypes", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}])
 @pytest.mark.parametrize("rows", [7, 1])
 @pytest.mark.one_in(6)
-def test_with_flax_init_and_no_option_it_is_flax_embed_bit_for_bit(rows, dtypes):
+def test_embed_with_flax_initializer_equals_flax_embed_bit_for_bit(rows, dtypes):
     ours = linen.Embed(rows, 4, **dtypes, embedding_init=nn.linear.default_embed_init)
     flax = nn.Embed(rows, 4, **dtypes)
     params = flax.init(jax.random.key(0), IDS)
@@ -46,7 +46,7 @@ def test_with_flax_init_and_no_option_it_is_flax_embed_bit_for_bit(rows, dtypes)
     assert_same_bits(*(module.apply(params, query, method="attend") for module in (ours, flax)))
 
 
-def test_its_gradient_is_that_of_flax_embed_bit_for_bit():
+def test_the_gradient_equals_that_of_flax_embed_bit_for_bit():
     ours, flax = linen.Embed(7, 4), nn.Embed(7, 4)
     params = flax.init(jax.random.key(0), IDS)
     weights = jax.random.normal(jax.random.key(1), (*IDS.shape, 4))
@@ -58,7 +58,7 @@ def test_its_gradient_is_that_of_flax_embed_bit_for_bit():
 
 
 @both_modules
-def test_it_is_an_nn_embed_whose_own_arguments_keep_their_places(module):
+def test_modules_subclass_nn_embed_and_keep_its_positional_arguments(module):
     assert issubclass(module, nn.Embed) and fse.linen is linen
     positional = {
         cls: [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -72,7 +72,7 @@ def test_it_is_an_nn_embed_whose_own_arguments_keep_their_places(module):
 
 @both_modules
 @pytest.mark.one_in(2)
-def test_it_can_be_subclassed_and_used_inside_other_modules(module):
+def test_modules_can_be_subclassed_and_used_inside_other_modules(module):
     class Scaled(module):
         def __call__(self, inputs):
             return super().__call__(inputs) * 2
@@ -88,7 +88,7 @@ def test_it_can_be_subclassed_and_used_inside_other_modules(module):
     assert Model().apply({"params": params}, IDS[:1]).shape == (1, 4, 7)
 
 
-def test_the_parameters_of_nn_embed_are_a_part_of_those_of_stable_embed():
+def test_parameters_of_nn_embed_can_be_put_into_stable_embed():
     params = nn.Embed(7, 4).init(jax.random.key(0), IDS)["params"]
     stable = linen.StableEmbed(7, 4)
     own = stable.init(jax.random.key(1), IDS)["params"]
@@ -163,7 +163,7 @@ def test_a_pretrained_table_of_another_shape_raises():
 
 
 @both_modules
-def test_a_vocabulary_of_no_words_works(module):
+def test_an_empty_vocabulary_works(module):
     empty = module(0, 4)
     params = empty.init(jax.random.key(0), np.zeros((2, 0), np.int32))
     assert empty.apply(params, np.zeros((2, 0), np.int32)).shape == (2, 0, 4)
@@ -184,20 +184,20 @@ def test_a_token_that_appears_65536_times_gets_that_gradient_in_bfloat16_compute
         return jax.jit(jax.grad(loss))(jnp.ones((3, 2)))[0, 0]
 
     assert gradient(module) == 65536
-    assert gradient(nn.Embed(3, 2, dtype=jnp.bfloat16)) == 256, "Flax adds in float32 now: say so in the docs"
+    assert gradient(nn.Embed(3, 2, dtype=jnp.bfloat16)) == 256, "Flax sums in float32 now: change the docs"
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
 @pytest.mark.one_in(2)
-def test_stable_embed_normalises_in_float32_and_casts_once(param_dtype, dtype):
+def test_stable_embed_normalizes_in_float32_and_casts_once(param_dtype, dtype):
     table = (jax.random.normal(jax.random.key(0), (7, 32)) * 0.01).astype(param_dtype)
     found = apply(linen.StableEmbed(7, 32, dtype, param_dtype), table, IDS[:1])
     x = np.asarray(table, np.float64)[IDS[:1]]
     x = x - x.mean(axis=-1, keepdims=True)
     expected = jnp.asarray(x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5), jnp.float32)
     assert found.dtype == (dtype or param_dtype)
-    # One float32 result next to a boundary of the narrower dtype may fall on its other side.
+    # A float32 result next to a midpoint of the narrower dtype may be rounded the other way.
     np.testing.assert_allclose(
         found.astype(jnp.float32), expected, rtol=float(jnp.finfo(found.dtype).eps) / 2, atol=2e-6
     )
@@ -210,7 +210,7 @@ def test_a_padding_token_gives_the_bias_of_the_norm():
     np.testing.assert_array_equal(module.apply({"params": params}, np.array(2)), np.arange(4))
 
 
-def test_max_norm_leaves_the_stored_table_alone():
+def test_max_norm_does_not_change_the_stored_table():
     module = linen.Embed(2, 2, max_norm=1.0)
     table = jnp.array([[3.0, 4.0], [0.3, 0.4]])
     rows, changed = module.apply({"params": {"embedding": table}}, np.array([0, 1]), mutable=True)

@@ -1,4 +1,4 @@
-"""The NNX modules against Flax's own nnx.Embed, and what is NNX's alone: metadata, from_pretrained, resetting."""
+"""Tests the NNX modules: equality with nnx.Embed, and metadata and from_pretrained, which only NNX has."""
 
 import inspect
 import pickle
@@ -31,7 +31,7 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("dtypes", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}])
 @pytest.mark.parametrize("rows", [7, 1])
 @pytest.mark.one_in(2)
-def test_with_flax_init_and_no_option_it_is_flax_embed_bit_for_bit(rows, dtypes):
+def test_embed_with_flax_initializer_equals_flax_embed_bit_for_bit(rows, dtypes):
     ours = nnx.Embed(rows, 4, **dtypes, embedding_init=default_embed_init, rngs=rngs())
     flax_embed = flax.nnx.Embed(rows, 4, **dtypes, rngs=rngs())
     assert_same_bits(ours.embedding[...], flax_embed.embedding[...])
@@ -42,7 +42,7 @@ def test_with_flax_init_and_no_option_it_is_flax_embed_bit_for_bit(rows, dtypes)
 
 
 @both_modules
-def test_it_is_an_nnx_embed_that_takes_all_its_arguments(module):
+def test_modules_subclass_nnx_embed_and_accept_all_its_arguments(module):
     assert issubclass(module, flax.nnx.Embed) and fse.nnx is nnx
     theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (flax.nnx.Embed, module))
     for name, parameter in theirs.items():
@@ -56,7 +56,7 @@ def test_it_is_an_nnx_embed_that_takes_all_its_arguments(module):
 
 
 @both_modules
-def test_it_draws_as_many_keys_as_flax_embed(module):
+def test_modules_draw_as_many_keys_as_flax_embed(module):
     used = rngs()
     module(7, 4, rngs=used)
     assert used.params.count[...] == 1
@@ -79,7 +79,7 @@ def test_wrong_ids_and_options_raise(module):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("how", ["metadata", "initializer"])
 @pytest.mark.one_in(2)
-def test_the_padding_row_is_zeroed_in_a_table_that_metadata_shards(how, kind):
+def test_the_padding_row_is_zeroed_in_a_sharded_table(how, kind):
     ones = flax.nnx.initializers.ones
     with jax.set_mesh(jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))):
         options = {
@@ -111,12 +111,12 @@ def test_from_pretrained_keeps_the_table_its_dtype_and_its_padding_row(module):
     np.testing.assert_array_equal(module(4, 3, padding_idx=0, embedding_init=boxed, rngs=rngs()).embedding[...], table)
 
 
-def test_from_pretrained_of_anything_but_a_matrix_raises():
+def test_from_pretrained_raises_unless_the_table_has_two_axes():
     with pytest.raises(ValueError, match=r"`table` must be of shape \(num_embeddings, features\), got \(3,\)"):
         nnx.Embed.from_pretrained(np.ones(3), rngs=rngs())
 
 
-def test_from_pretrained_does_not_hold_the_table_beside_the_parameter():
+def test_from_pretrained_does_not_store_a_second_copy_of_the_table():
     embed = nnx.Embed.from_pretrained(np.ones((100, 100), np.float32), rngs=rngs())
     graph, _ = flax.nnx.split(embed)
     assert len(pickle.dumps(graph)) < 10_000

@@ -1,7 +1,8 @@
-"""T5X: logical axes of every optimizer state of this library.
+"""Tells T5X the logical axes of every optimizer state of this library.
 
-T5X asks a table, keyed by the type of a state, which logical axes its arrays have, and refuses a state that is not in
-it: https://github.com/google-research/t5x/blob/main/t5x/optimizers.py, `OptaxStatePartitionRules`.
+T5X has a table from types of optimizer states to functions that return the logical axes of their arrays. It refuses a
+state whose type is not in the table.
+Source: `OptaxStatePartitionRules` in https://github.com/google-research/t5x/blob/main/t5x/optimizers.py
 """
 
 from collections.abc import Callable
@@ -38,24 +39,26 @@ _STATES = (
 
 
 def t5x_partition_rules(shards: int = 8) -> dict[type, Callable[[Any, Any], Any]]:
-    r"""Entries for T5X's `OptaxStatePartitionRules._RULES`, one for each state type of this library.
+    r"""Returns entries for T5X's `OptaxStatePartitionRules._RULES`, one for each state type of this library.
 
     $$\mathrm{axes}(x)_i = \mathrm{axes}(p)_i \text{ if } \mathrm{dim}(x)_i = \mathrm{dim}(p)_i \text{ or }
     \mathrm{shards} \mid \mathrm{dim}(x)_i, \text{ else None}$$
 
-    Each is a function `(state, param_logical_axes) -> state` that puts logical axes, or None, in the place of arrays.
-    Codes and fp32 moments have the axes of their parameter p. So have the scales, but for the blocked axis where the
-    number of blocks need not divide. Counts, formats, placeholders and what has another rank than p are whole on every
-    device. The transforms within `quantize_state`, `row_sparse` and `stochastic_round_updates` may be any.
+    Each entry is a function `(state, param_logical_axes) -> state`. It replaces every array x of the state by its
+    logical axes, given those of the parameter p that x belongs to. Codes and fp32 moments get the axes of their
+    parameter. Scales get them too, except for the blocked axis if the number of blocks is not a multiple of `shards`.
+    Counts, formats, placeholders and arrays of another rank than p get None and are replicated. Any transform may be
+    inside `quantize_state`, `row_sparse` and `stochastic_round_updates`.
 
     Args:
-        shards: the most ways that an axis is cut; that of `StateFormat`.
+        shards: The largest number of devices that one axis is sharded over. Use the `shards` of your `StateFormat`.
 
     Returns:
-        A dict to merge into T5X's.
+        A dictionary to merge into T5X's table.
 
     Raises:
-        TypeError, ValueError: `shards` is not a positive integer.
+        TypeError: If `shards` is not an integer.
+        ValueError: If `shards` is not positive.
 
     >>> import jax, jax.numpy as jnp, flax_stable_embed as fse
     >>> from jax.sharding import PartitionSpec
@@ -66,9 +69,11 @@ def t5x_partition_rules(shards: int = 8) -> dict[type, Callable[[Any, Any], Any]
     ((64, 8), ('embed', 'mlp'), None)
     """
     if not isinstance(shards, int) or isinstance(shards, bool):
-        raise TypeError(f"`shards` must be an integer, got {shards!r}. It is that of `StateFormat`, 8 by default.")
+        raise TypeError(
+            f"`shards` must be an integer, got {shards!r}. Use the `shards` of `StateFormat`, by default 8."
+        )
     if shards < 1:
-        raise ValueError(f"`shards` must be positive, got {shards}. It is that of `StateFormat`, 8 by default.")
+        raise ValueError(f"`shards` must be positive, got {shards}. Use the `shards` of `StateFormat`, by default 8.")
 
     def rule(state: Any, param_logical_axes: Any) -> Any:
         return _axes_of_state(state, param_logical_axes, shards)
@@ -77,11 +82,11 @@ def t5x_partition_rules(shards: int = 8) -> dict[type, Callable[[Any, Any], Any]
 
 
 def _axes_of_state(state: Any, params_axes: Any, shards: int) -> Any:
-    """Axes wherever the tree of the parameters lies in the state, and None elsewhere."""
+    """Returns the state with axes wherever a field has the tree of the parameters, and None elsewhere."""
     params_axes, tree = jax.tree.flatten(params_axes, is_leaf=_is_axes)
     parts, outer = jax.tree.flatten(state, is_leaf=lambda x: jax.tree.structure(x, is_leaf=is_hole) == tree)
     copies = [tree.flatten_up_to(x) if jax.tree.structure(x, is_leaf=is_hole) == tree else None for x in parts]
-    # Moments have the shape of their parameter, and nothing beside them is larger.
+    # Moments have the shape of their parameter, and no other array that belongs to it is larger.
     shapes = [max(column, key=prod) for column in zip(*([_shape(x) for x in copy] for copy in copies if copy))]
     return outer.unflatten(
         None if copy is None else tree.unflatten(map(_axes, copy, params_axes, shapes, [shards] * len(copy)))
@@ -90,7 +95,7 @@ def _axes_of_state(state: Any, params_axes: Any, shards: int) -> Any:
 
 
 def _axes(x: Any, axes: Any, shape: tuple, shards: int) -> Any:
-    """The axes of one array beside a parameter of this shape; a MaskedNode stays, as T5X asks."""
+    """Returns the axes of one array that belongs to a parameter of this shape. T5X wants a MaskedNode to stay."""
     if is_hole(x) or axes is None or not x.ndim == len(axes) == len(shape):
         return x if is_hole(x) else None
     kept = [a if n == of_parameter or n % shards == 0 else None for a, n, of_parameter in zip(axes, x.shape, shape)]

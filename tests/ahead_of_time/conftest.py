@@ -1,4 +1,4 @@
-"""A TPU compiler without a TPU: the libtpu wheel (extra `tpu`) compiles for named topologies on any machine."""
+"""Fixtures for compiling without a TPU: the libtpu wheel (extra `tpu`) compiles for named topologies anywhere."""
 
 import importlib.util
 import os
@@ -13,23 +13,23 @@ os.environ.update(QUIET)  # read when libtpu is loaded
 
 
 @pytest.fixture(autouse=True)
-def compiled_each_time():
-    """A program for a chip that is not here can be kept, but not loaded again."""
-    keep_compiled(False)
+def compile_each_time():
+    """Switches the compilation cache off: it can store a program for a missing chip, but not load it again."""
+    use_compilation_cache(False)
     yield
-    keep_compiled(True)
+    use_compilation_cache(True)
 
 
-def keep_compiled(enabled):
+def use_compilation_cache(enabled):
     jax.config.update("jax_enable_compilation_cache", enabled)
     compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
 def topology():
-    """The devices of a named topology, `topology("v5e:2x2")`; skips where libtpu is not installed."""
+    """Returns the devices of a named topology, as in `topology("v5e:2x2")`. Skips if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: `make test EXTRAS=tpu` adds it and with it the ahead-of-time tests")
+        pytest.skip("libtpu is not installed. `make test EXTRAS=tpu` installs it and runs these tests")
     from jax.experimental import topologies
 
     return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices

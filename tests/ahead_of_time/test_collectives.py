@@ -1,4 +1,4 @@
-"""What the TPU compiler moves between chips in a training step: as much as for `optax.adamw` where blocks are whole."""
+"""Counts the bytes that a training step moves between chips: as many as with `optax.adamw` if no block is split."""
 
 import json
 from math import prod
@@ -11,14 +11,14 @@ from benchmarks.transformer import Transformer
 from tests.tools import assert_an_embedding_adds_nothing
 
 SMALL = Transformer(layers=1, vocabulary=1024)
-NARROW = SMALL._replace(width=256)  # cut 16 ways: pieces of 16, shorter than any block
+NARROW = SMALL._replace(width=256)  # sharded over 16 chips, shards have 16 elements, fewer than any block
 
 
 def case(step, mesh=(4, 4), axes="Auto"):
     return counted.Case("v5e:4x4", mesh, axes, step)
 
 
-def test_a_training_step_moves_what_it_moves_with_optax(topology):
+def test_a_training_step_moves_as_many_bytes_as_with_optax(topology):
     del topology  # skips without a compiler
     ours, theirs = (counted.measured(case(step), SMALL) for step in (counted.FUSED, counted.BASELINE))
     assert ours["straddling"] == 0 and ours["optimizer"] == {"arrays": {}, "bytes": 0}
@@ -27,8 +27,8 @@ def test_a_training_step_moves_what_it_moves_with_optax(topology):
 
 
 @pytest.mark.slow
-def test_kernels_move_what_optax_moves_for_gradients_in_rows(topology):
-    """Of a vocabulary of which the compiler scatters the gradient of the output matrix along its other axis."""
+def test_kernels_move_as_many_bytes_as_optax_with_row_sharded_gradients(topology):
+    """With this vocabulary, the compiler shards the gradient of the output matrix along its other axis."""
     del topology
     model = SMALL._replace(vocabulary=32_000)
     steps = (counted.KERNELS, counted.BY_ROWS, counted.BASELINE)
@@ -40,8 +40,8 @@ def test_kernels_move_what_optax_moves_for_gradients_in_rows(topology):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
-def test_blocks_on_several_chips_combine_their_scales_and_say_so(topology, axes):
-    """No codes, parameters or gradients: scales, of which there is one for 32 elements, a few times."""
+def test_blocks_on_several_chips_exchange_only_scales(topology, axes):
+    """No codes, parameters or gradients move. There is one scale for 32 elements, and it moves a few times."""
     del topology
     row = counted.measured(case(counted.FUSED, (16, 1), axes), NARROW)
     assert row["straddling"] > 0 and row["optimizer"]["bytes"] > 0
@@ -53,13 +53,13 @@ def test_blocks_on_several_chips_combine_their_scales_and_say_so(topology, axes)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("one", [c for c in counted.CASES if c.slice != "v5e:4x4"], ids=lambda c: "-".join(map(str, c)))
-def test_the_table_of_larger_slices_is_what_the_compiler_says(topology, one):
+def test_the_committed_table_of_larger_slices_is_up_to_date(topology, one):
     del topology
     here = one._asdict() | {"mesh": list(one.mesh)}
     (written,) = [row for row in json.loads(counted.FILE.read_text())["rows"] if row.items() >= here.items()]
     assert counted.measured(one) | {"mesh": list(one.mesh)} == written
 
 
-def test_a_stable_embedding_moves_nothing_more(topology):
+def test_a_stable_embedding_moves_no_more_bytes_than_an_embedding(topology):
     del topology
     assert_an_embedding_adds_nothing(counted.measured_embeddings())

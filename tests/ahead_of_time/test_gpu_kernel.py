@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of the kernel: one for each array, every array read once and written once, in place."""
+"""Tests the kernel as the CUDA compiler builds it: one per array, which reads and writes every array once, in place."""
 
 from math import prod
 
@@ -17,9 +17,9 @@ SMALL = fse.StateFormat(min_size=0)
 
 @pytest.fixture(scope="module")
 def gpus():
-    """Eight GPUs that nobody has."""
+    """Descriptions of eight GPUs; none has to be installed."""
     if (devices := counted.devices_of(counted.GPU, count=8)) is None:
-        pytest.skip("the CUDA plugin is not installed: `make test EXTRAS=cuda`, in an environment of its own")
+        pytest.skip("the CUDA plugin is not installed. Use `make test EXTRAS=cuda` in an environment of its own")
     return devices
 
 
@@ -29,7 +29,7 @@ def compiled_on(devices, tx, params, place):
 
 
 @pytest.mark.parametrize("name", [name for name in counted.CASES if "optax" not in name and "xla" not in name])
-def test_a_step_moves_what_it_must_and_needs_no_memory(gpus, name):
+def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(gpus, name):
     case = counted.CASES[name]
     compiled = counted.compiled_step(case, gpus[0])
     n, wide = prod(case.shape), jnp.dtype(case.dtype).itemsize
@@ -39,7 +39,7 @@ def test_a_step_moves_what_it_must_and_needs_no_memory(gpus, name):
 
 
 @pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)
-def test_every_optimizer_is_one_kernel_for_each_array(gpus, case):
+def test_every_optimizer_is_one_kernel_per_array(gpus, case):
     params = {f"kernel_{k}": jax.ShapeDtypeStruct((300, 200 * (k + 1)), jnp.float32) for k in range(2)}
     tx = case.ours(**case.hyper, state_format=SMALL, implementation="pallas_gpu")
     here = jax.sharding.SingleDeviceSharding(gpus[0])
@@ -72,17 +72,17 @@ def test_on_one_gpu_a_stable_embedding_is_one_kernel_and_its_gradient_another(gp
 
     compiled = jax.jit(step).lower(*args).compile()
     assert counted.kernels(compiled.as_text()) == 2
-    # Beside inputs and results there are the sorted ids, and each program's part of scale's and bias' gradients.
+    # Temporaries are the sorted ids, and each program's share of the gradients of scale and bias.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * (2 * features * tokens / 32 + 8 * tokens)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-def test_every_gpu_of_a_mesh_runs_it_on_its_own_piece(gpus, kind):
+def test_every_gpu_of_a_mesh_runs_the_kernel_on_its_shard(gpus, kind):
     mesh = Mesh(np.array(gpus).reshape(4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
     def place(x):
-        cut = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, cut))
+        spec = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     params = {"kernel": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)}
     with jax.set_mesh(mesh):

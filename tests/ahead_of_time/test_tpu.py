@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a step: bytes, temporaries and collectives, exact, though nothing runs."""
+"""Counts bytes, temporaries and collectives of a step that the TPU compiler has compiled. Nothing runs."""
 
 import re
 
@@ -14,15 +14,15 @@ COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-pe
 
 
 def compile_step(devices, shape, spec, kind=AxisType.Auto, codec="root"):
-    """One fused AdamW step of one kernel on a mesh of these devices, its state sharded like the parameter."""
+    """Compiles a fused AdamW step of one parameter on a mesh, with its state sharded like the parameter."""
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"), axis_types=(kind,) * 2)
     tx = fse.adamw8bit(1e-3, weight_decay=0.1, state_format=fse.StateFormat(codec=codec))
     params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
     state = jax.eval_shape(tx.init, params)
 
     def place(x):
-        cut = PartitionSpec(*spec) if x.ndim == len(shape) else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, cut))
+        partition = PartitionSpec(*spec) if x.ndim == len(shape) else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition))
 
     args = jax.tree.map(place, (params, state, params))
     with jax.set_mesh(mesh):
@@ -38,7 +38,7 @@ def test_a_sharded_step_has_no_collective_on_a_slice(topology, spec, kind):
     assert not COLLECTIVE.findall(compiled.as_text())
 
 
-def test_the_state_is_updated_in_place_with_small_temporaries(topology):
+def test_the_state_is_updated_in_place_with_few_temporaries(topology):
     compiled = compile_step(topology("v5e:2x2"), (4096, 4096), ("data", "model"))
     memory, elements = compiled.memory_analysis(), 4096 * 4096 // 4
     assert memory.alias_size_in_bytes / elements == pytest.approx(6.03, abs=0.01)  # parameter, codes, scales
@@ -53,7 +53,7 @@ def test_no_codec_gathers_from_a_table(topology, codec):
 
 
 def stable_embed_step(devices, num_embeddings, tokens, features, **options):
-    """Output and gradients of a StableEmbed on one chip."""
+    """Compiles output and gradients of a StableEmbed on one chip."""
     embed = fse.linen.StableEmbed(num_embeddings, features, **options)
     place = jax.sharding.SingleDeviceSharding(devices[0])
 
@@ -69,16 +69,16 @@ def stable_embed_step(devices, num_embeddings, tokens, features, **options):
     return jax.jit(step).lower(params, shape(tokens, dtype=jnp.int32), shape(tokens, features)).compile()
 
 
-def test_stable_embed_writes_the_rows_the_output_and_their_gradient_and_nothing_more_of_that_size(topology):
-    """Three arrays of (tokens, features) are ever in memory; mean, variance and what the gradient needs are sums."""
+def test_stable_embed_stores_only_rows_output_and_row_gradient(topology):
+    """Only three arrays of shape (tokens, features) are in memory. Mean, variance and all else are sums over rows."""
     text = stable_embed_step(topology("v5e:2x2"), 50304, 4096, 512).as_text()
     entry = text[text.index("ENTRY") :]
     fusions = [line.partition(" fusion(")[0] for line in entry.splitlines() if " fusion(" in line]
     assert sum(len(re.findall(r"f32\[4096,512\]", line)) for line in fusions) == 3
 
 
-def test_stable_embed_reads_rows_once_for_both_of_their_sums(topology):
-    """Forward, looked-up rows are read twice, for mean and variance together and for the output."""
+def test_stable_embed_reads_rows_once_for_mean_and_variance(topology):
+    """The forward pass reads looked-up rows twice: once for mean and variance together, once for the output."""
     embed, place = fse.linen.StableEmbed(50304, 512), jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
     ids = jax.ShapeDtypeStruct((4096,), jnp.int32)
     args = jax.eval_shape(embed.init, jax.random.key(0), ids), ids
@@ -91,7 +91,7 @@ def test_stable_embed_reads_rows_once_for_both_of_their_sums(topology):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_embeddings", "sorts"), [(2**15, False), (50304, True), (2**18, True)])
-def test_sorted_terms_save_bytes_of_the_gradient_of_a_large_table(topology, num_embeddings, sorts, monkeypatch):
+def test_sorting_ids_saves_bytes_in_the_gradient_of_a_large_table(topology, num_embeddings, sorts, monkeypatch):
     def bytes_accessed():
         compiled = stable_embed_step(topology("v5e:2x2"), num_embeddings, 8192, 1024)
         return compiled.cost_analysis()["bytes accessed"]
@@ -102,7 +102,7 @@ def test_sorted_terms_save_bytes_of_the_gradient_of_a_large_table(topology, num_
     assert (bytes_accessed() < 0.95 * as_xla_does) is sorts
 
 
-def test_a_step_on_rows_has_no_temporary_of_the_table(topology):
+def test_a_row_sparse_step_has_no_temporary_as_large_as_the_table(topology):
     embed, tx = fse.linen.Embed(2**18, 1024, sparse=True), fse.row_sparse(fse.adam8bit(1e-3))
     place = jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
     params = {"embedding": jax.ShapeDtypeStruct((2**18, 1024), jnp.float32)}

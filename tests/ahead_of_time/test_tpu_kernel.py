@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of the kernel: one for each array, every array read once and written once, in place."""
+"""Tests the kernel as the TPU compiler builds it: one per array, which reads and writes every array once, in place."""
 
 import subprocess
 import sys
@@ -24,20 +24,20 @@ def kernels(compiled) -> int:
 @pytest.mark.parametrize("chip", counted.TOPOLOGIES)
 @pytest.mark.parametrize("name", [name for name in counted.CASES if "optax" not in name and "xla" not in name])
 @pytest.mark.one_in(4)
-def test_a_step_moves_what_it_must_and_needs_no_memory(topology, chip, name):
-    """Of AdamW: parameter and gradient in, parameter out, four bytes each, codes in and out, and the scales."""
+def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(topology, chip, name):
+    """For AdamW these are parameter and gradient in and parameter out, codes in and out, and scales."""
     case = counted.CASES[name]
     compiled = counted.compiled_step(case, topology(counted.TOPOLOGIES[chip])[0])
     n, wide = prod(case.shape), jnp.dtype(case.dtype).itemsize
     assert kernels(compiled) == 1
     assert counted.memory_bytes(compiled.as_text()) / n <= 3 * wide + 4 + 0.6
-    if not (chip == "v5p" and case.along_rows):  # there the compiler copies the scales, whose rows are short
+    if not (chip == "v5p" and case.along_rows):  # on v5p the compiler copies scales with short rows
         assert compiled.memory_analysis().temp_size_in_bytes / n < 0.01 * wide
     assert compiled.memory_analysis().alias_size_in_bytes / n > wide + 2
 
 
-def test_instructions_take_less_time_than_memory(topology):
-    """On v5e, of one kernel: `python -m benchmarks.compiled` counts those of the others."""
+def test_the_kernel_is_limited_by_memory_not_by_instructions(topology):
+    """This counts one kernel on v5e. `python -m benchmarks.compiled` counts all of them."""
     del topology  # skips without a compiler
     command = [sys.executable, "-m", "benchmarks.compiled", "--quick"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -46,7 +46,7 @@ def test_instructions_take_less_time_than_memory(topology):
 
 
 def on_one_chip(device, tx, params):
-    """A fused step of `tx`, compiled."""
+    """Compiles a fused step of `tx`."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     args = params, jax.eval_shape(tx.init, params), params
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
@@ -55,7 +55,7 @@ def on_one_chip(device, tx, params):
 
 @pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)
 @pytest.mark.one_in(3)
-def test_every_optimizer_is_one_kernel_for_each_array(topology, case):
+def test_every_optimizer_is_one_kernel_per_array(topology, case):
     params = {f"kernel_{k}": jax.ShapeDtypeStruct((512, 256 * (k + 1)), jnp.float32) for k in range(2)}
     tx = case.ours(**case.hyper, state_format=SMALL, implementation="pallas_tpu")
     assert kernels(on_one_chip(topology("v5e:2x2")[0], tx, params)) == 2
@@ -67,36 +67,36 @@ def test_every_optimizer_is_one_kernel_for_each_array(topology, case):
     ids=str,
 )
 @pytest.mark.one_in(3)
-def test_every_way_that_blocks_lie(topology, shape):
+def test_the_kernel_compiles_for_blocks_along_every_axis(topology, shape):
     tx = fse.adamw8bit(1e-3, rules=((".*", 8),), state_format=SMALL, implementation="pallas_tpu")
     compiled = on_one_chip(topology("v5e:2x2")[0], tx, {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)})
     assert kernels(compiled) == 1
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * 4 * prod(shape)
 
 
-@pytest.mark.parametrize("way", ["types", "specs", "nothing"])
-def test_on_a_slice_every_chip_runs_it_where_something_says_how_parameters_are_cut(topology, way):
-    kind = AxisType.Explicit if way == "types" else AxisType.Auto
+@pytest.mark.parametrize("known", ["types", "specs", "nothing"])
+def test_every_chip_runs_the_kernel_if_shardings_are_known(topology, known):
+    kind = AxisType.Explicit if known == "types" else AxisType.Auto
     mesh = Mesh(np.array(topology("v5e:2x2")).reshape(2, 2), ("data", "model"), axis_types=(kind,) * 2)
     specs = {"kernel": PartitionSpec("data", "model")}
-    tx = fse.adamw8bit(1e-3, partition_specs=specs if way == "specs" else None)
+    tx = fse.adamw8bit(1e-3, partition_specs=specs if known == "specs" else None)
     params = {"kernel": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)}
 
     def place(x):
-        cut = specs["kernel"] if x.ndim == 2 else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, cut))
+        spec = specs["kernel"] if x.ndim == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     args = jax.tree.map(place, (params, jax.eval_shape(tx.init, params), params))
     with jax.set_mesh(mesh):
         step = jax.jit(lambda g, s, p: fse.fused_update(tx, g, s, p), donate_argnums=(1, 2))
         compiled = step.lower(*args).compile()
-    assert kernels(compiled) == (0 if way == "nothing" else 1)
+    assert kernels(compiled) == (0 if known == "nothing" else 1)
     assert not [
         word for word in ("all-gather", "all-reduce", "all-to-all", "permute") if f" {word}" in compiled.as_text()
     ]
 
 
-def test_by_name_it_raises_where_nothing_says_how_parameters_are_cut(topology):
+def test_a_named_kernel_raises_if_shardings_are_unknown(topology):
     mesh = Mesh(np.array(topology("v5e:2x2")), ("data",), axis_types=(AxisType.Auto,))
     tx = fse.adamw8bit(1e-3, implementation="pallas_tpu")
     params = {"kernel": jax.ShapeDtypeStruct((1024, 512), jnp.float32)}

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a StableEmbed: a kernel and another for the gradient, that move what must be moved."""
+"""Tests StableEmbed as the TPU compiler builds it: two kernels, forward and gradient, that move the least bytes."""
 
 from functools import cache
 
@@ -17,27 +17,27 @@ SHAPE = lookups.Shape(2048, 8192, 8192)  # rows and outputs are larger than the 
 
 
 @cache
-def compiled(way, what, device):
-    return lookups.compiled(SHAPE, way, what, device)
+def compiled(way, part, device):
+    return lookups.compiled(SHAPE, way, part, device)
 
 
 @pytest.mark.parametrize("chip", lookups.CHIPS)
-@pytest.mark.parametrize("what", [lookups.FORWARD, lookups.BACKWARD])
-def test_the_kernels_move_what_they_must_and_need_no_memory(topology, chip, what):
-    program = compiled("kernels", what, topology(counted.TOPOLOGIES[chip])[0])
+@pytest.mark.parametrize("part", [lookups.FORWARD, lookups.BACKWARD])
+def test_the_kernels_move_the_least_bytes_and_need_no_temporaries(topology, chip, part):
+    program = compiled("kernels", part, topology(counted.TOPOLOGIES[chip])[0])
     text, both = program.as_text(), lookups.least_bytes(SHAPE, lookups.BOTH)
     forward = lookups.least_bytes(SHAPE, lookups.FORWARD)
-    least = forward if what == lookups.FORWARD else both - forward
+    least = forward if part == lookups.FORWARD else both - forward
     assert counted.kernels(text) == 1
     assert lookups.moved_bytes(text, SHAPE) < 1.01 * least
     assert program.memory_analysis().temp_size_in_bytes < 1e6
 
 
 @pytest.mark.parametrize(
-    ("what", "share"), [(lookups.FORWARD, 0.5), (lookups.BACKWARD, 0.25)], ids=lambda x: str(x).replace(" ", "_")
+    ("part", "share"), [(lookups.FORWARD, 0.5), (lookups.BACKWARD, 0.25)], ids=lambda x: str(x).replace(" ", "_")
 )
-def test_that_is_a_fraction_of_what_xla_moves(topology, what, share):
-    ours, theirs = (compiled(way, what, topology("v5e:2x2")[0]) for way in ("kernels", "XLA"))
+def test_the_kernels_move_a_fraction_of_the_bytes_that_xla_moves(topology, part, share):
+    ours, theirs = (compiled(way, part, topology("v5e:2x2")[0]) for way in ("kernels", "XLA"))
     moved, by_xla = (lookups.moved_bytes(program.as_text(), SHAPE) for program in (ours, theirs))
     assert moved < share * by_xla
     assert theirs.memory_analysis().temp_size_in_bytes > 0.99 * 4 * SHAPE.tokens * SHAPE.features
@@ -50,18 +50,18 @@ def test_that_is_a_fraction_of_what_xla_moves(topology, what, share):
     ids=str,
 )
 @pytest.mark.one_in(5)
-def test_every_shape_compiles(topology, chip, shape):
+def test_the_kernels_compile_for_every_shape(topology, chip, shape):
     shape, device = lookups.Shape(*shape), topology(counted.TOPOLOGIES[chip])[0]
     assert counted.kernels(lookups.compiled(shape, "kernels", lookups.BOTH, device, jnp.bfloat16).as_text()) == 2
 
 
-def test_indices_are_32_bit_whatever_jax_has(topology):
+def test_indices_are_32_bit_under_x64_too(topology):
     with jax.enable_x64(True):
         program = lookups.compiled(lookups.Shape(300, 768, 100), "kernels", lookups.BOTH, topology("v5e:2x2")[0])
     assert counted.kernels(program.as_text()) == 2
 
 
-def test_more_tokens_than_fit_into_scalar_memory_have_xlas_gradient(topology):
+def test_xla_computes_the_gradient_of_tokens_beyond_scalar_memory(topology):
     shape = lookups.Shape(1024, 768, operation.MOST_TOKENS_ON_TPU + 1)
     program = lookups.compiled(shape, "kernels", lookups.FORWARD, topology("v5e:2x2")[0])
     assert counted.kernels(program.as_text()) == 1
@@ -73,7 +73,7 @@ def test_more_tokens_than_fit_into_scalar_memory_have_xlas_gradient(topology):
     assert "tpu_custom_call" not in text
 
 
-def test_a_slice_has_no_kernel_whatever_compiles_for_it(topology, monkeypatch):
+def test_several_chips_have_no_kernel_even_if_one_chip_compiles(topology, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     embed, ids = fse.linen.StableEmbed(4096, 1024), jax.ShapeDtypeStruct((8192,), jnp.int32)

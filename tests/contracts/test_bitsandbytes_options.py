@@ -1,8 +1,8 @@
-"""Every option of bitsandbytes' `StableEmbedding` and `Embedding`, one test each, by its name there.
+"""Tests every option of bitsandbytes' `StableEmbedding` and `Embedding`. Each test has the option's name there.
 
 (num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, device, dtype)
 
-What the numbers must be is in tests/golden; here is that each option has its place in both APIs and does its work.
+These tests check that each option exists in both APIs and has an effect. tests/golden checks the numbers.
 """
 
 import inspect
@@ -68,7 +68,7 @@ def make(request):
     def make(*args, **options):
         return wrapper(module, *args, **options)
 
-    make.normalises, make.api = name == "StableEmbed", api
+    make.normalizes, make.api = name == "StableEmbed", api
     return make
 
 
@@ -79,7 +79,7 @@ def test_num_embeddings(make):
 
 @pytest.mark.one_in(2)
 def test_embedding_dim(make):
-    """`features`, Flax's name for it."""
+    """`embedding_dim` is `features` in Flax."""
     assert make(7, 4).table.shape[1] == 4 and make(7, features=6)(IDS).shape == (4, 6)
 
 
@@ -93,7 +93,7 @@ def test_padding_idx(make):
 
 def test_max_norm(make):
     norms = jnp.linalg.norm(make(7, 4, max_norm=0.1)(jnp.arange(7)), axis=-1)
-    if make.normalises:  # of rows that are close to epsilon's root: what is shorter comes out shorter
+    if make.normalizes:  # rows are about as long as the root of epsilon, so shorter rows give shorter outputs
         np.testing.assert_array_less(norms, jnp.linalg.norm(make(7, 4)(jnp.arange(7)), axis=-1))
     else:
         np.testing.assert_allclose(norms, 0.1, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_max_norm(make):
 
 def test_norm_type(make):
     rows = {p: make(7, 4, max_norm=0.1, norm_type=p)(jnp.arange(7)) for p in (1.0, 2.0, float("inf"))}
-    if make.normalises:
+    if make.normalizes:
         assert len({float(x.sum().round(6)) for x in map(jnp.abs, rows.values())}) == 3
     else:
         for p, x in rows.items():
@@ -110,7 +110,7 @@ def test_norm_type(make):
 
 def test_scale_grad_by_freq(make):
     scaled, plain = make(7, 4, scale_grad_by_freq=True).gradient(), make(7, 4).gradient()
-    np.testing.assert_allclose(scaled[2], plain[2] / 2, rtol=1e-6)  # id 2 is there twice
+    np.testing.assert_allclose(scaled[2], plain[2] / 2, rtol=1e-6)  # id 2 appears twice
     np.testing.assert_allclose(scaled[1], plain[1], rtol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_sparse(make):
 
 
 def test_weight(make):
-    """`_weight`: `embedding_init=pretrained(table)`, and `from_pretrained` in NNX; its padding row stays as it is."""
+    """`_weight` is `embedding_init=pretrained(table)`, or `from_pretrained` in NNX. Its padding row stays."""
     table = np.arange(28.0, dtype=np.float32).reshape(7, 4)
     np.testing.assert_array_equal(make(7, 4, padding_idx=1, embedding_init=fse.linen.pretrained(table)).table, table)
     if make.api == "nnx":
@@ -137,7 +137,7 @@ def test_weight(make):
 
 @pytest.mark.one_in(2)
 def test_device(make):
-    """JAX's `default_device`; bitsandbytes' own `device=` gives a table that silently does not train."""
+    """`device` is JAX's `default_device`. With bitsandbytes' own `device=`, the table silently does not train."""
     device = jax.devices()[1]
     with jax.default_device(device):
         module = make(7, 4)
@@ -147,13 +147,13 @@ def test_device(make):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.one_in(2)
 def test_dtype(make, dtype):
-    """`param_dtype`, and `dtype` of the result, which is by default the same."""
+    """`dtype` is `param_dtype`. The dtype of the result, by default the same, can be set on its own."""
     module = make(7, 4, param_dtype=dtype)
     assert module.table.dtype == module(IDS).dtype == dtype
     assert make(7, 4, param_dtype=dtype, dtype=jnp.float32)(IDS).dtype == jnp.float32
 
 
-def test_there_is_one_for_every_option():
+def test_every_option_has_a_test():
     options = [
         "num_embeddings",
         "embedding_dim",

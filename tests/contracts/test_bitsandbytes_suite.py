@@ -1,4 +1,4 @@
-"""bitsandbytes' own optimizer tests (0.50.2, tests/test_optim.py), under their names, at least as strict."""
+"""Runs bitsandbytes' own optimizer tests (0.50.2, tests/test_optim.py), under their names and at least as strict."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from tests.golden.make_optimizers import Case
 from tests.golden.test_optimizers_formulas import RULES, rule_step
 from tests.interop.bitsandbytes.tools import ALL_FP32, BLOCKS, family, fused, normal, our_fields, our_optimizer, twin
 
-# bitsandbytes' cases, their options but for what is the default.
+# bitsandbytes' cases, with the options that differ from the defaults.
 CASES = [
     Case("adam", "Adam8bit", {"lr": 1e-3}),
     Case("adamw", "AdamW8bit", {"lr": 1e-3, "weight_decay": 0.1}),
@@ -29,7 +29,8 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-# Mean |error| and mean |error / parameter| of one step. bitsandbytes allows 6e-5 and 6e-4; in bfloat16 as we do.
+# Mean |error| and mean |error / parameter| of one step. bitsandbytes allows 6e-5 and 6e-4, and in bfloat16 the same as
+# here.
 ALLOWED = {"float32": (3e-8, 1e-5), "float16": (6e-5, 6e-4), "bfloat16": (1.7e-4, 1.6e-3)}
 
 
@@ -57,7 +58,7 @@ def test_optimizer8bit_of_full_size(case, shape, dtype):
 
 
 def one_step_errors(case, shape, dtype, steps):
-    """Every step against the formula in float64, from the parameter and the stored moments of the step before."""
+    """Checks every step against the formula in float64, from the parameter and moments stored by the step before."""
     tx, p = our_optimizer(case, state_format=BLOCKS), normal(0, shape, 0.1, dtype)
     params, take = {"kernel": p}, fused(tx)
     state = tx.init(params)
@@ -82,7 +83,7 @@ def one_step_errors(case, shape, dtype, steps):
 
 
 def decoded(case, state, shape):
-    """[state1, state2] as bitsandbytes has them, in float64."""
+    """[state1, state2] as in bitsandbytes, in float64."""
 
     def values(name):
         return fse.ops.dequantize(
@@ -98,7 +99,7 @@ def decoded(case, state, shape):
     return [first[0] if len(first) == 1 else np.stack(first), second]
 
 
-# Absolute and relative, as there.
+# Absolute and relative tolerance, as in bitsandbytes' tests.
 WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1e-3, 1e-2)}
 
 
@@ -109,8 +110,10 @@ WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1
 @pytest.mark.parametrize("dtype", WITHIN_32BIT)
 @pytest.mark.one_in(6)
 def test_optimizer32bit(case, shape, dtype):
-    """20 steps, free-running in float32, and else, as there, from the parameter of the step before; also
-    test_lion32bit_weight_decay. LAMB and LARS do not clip: nor does the formula.
+    """Takes 20 steps and checks each one; this includes test_lion32bit_weight_decay.
+
+    In float32 the formula runs on its own. In other dtypes it starts each step from our parameter, as in bitsandbytes'
+    tests. LAMB and LARS do not clip here, because the formula does not.
     """
     limit = {"max_unorm": 0.0} if family(case) in ("LAMB", "LARS") else {}
     atol, rtol = WITHIN_32BIT[dtype]
@@ -129,12 +132,12 @@ def test_optimizer32bit(case, shape, dtype):
             if theirs is not None:
                 np.testing.assert_allclose(our_fields(case, state)[f"state{i}"], theirs, rtol=rtol, atol=atol)
         wrong = ~np.isclose(np.asarray(params["kernel"], np.float64), expected_p, rtol=rtol, atol=atol)
-        # There at most 15 whatever the size, from another float32 computation; here from float64.
+        # bitsandbytes allows 15 of any size, compared with float32. Here the formula is in float64.
         assert wrong.sum() <= 15 * max(min(1, p.size / 2**15), p.size / 2**20)
 
 
 def test_override_config():
-    """A rule for one parameter, both ways; no other parameter and no other optimizer hears of it."""
+    """A rule for one parameter, to 8 and to 32 bits. It changes no other parameter and no other optimizer."""
     params = {name: jnp.zeros((64, 64)) for name in ("p1", "p2", "p3")}
     state = bitsandbytes.adam8bit(1e-3, rules=(("p3", 8), (".*", 32))).init(params)[0]
     assert [str(state.mu[name].dtype) for name in params] == ["float32", "float32", "uint8"]
@@ -154,7 +157,7 @@ def test_lamb_max_unorm_changes_the_update():
     np.testing.assert_array_equal(fused(bitsandbytes.lamb8bit(max_unorm=0.0))(grads, state, params)[0]["p"], same)
 
 
-def test_arguments_that_cannot_be_are_refused():
+def test_unsupported_arguments_are_refused():
     with pytest.raises(TypeError, match="amsgrad"):
         bitsandbytes.adam8bit(amsgrad=True)
     with pytest.raises(TypeError, match="optim_bits"):

@@ -1,4 +1,4 @@
-"""What every module of tests/cases.py must survive, in Linen and in NNX."""
+"""Tests every module of tests/cases.py in Linen and in NNX: same numbers, transformations, sharding."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ def nnx_module(case):
 
 
 def parameters(case):
-    """Parameters with nothing special about them: no unit scale, no zero bias, no zero padding row."""
+    """Random parameters: scale is not one, and neither bias nor padding row is zero."""
     rng = np.random.default_rng(0)
     dtypes = {"embedding": case.options.get("param_dtype", jnp.float32)}
     params = {"embedding": rng.normal(size=(case.num_embeddings, case.features))}
@@ -66,7 +66,7 @@ def params_into(module, params):
 
 
 def loss(y):
-    """A sum whose weights differ from position to position, so that no two rows get the same cotangent."""
+    """A sum with a weight per position, so that rows get different cotangents."""
     return jnp.sum(y.astype(jnp.float32) * (1 + jnp.arange(y.size).reshape(y.shape) % 7))
 
 
@@ -97,7 +97,7 @@ def assert_same_bits(ours, theirs):
 
 
 def assert_close(ours, theirs):
-    """Equal within four roundings of the largest element: another order of summation may differ by as much."""
+    """Equal within four roundings of the largest element, because sums may run in another order."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
@@ -107,7 +107,7 @@ def assert_close(ours, theirs):
 
 
 @every_module
-def test_both_apis_make_the_same_parameters(case):
+def test_both_apis_create_the_same_parameters(case):
     def describe(params):
         return jax.tree.map(lambda p: (p.shape, p.dtype), params)
 
@@ -137,7 +137,7 @@ def test_dtypes_are_the_documented_ones(case):
 
 
 @every_module
-def test_jit_changes_nothing(case):
+def test_jit_does_not_change_the_output(case):
     params = parameters(case)
     forward = linen_forward(case)
     assert_close(forward(params, IDS), reference(case.name)[0])
@@ -162,7 +162,7 @@ def test_forward_and_reverse_mode_agree(case):
 
 @every_module
 @pytest.mark.one_in(2, start=1)
-def test_vmap_over_ids_and_over_tables(case):
+def test_vmap_works_over_ids_and_over_tables(case):
     params = parameters(case)
     forward = linen_forward(case)
     assert_close(jax.vmap(forward, (None, 0))(params, IDS), reference(case.name)[0])
@@ -173,7 +173,7 @@ def test_vmap_over_ids_and_over_tables(case):
 
 @every_module
 @pytest.mark.one_in(2, start=1)
-def test_remat_changes_nothing(case):
+def test_remat_does_not_change_the_gradient(case):
     params = parameters(case)
     forward = linen_forward(case)
     _, expected = reference(case.name)
@@ -216,7 +216,7 @@ def test_lifted_transforms_stack_modules(case):
 
 
 @every_module
-def test_nnx_modules_are_split_abstracted_copied_and_pickled(case):
+def test_nnx_modules_can_be_split_abstracted_copied_and_pickled(case):
     module = params_into(nnx_module(case), parameters(case))
     expected = module(IDS)
     again = (
@@ -234,7 +234,7 @@ def test_nnx_modules_are_split_abstracted_copied_and_pickled(case):
 
 
 @every_module
-def test_linen_modules_are_cloned_copied_and_hashed(case):
+def test_linen_modules_can_be_cloned_copied_and_hashed(case):
     module = linen_module(case)
     assert module.clone() == module == copy.deepcopy(module)
     assert hash(module.clone()) == hash(module)
@@ -242,7 +242,7 @@ def test_linen_modules_are_cloned_copied_and_hashed(case):
 
 
 @every_module
-def test_bridge_to_linen_has_the_linen_parameters(case):
+def test_an_nnx_module_bridged_to_linen_has_the_linen_parameters(case):
     kind = getattr(nnx, case.module)
     module = bridge.to_linen(kind, case.num_embeddings, case.features, **case.options)
     variables = module.init(jax.random.key(0), IDS)
@@ -284,7 +284,7 @@ SHARDINGS = [P("a", "b"), P("a", None), P(None, "b"), P(("a", "b"), None), P("b"
     ],
 )
 @pytest.mark.one_in(4)
-def test_a_sharded_table_changes_nothing(case, kind, spec):
+def test_a_sharded_table_gives_the_same_output_and_gradient(case, kind, spec):
     params = parameters(case)
     expected = reference(case.name)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
@@ -294,6 +294,6 @@ def test_a_sharded_table_changes_nothing(case, kind, spec):
         y, grads = output_and_gradient(linen_forward(case), sharded, ids)
         assert_close((y, grads), expected)
         if kind == AxisType.Explicit:
-            features = None if spec[1] == "a" else spec[1]  # the ids use "a" already
+            features = None if spec[1] == "a" else spec[1]  # the ids are sharded over "a" already
             assert jax.typeof(y).sharding.spec == P("a", None, features)
             assert jax.typeof(grads["embedding"]).sharding.spec == spec

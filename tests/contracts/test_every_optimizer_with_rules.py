@@ -251,5 +251,5 @@ def test_the_slow_mean_of_bitsandbytes_ademamix_grows_from_the_rules_b1():
         results.append((updates["kernel"], state[0].m2["kernel"], state[0].m2_absmax["kernel"]))
     assert_same_bits(*results)
     zero = make(rules=((".*", fse.Rule(b1=0.0)),))
-    with pytest.raises(ValueError, match="`b1` must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="`b1` must be between 0 and 1"):
         zero.update(gradients(0), zero.init(parameters()), parameters())

@@ -1,7 +1,7 @@
-"""EasyDeL: regular expressions over the abstract state of an NNX graph state; axes that do not divide are dropped.
+"""Tests EasyDeL's flow: regular expressions shard an abstract NNX state; axes that do not divide are dropped.
 
 The flow is that of https://github.com/erfanzar/EasyDeL, `easydel/infra/base_state.py` (EasyDeLState.init_tx,
-_sanitize_partition_specs_for_shape_tree, apply_gradients), in our own words.
+_sanitize_partition_specs_for_shape_tree, apply_gradients), written again here.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 from tests.frameworks.tools import (
-    assert_codes_lie_as_parameters,
+    assert_codes_are_sharded_like_parameters,
     assert_same_numbers,
     batch_of,
     build,
@@ -37,7 +37,7 @@ class Model(nnx.Module):
 
 
 def shardings(mesh, tree):
-    """The first rule that matches, without the names of axes that do not divide; and how many those were."""
+    """The sharding by the first rule that matches, without axes that do not divide, and the number of dropped axes."""
     dropped = []
 
     def place(path, x):
@@ -53,12 +53,12 @@ def shardings(mesh, tree):
 @every_optimizer
 @every_format
 @pytest.mark.one_in(4, start=1)
-def test_init_tx_keeps_codes_where_parameters_are(name, state_format):
+def test_codes_are_sharded_like_parameters(name, state_format):
     tx, mesh = build(name, state_format), jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     graph = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     params = jax.device_put(graph, shardings(mesh, graph)[0])
     where, dropped = shardings(mesh, jax.eval_shape(tx.init, params))
-    assert dropped  # at the least, of the placeholders beside an embedding with fp32 moments
+    assert dropped  # at least those of the placeholders of an embedding with fp32 moments
     state = jax.jit(tx.init, out_shardings=where)(params)
 
     @functools.partial(jax.jit, out_shardings=(shardings(mesh, graph)[0], where), donate_argnums=(0, 1))
@@ -70,5 +70,5 @@ def test_init_tx_keeps_codes_where_parameters_are(name, state_format):
     for i in range(3):
         params, state = step(params, state, batch_of(shapes, i))
     assert step._cache_size() == 1
-    assert_codes_lie_as_parameters(state, params)
+    assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, shapes))

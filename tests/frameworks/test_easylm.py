@@ -1,7 +1,7 @@
-"""EasyLM: regular expressions over the paths of a whole TrainState, the first match gives the spec.
+"""Tests EasyLM's flow: regular expressions over the paths of a TrainState, where the first match gives the spec.
 
 The flow is that of https://github.com/young-geng/EasyLM, `EasyLM/jax_utils.py` (match_partition_rules) and
-`EasyLM/models/llama/llama_train.py`, in our own words; names and rules are those of its LLaMA.
+`EasyLM/models/llama/llama_train.py`, written again here; names and rules are those of its LLaMA.
 """
 
 import re
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as PS
 from tests.frameworks.tools import (
     OF_256,
     OPTIMIZERS,
-    assert_codes_lie_as_parameters,
+    assert_codes_are_sharded_like_parameters,
     assert_same_numbers,
     batch_of,
     every_optimizer,
@@ -77,28 +77,28 @@ def flow(tx, rules, steps=3):
 
 @every_optimizer
 @pytest.mark.one_in(3)
-def test_its_rules_serve_as_they_are_where_blocks_divide(name):
+def test_the_rules_of_easylm_work_unchanged_if_blocks_divide(name):
     tx = OPTIMIZERS[name](state_format=SMALL, rules=NORMS)
     state = flow(tx, RULES)
-    assert_codes_lie_as_parameters(state.opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state, state.params)
     assert_same_numbers((state.params, state.opt_state), without_framework(tx, shapes()))
 
 
 @every_optimizer
 @pytest.mark.one_in(3, start=1)
-def test_with_a_rule_for_scales_in_front_any_blocks_do(name):
+def test_any_blocks_work_with_a_rule_for_scales_in_front(name):
     tx = OPTIMIZERS[name](state_format=OF_256, rules=NORMS)
     with pytest.raises(ValueError, match="divide the shape"):
         flow(tx, RULES)
     state = flow(tx, (("absmax", PS()), *RULES))
-    assert_codes_lie_as_parameters(state.opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state, state.params)
     assert_same_numbers((state.params, state.opt_state), without_framework(tx, shapes()))
 
 
-def test_multi_steps_in_a_chain():
-    """Its gradient accumulation; the accumulated gradients are found by the rules as the parameters are."""
+def test_multi_steps_around_a_chain_works():
+    """This is EasyLM's gradient accumulation. The rules match accumulated gradients like the parameters."""
     ours = OPTIMIZERS["adamw8bit"](state_format=SMALL, rules=NORMS)
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1e9), ours), 3).gradient_transformation()
     state = flow(tx, RULES)
-    assert_codes_lie_as_parameters(state.opt_state.inner_opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state.inner_opt_state, state.params)
     assert state.opt_state.gradient_step == 1

@@ -1,4 +1,4 @@
-"""kauldron and gemma: an optimizer in a konfig, which is data: numbers, strings, tuples, and calls by name."""
+"""Tests kauldron and gemma: an optimizer in a konfig, which holds only numbers, strings, tuples and calls by name."""
 
 import json
 
@@ -26,8 +26,8 @@ def assert_8bit(tx, kept=()):
         assert is_codes(x) == (name == "mlp/gating_einsum" and name not in kept), name
 
 
-def test_everything_that_a_rule_needs_is_data():
-    """What has been through JSON has lists for tuples."""
+def test_rules_can_be_given_as_plain_data():
+    """JSON turns tuples into lists."""
     options = {"rules": (("gating_einsum", 32), ("final_norm", "bf16"))}
     tx = fse.adamw8bit(1e-3, **json.loads(json.dumps(options)))
     assert_8bit(tx, kept=("mlp/gating_einsum",))
@@ -36,7 +36,7 @@ def test_everything_that_a_rule_needs_is_data():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_real_konfig_holds_the_optimizer_and_makes_it():
+def test_the_real_konfig_stores_and_builds_the_optimizer():
     konfig = pytest.importorskip("kauldron.konfig", reason="needs kauldron", exc_type=ImportError)
     with konfig.imports():
         import flax_stable_embed as lazy

@@ -1,4 +1,4 @@
-"""levanter: equinox modules of haliax' named arrays, masks by regular expressions, `inject_hyperparams` around a chain.
+"""Tests levanter's flow: modules of named arrays, masks by regular expressions, `inject_hyperparams` around a chain.
 
 The flow is that of https://github.com/stanford-crfm/levanter (`OptimizerConfig.build`, `build_weight_decay_mask`), in
 our own words; the modules are dataclasses with the paths that levanter's have.
@@ -50,14 +50,14 @@ def model():
 
 
 def decays(params):
-    """levanter's mask: paths that a regular expression finds, as a function of the parameters."""
+    """levanter's mask as a function of the parameters: True where a regular expression matches the path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: bool(re.search("weight", jax.tree_util.keystr(path))), params
     )
 
 
 def optimizer(scale_by, **options):
-    """Its chain: clip, scale, decay, and the learning rate that `inject_hyperparams` makes of a schedule."""
+    """levanter's chain: clipping, scaling, decay, and a learning rate from a schedule by `inject_hyperparams`."""
 
     def chain(learning_rate):
         return optax.chain(
@@ -74,7 +74,7 @@ RULES = (("embeddings|norm|ln_|bias", 32),)  # its paths end in "weight/array" a
 
 
 @pytest.mark.parametrize("scale_by", [fse.scale_by_adam8bit, fse.scale_by_lion8bit])
-def test_the_chain_trains_with_a_rule_for_what_stays_fp32(scale_by):
+def test_the_chain_trains_with_a_rule_for_fp32_parameters(scale_by):
     params = model()
     tx = optimizer(scale_by, rules=RULES, state_format=SMALL)
     state, theirs = tx.init(params), optimizer(scale_by, rules=((".*", 32),)).init(params)
@@ -91,6 +91,6 @@ def test_the_chain_trains_with_a_rule_for_what_stays_fp32(scale_by):
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.002)
 
 
-def test_without_a_rule_a_warning_names_its_embeddings():
+def test_a_warning_names_embeddings_without_a_rule():
     with pytest.warns(UserWarning, match="token_embeddings"):
         optimizer(fse.scale_by_adam8bit).init(model())

@@ -1,8 +1,8 @@
-"""MaxText: its Linen and its NNX path, with ZeRO-1 and with the optimizer's state in the host's memory.
+"""Tests MaxText's flows in Linen and NNX, also with ZeRO-1 and with the optimizer state in host memory.
 
 The flows are those of https://github.com/AI-Hypercomputer/maxtext in `src/maxtext/utils/maxtext_utils.py`
 (get_abstract_state, setup_initial_state; the Linen path as of 2025), `utils/sharding.py` (add_data_to_sharding,
-maybe_update_params_sharding_with_opt) and `trainers/pre_train/train.py` (train_step), in our own words.
+maybe_update_params_sharding_with_opt) and `trainers/pre_train/train.py` (train_step), written again here.
 """
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import flax_stable_embed as fse
 from tests.frameworks.tools import (
     assert_8bit,
-    assert_codes_lie_as_parameters,
+    assert_codes_are_sharded_like_parameters,
     assert_same_numbers,
     batch_of,
     build,
@@ -36,7 +36,7 @@ def mesh_of(shape):
 
 
 def over_data(mesh, x, sharding):
-    """ZeRO-1: "data" is added to the first axis that it divides and that "tensor" does not cut."""
+    """ZeRO-1: adds "data" to the first axis that it divides and that is not sharded over "tensor"."""
     shape, spec = sharding.shard_shape(x.shape), sharding.spec  # raises where the sharding itself does not divide
     for i, (n, names) in enumerate(zip(shape, spec)):
         names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An embedding, and layers stacked along axis 1 by a scan, as MaxText stacks them."""
+    """An embedding and layers that a scan stacks along axis 1, as in MaxText."""
 
     @nn.compact
     def __call__(self, ids):
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
 
 def linen_flow(tx, *, zero1=False, offload=False, steps=3):
-    """A TrainState made of the boxed and whole {"params": ...}, abstract, its specs, jitted init and donated steps."""
+    """Runs MaxText's Linen flow: abstract TrainState with boxes, its specs, jitted init, donated steps."""
     mesh, model = mesh_of((2, 2, 2)), Decoder()
 
     def init(key):
@@ -124,7 +124,7 @@ def unboxed(tree):
 
 
 def mu_of(opt_state):
-    """Where MaxText looks for the parameters' new shardings under ZeRO-1."""
+    """The tree from which MaxText takes the parameters' new shardings under ZeRO-1."""
     is_adam = lambda x: hasattr(x, "_fields") and "mu" in x._fields  # noqa: E731
     (found,) = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
     return found.mu
@@ -133,31 +133,31 @@ def mu_of(opt_state):
 @every_optimizer
 @every_format
 @pytest.mark.one_in(4)
-def test_the_linen_flow_keeps_codes_where_parameters_are(name, state_format):
+def test_codes_are_sharded_like_parameters_in_the_linen_flow(name, state_format):
     tx = build(name, state_format)
     state = linen_flow(tx)
-    assert_codes_lie_as_parameters(state.opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state, state.params)
     assert_same_numbers((state.params, state.opt_state), without_framework(tx, state.params))
 
 
 @every_optimizer
 @every_format
 @pytest.mark.one_in(4, start=1)
-def test_the_linen_flow_cuts_the_state_over_data_too(name, state_format):
+def test_the_linen_flow_with_zero1_shards_the_state_over_data(name, state_format):
     tx = build(name, state_format)
     state = linen_flow(tx, zero1=True)
-    assert_codes_lie_as_parameters(state.opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state, state.params)
     assert all("data" in str(codes.sharding.spec) for codes, _ in assert_8bit(state.opt_state, state.params))
     assert_same_numbers((state.params, state.opt_state), without_framework(tx, state.params))
 
 
 @every_optimizer
 @pytest.mark.one_in(3)
-def test_the_linen_flow_keeps_the_state_in_the_hosts_memory(name):
+def test_the_linen_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)
     state = linen_flow(tx, offload=True)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)} == {"pinned_host"}
-    assert_codes_lie_as_parameters(state.opt_state, state.params)
+    assert_codes_are_sharded_like_parameters(state.opt_state, state.params)
     assert_same_numbers((state.params, state.opt_state), without_framework(tx, state.params))
 
 
@@ -165,7 +165,7 @@ def test_the_linen_flow_keeps_the_state_in_the_hosts_memory(name):
 
 
 class Stack(nnx.Module):
-    """The same parameters in NNX: a table, and two layers along axis 1."""
+    """The same parameters in NNX: a table and two layers stacked along axis 1."""
 
     def __init__(self, rngs):
         metadata = {"out_sharding": ("vocab", "embed")}
@@ -187,7 +187,7 @@ class TrainStateNNX(nnx.Module):
 
 
 def nnx_flow(tx, *, zero1=False, offload=False, steps=3):
-    """A train state abstract and without a mesh, shardings from metadata and rules, jitted init and donated steps."""
+    """Runs MaxText's NNX flow: abstract state without a mesh, shardings from metadata, jitted init, donated steps."""
     mesh = mesh_of((2, 2, 2))
 
     def make():
@@ -231,7 +231,7 @@ def is_variable(x):
 
 
 def find_mu(tree):
-    """MaxText takes the first node that has `mu` and `nu` for Adam's state, and its `mu` for the parameters' tree."""
+    """Like MaxText, takes the first node with `mu` and `nu` as Adam's state, and its `mu` as the parameters' tree."""
     if "mu" in tree and "nu" in tree:
         return tree["mu"]
     return next((mu for x in tree.values() if hasattr(x, "values") and (mu := find_mu(x)) is not None), None)
@@ -240,29 +240,29 @@ def find_mu(tree):
 @every_optimizer
 @every_format
 @pytest.mark.one_in(4, start=1)
-def test_the_nnx_flow_keeps_codes_where_parameters_are(name, state_format):
+def test_codes_are_sharded_like_parameters_in_the_nnx_flow(name, state_format):
     tx = build(name, state_format)
     params, state = nnx_flow(tx)
-    assert_codes_lie_as_parameters(state, params)
+    assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, params))
 
 
 @every_format
 @pytest.mark.parametrize("name", ["adamw8bit", "quantize_state"])  # MaxText has ZeRO-1 for Adam alone
 @pytest.mark.one_in(3)
-def test_the_nnx_flow_cuts_the_state_over_data_too(name, state_format):
+def test_the_nnx_flow_with_zero1_shards_the_state_over_data(name, state_format):
     tx = build(name, state_format)
     params, state = nnx_flow(tx, zero1=True)
-    assert_codes_lie_as_parameters(state, params)
+    assert_codes_are_sharded_like_parameters(state, params)
     assert all("data" in str(codes.sharding.spec) for codes, _ in assert_8bit(state, params))
     assert_same_numbers((params, state), without_framework(tx, params))
 
 
 @every_optimizer
 @pytest.mark.one_in(3, start=1)
-def test_the_nnx_flow_keeps_the_state_in_the_hosts_memory(name):
+def test_the_nnx_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)
     params, state = nnx_flow(tx, offload=True)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
-    assert_codes_lie_as_parameters(state, params)
+    assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, params))

@@ -1,4 +1,4 @@
-"""The code in docs/frameworks.md runs, with what each framework has in scope where the lines go."""
+"""Runs the code in docs/frameworks.md, with the names that each framework has in scope at that place."""
 
 import contextlib
 import re
@@ -63,7 +63,7 @@ def t5x(monkeypatch):
 
 
 @pytest.mark.parametrize(("title", "code"), BLOCKS)
-def test_code_of_the_page_runs(title, code, capsys):
+def test_the_code_of_the_page_runs(title, code, capsys):
     scope = {"fse": fse, "learning_rate_schedule": optax.constant_schedule(1e-3)} | SCOPES.get(title, {})
     exec(compile(code if not code.startswith("elif") else f"if False: ...\n{code}", title, "exec"), scope)
     if title == "EasyLM" and "partition_rules" in code:
@@ -77,7 +77,7 @@ def test_code_of_the_page_runs(title, code, capsys):
         assert fse.ScaleByAdam8bitState in TABLE
 
 
-def test_every_framework_of_the_page_is_tried():
+def test_every_framework_of_the_page_is_tested():
     assert RESULTS.keys() == SCOPES.keys() | {"T5X"}
     titles = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     assert [title for title in titles if title in RESULTS] == list(RESULTS)

@@ -1,7 +1,7 @@
-"""transformers' Flax models (4.x, its last): a TrainState replicated over devices and a step under `pmap`.
+"""Tests the flow of transformers' Flax models (last in 4.x): a replicated TrainState and a step under `pmap`.
 
 The flow is that of https://github.com/huggingface/transformers/blob/v4.57.6/examples/flax/language-modeling/run_clm_flax.py
-(decay_mask_fn, train_step), in our own words.
+(decay_mask_fn, train_step), written again here.
 """
 
 import functools
@@ -28,7 +28,7 @@ PARAMS = {
 
 
 def decay_mask(params):
-    """Everything decays but biases and the scales of layer norms."""
+    """Everything decays except for biases and the scales of layer norms."""
     flat = flax.traverse_util.flatten_dict(params)
     return flax.traverse_util.unflatten_dict({path: path[-1] not in ("bias", "scale") for path in flat})
 

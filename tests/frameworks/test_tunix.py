@@ -1,8 +1,8 @@
-"""tunix: its helpers that go over the optimizer's state, and the real PeftTrainer where tunix is installed.
+"""Tests tunix: its helpers that walk the optimizer state, and the real PeftTrainer where tunix is installed.
 
 The helpers are those of https://github.com/google/tunix, `tunix/sft/peft_trainer.py` (_opt_state_dtypes,
 _restore_opt_state_float_dtypes, _align_opt_state_dtypes, _shard_optimizer) and `tunix/sft/checkpoint_manager.py`
-(_fix_sharding), in our own words.
+(_fix_sharding), written again here.
 """
 
 import jax
@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 import flax_stable_embed as fse
 from tests.frameworks.tools import (
     assert_8bit,
-    assert_codes_lie_as_parameters,
+    assert_codes_are_sharded_like_parameters,
     assert_same_numbers,
     batch_of,
     build,
@@ -31,17 +31,17 @@ IDS = np.arange(32).reshape(4, 8)
 
 
 class Model(nnx.Module):
-    """An embedder and a layer with tunix' kind of metadata."""
+    """An embedder and a layer with metadata as in tunix."""
 
     def __init__(self, rngs, dtype=jnp.float32):
         ones = nnx.initializers.ones
-        cut = {"out_sharding": ("tp", "fsdp")}
+        metadata = {"out_sharding": ("tp", "fsdp")}
         self.embedder = fse.nnx.Embed(
-            128, 64, param_dtype=dtype, embedding_init=ones, embedding_metadata=cut, rngs=rngs
+            128, 64, param_dtype=dtype, embedding_init=ones, embedding_metadata=metadata, rngs=rngs
         )
-        cut = {"out_sharding": ("fsdp", "tp")}
+        metadata = {"out_sharding": ("fsdp", "tp")}
         self.gate = nnx.Linear(
-            64, 768, use_bias=False, param_dtype=dtype, kernel_init=ones, kernel_metadata=cut, rngs=rngs
+            64, 768, use_bias=False, param_dtype=dtype, kernel_init=ones, kernel_metadata=metadata, rngs=rngs
         )
 
     def __call__(self, ids):
@@ -74,7 +74,7 @@ def restore_float_dtypes(optimizer, wanted):
 
 
 def assert_an_update_keeps_dtypes(model, optimizer):
-    """Otherwise tunix casts the state before the first step, to what an update makes of it."""
+    """Otherwise tunix would cast the state before the first step, to the dtypes that an update returns."""
     params, state = (
         jax.tree.map(lambda v: v.get_value(), tree, is_leaf=is_variable)
         for tree in (nnx.state(model, nnx.Param), optimizer.opt_state)
@@ -93,7 +93,7 @@ def shard(optimizer, mesh):
 
 
 def restore_targets(state):
-    """The checkpoint's `_fix_sharding`: everything on the mesh of what is on a mesh."""
+    """As `_fix_sharding` of the checkpoint manager: puts all arrays on the mesh of the arrays that are on one."""
     mesh = next(x.sharding.mesh for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding))
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec or P())),
@@ -121,7 +121,7 @@ def made(tx, shape):
 @every_optimizer
 @every_format
 @pytest.mark.one_in(4)
-def test_the_helpers_take_the_state_and_a_checkpoint_opens_on_another_mesh(name, state_format, tmp_path):
+def test_the_helpers_accept_the_state_and_a_checkpoint_opens_on_another_mesh(name, state_format, tmp_path):
     tx = build(name, state_format)
     model, optimizer = made(tx, (2, 4))
     before = dtypes(optimizer)
@@ -131,7 +131,7 @@ def test_the_helpers_take_the_state_and_a_checkpoint_opens_on_another_mesh(name,
             step(model, optimizer, batch_of(shapes, i))
     assert dtypes(optimizer) == before
     params, state = nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
-    assert_codes_lie_as_parameters(state, params)
+    assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, shapes))
 
     ocp.save(tmp_path / "state", opt_state(optimizer))
@@ -158,7 +158,7 @@ def test_an_update_keeps_the_dtypes_of_the_state(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_real_trainer_trains_and_goes_on_from_its_checkpoint(tmp_path):
+def test_the_real_trainer_trains_and_continues_from_its_checkpoint(tmp_path):
     trainers = pytest.importorskip("tunix.sft.peft_trainer", reason="needs google-tunix", exc_type=ImportError)
     tx = build("adamw8bit")
     batches = [trainers.TrainingInput(input_tokens=IDS, input_mask=np.ones_like(IDS)) for _ in range(4)]
@@ -176,8 +176,8 @@ def test_the_real_trainer_trains_and_goes_on_from_its_checkpoint(tmp_path):
             trainer = trainer.with_gen_model_input_fn(lambda x: {"ids": x.input_tokens, "ones": x.input_mask})
             trainer.train(batches)
         state = nnx.as_pure(trainer.optimizer.opt_state)
-        assert_codes_lie_as_parameters(state, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        assert_codes_are_sharded_like_parameters(state, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return int(state[0].count), float(jnp.mean((0.01 * model(IDS) - 1.0) ** 2))
 
-    (steps, loss), (more_steps, lower) = trained(2), trained(4)  # the second goes on from step 2 of the checkpoint
+    (steps, loss), (more_steps, lower) = trained(2), trained(4)  # the second continues from step 2 of the checkpoint
     assert (steps, more_steps) == (2, 4) and lower < loss

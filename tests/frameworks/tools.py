@@ -1,4 +1,4 @@
-"""What the flows of frameworks share: optimizers, batches that are gradients to the bit, and what a state must show."""
+"""Helpers for the flows of frameworks: optimizers, batches that equal their gradients, and checks of states."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ OPTIMIZERS = {
     "quantize_state": functools.partial(fse.quantize_state, optax.adamw(0.01, weight_decay=0.1)),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-# bitsandbytes' blocks: of 768 columns there are three, which no mesh axis of two or four divides.
+# bitsandbytes' blocks. 768 columns give three blocks, a number that mesh axes of two or four do not divide.
 OF_256 = fse.StateFormat(block_size=256, block_axis=-1, min_size=0)
 every_format = pytest.mark.parametrize("state_format", [SMALL, OF_256], ids=["default blocks", "blocks of 256"])
 
@@ -29,7 +29,7 @@ def build(name, state_format=SMALL):
 
 
 def batch_of(params, step=0):
-    """Numbers in the shapes of the parameters, of sizes that differ widely; another set for every step."""
+    """Arrays with the shapes of the parameters, new ones for every step. Their magnitudes span four decades."""
     rng = np.random.default_rng(100 + step)
 
     def one(p):
@@ -39,12 +39,12 @@ def batch_of(params, step=0):
 
 
 def loss_of(params, batch):
-    """Linear in the parameters: its gradient is the batch itself, to the bit, on every mesh."""
+    """A loss that is linear in the parameters. Its gradient is the batch itself, bit for bit, on every mesh."""
     return sum(jnp.sum(p * b) for p, b in zip(jax.tree.leaves(params), jax.tree.leaves(batch), strict=True))
 
 
 def without_framework(tx, shapes, steps=3):
-    """Parameters of ones and the state after some steps of `batch_of`, on one device."""
+    """Parameters and state after some steps on one device, starting from parameters of ones."""
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
     state = jax.jit(tx.init)(params)
     for i in range(steps):
@@ -53,13 +53,13 @@ def without_framework(tx, shapes, steps=3):
 
 
 def by_path(tree):
-    """Arrays by path; the end of a variable's own path is dropped."""
+    """Arrays by path, without the "/value" that NNX variables append."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in pairs}
 
 
 def assert_8bit(state, params):
-    """Moments of kernels are in bytes, all else of the state is not. Returns pairs (codes, their parameter)."""
+    """Checks that moments of kernels are in 8 bits and nothing else is. Returns pairs (codes, their parameter)."""
     pairs, parameters = [], by_path(params)
     for path, x in by_path(state).items():
         if "absmax" not in path and re.search("(?<!norm/)kernel", path):
@@ -72,17 +72,17 @@ def assert_8bit(state, params):
     return pairs
 
 
-def assert_codes_lie_as_parameters(state, params):
-    """On the same devices, cut in the same way, in whatever memory; and cut at all."""
+def assert_codes_are_sharded_like_parameters(state, params):
+    """Checks that codes are sharded like their parameters, in any kind of memory, and that some are sharded at all."""
     pairs = assert_8bit(state, params)
     for codes, p in pairs:
-        lies = codes.sharding.with_memory_kind(p.sharding.memory_kind)
-        assert codes.shape == p.shape and lies.is_equivalent_to(p.sharding, p.ndim)
+        sharding = codes.sharding.with_memory_kind(p.sharding.memory_kind)
+        assert codes.shape == p.shape and sharding.is_equivalent_to(p.sharding, p.ndim)
     assert any(not p.sharding.is_fully_replicated for _, p in pairs)
 
 
 def assert_same_numbers(a, b):
-    """The same bits under the same paths, whatever holds them."""
+    """Checks that two trees have the same bits under the same paths, whatever their containers are."""
     a, b = by_path(a), by_path(b)
     assert a.keys() == b.keys()
     for path, x in a.items():

@@ -1,7 +1,7 @@
 """Writes `dynamic_map.json`: bitsandbytes' two 256-entry dynamic maps as float32 bit patterns, in hexadecimal.
 
 Made with bitsandbytes 0.50.2 and torch 2.13.0 on x86-64 with AVX2, where torch's linspace uses fused multiply-adds;
-without them its bits differ. Run: python tests/golden/make_dynamic_map.py
+without them, other bits come out. Run: python tests/golden/make_dynamic_map.py
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Make embedding.npz: what torch's Embedding and bitsandbytes' Embedding and StableEmbedding answer, option by option.
+"""Writes embedding.npz: outputs and gradients of bitsandbytes' Embedding and StableEmbedding, option by option.
 
     python tests/golden/make_embedding.py        # needs the extra `parity`
 
-CASES is the one list of them: this script freezes the answers, `test_embedding.py` beside it compares ours with the
-frozen ones, and with live ones where torch and bitsandbytes are installed.
+CASES lists all cases. This script freezes the answers of torch and bitsandbytes. `test_embedding.py` compares ours with
+the frozen answers, and with live ones where torch and bitsandbytes are installed.
 
 Frozen from torch 2.13.0 (CPU) and bitsandbytes 0.50.2. The inputs come from numpy and SEED, and are frozen as well.
 """
@@ -25,14 +25,14 @@ class Case(NamedTuple):
     shape: tuple[int, int]  # num_embeddings, features
     ids: Any
     options: dict[str, Any] = {}  # noqa: RUF012  (never changed)
-    dtype: str = "float32"  # of the table alone: bitsandbytes' norm stays float32
+    dtype: str = "float32"  # of the table; bitsandbytes' norm is always float32
     table_scale: float = 1.0
 
 
 REPEATS = [1, 3, 3, 0, 5, 3, 1, 2]
 TWO_ROWS = [[4, 1, 1, 6], [0, 6, 2, 1]]
-# torch adds the terms of a half-precision gradient in half precision, ours are added in float32 and rounded once. The
-# two agree within one rounding for two terms, and, behind a norm, where torch rounds every term as well, for one.
+# torch sums a half-precision gradient in half precision. We sum in float32 and round once. Both agree within one
+# rounding if there are at most two terms. With a norm, torch rounds every term as well, so only one term is allowed.
 AT_MOST_TWICE = [2, 5, 5, 0, 3, 1, 3]
 ONCE = [[2, 5], [0, 3]]
 
@@ -80,10 +80,10 @@ CASES = [
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """The table (its padding row not zero: it counts as pretrained), ids, cotangent and norm parameters of a case."""
+    """Returns table, ids, cotangent and norm parameters of a case. The padding row is not zero, as if pretrained."""
     rng = np.random.default_rng([SEED, *case.name.encode()])
     table = rng.normal(size=case.shape) * case.table_scale
-    table[0, ::2] = 0  # a row of norm 0 in parts: p = 0 counts non-zeros
+    table[0, ::2] = 0  # zeros in a row, because p = 0 counts non-zeros
     ids = np.asarray(case.ids, np.int32)
     arrays = {
         "table": table,
@@ -95,7 +95,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
 
 
 def torch_answers(case: Case) -> dict[str, np.ndarray]:
-    """What torch and bitsandbytes return and differentiate, as float32 (exact for half-precision numbers)."""
+    """Returns outputs and gradients of torch and bitsandbytes as float32, which holds half precision exactly."""
     import bitsandbytes
     import torch
 
@@ -113,12 +113,12 @@ def torch_answers(case: Case) -> dict[str, np.ndarray]:
     output.backward(torch.from_numpy(given["cotangent"]).to(output.dtype))
     answers = {"output": output} | {name: parameter.grad for name, parameter in wanted.items()}
     if case.options.get("max_norm") is not None:
-        answers["table_after"] = module.weight  # torch renormalises the stored rows in place
+        answers["table_after"] = module.weight  # torch scales the stored rows in place
     return {name: answer.detach().float().numpy() for name, answer in answers.items()}
 
 
 def main() -> None:
-    """Write the inputs and the answers of every case into one file."""
+    """Writes the inputs and the answers of every case to one file."""
     frozen = {}
     for case in CASES:
         for name, array in (inputs(case) | torch_answers(case)).items():

@@ -1,10 +1,10 @@
-"""Make embedding_training.npz: tables that torch trains, with `max_norm` and with sparse gradients.
+"""Writes embedding_training.npz: tables that torch trains, with `max_norm` and with sparse gradients.
 
     python tests/golden/make_embedding_training.py        # needs torch
 
-Every case trains one embedding table for twelve steps; the table after each step is frozen. The module renormalises
-looked-up rows in place (`max_norm`), or has sparse gradients (`sparse=True`), which torch's SparseAdam, Adagrad and SGD
-take. In tied cases the logits are taken from the same table, after the lookup.
+Every case trains one embedding table for twelve steps, and the table after each step is frozen. The module either
+scales looked-up rows in place (`max_norm`), or has sparse gradients (`sparse=True`) for torch's SparseAdam, Adagrad and
+SGD. In tied cases the logits are computed from the same table, after the lookup.
 
 Frozen from torch 2.13.0 (CPU).
 """
@@ -21,7 +21,7 @@ INF = float("inf")
 
 
 class Case(NamedTuple):
-    """An optimizer with its arguments as torch calls them, and the options of the embedding."""
+    """An optimizer with its arguments under torch's names, and the options of the embedding."""
 
     optimizer: str  # a class of torch.optim
     hyper: dict[str, Any]
@@ -56,7 +56,7 @@ CASES = MAX_NORM + SPARSE
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """Table (its padding row is not zero), ids of every step, a fixed layer and targets."""
+    """Returns the table (its padding row is not zero), ids of every step, a fixed layer and targets."""
     rng = np.random.default_rng([SEED, *case.name.encode()])
     return {
         "table": rng.normal(size=SHAPE).astype(np.float32),
@@ -68,7 +68,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
 
 
 def torch_tables(case: Case) -> np.ndarray:
-    """The table after each step, (STEPS, *SHAPE)."""
+    """Returns the table after each step, (STEPS, *SHAPE)."""
     import torch
 
     given = {name: torch.from_numpy(array.copy()) for name, array in inputs(case).items()}
@@ -89,7 +89,7 @@ def torch_tables(case: Case) -> np.ndarray:
 
 
 def main() -> None:
-    """Write the inputs and the tables of every case into one file."""
+    """Writes the inputs and the tables of every case to one file."""
     frozen = {}
     for case in CASES:
         for name, array in (inputs(case) | {"tables": torch_tables(case)}).items():

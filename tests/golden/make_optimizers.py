@@ -1,35 +1,35 @@
-"""Make optimizers.npz and state_dicts.npz: what the optimizers of bitsandbytes do to parameters and their states.
+"""Writes optimizers.npz and state_dicts.npz: parameters and states that bitsandbytes' optimizers compute.
 
     python tests/golden/make_optimizers.py        # needs the extra `parity`
 
-Frozen from bitsandbytes 0.50.2 and torch 2.13.0 (CPU, one thread) on x86-64 with AVX-512. Parameters and gradients come
-from numpy and SEED, are the same for every case of a shape, and are made anew: frozen are the parameters, and a SHA-256
-of the gradients. A second run gives the same bits. torch's square root is not correctly rounded and depends on the CPU:
-elsewhere parameters may differ in their last bits.
+Frozen from bitsandbytes 0.50.2 and torch 2.13.0 (CPU, one thread) on x86-64 with AVX-512. Initial parameters and
+gradients come from numpy and SEED and are the same for every case of a shape. Tests compute them again, so only the
+parameters and a SHA-256 of the gradients are frozen. A second run gives the same bits. On another CPU, parameters may
+differ in their last bits, because torch's square root is not correctly rounded and depends on the CPU.
 
-optimizers.npz holds, by bitsandbytes' own names and stacked over the steps of KEPT up to the case's last one:
+optimizers.npz has these arrays under bitsandbytes' own names, stacked over the steps in KEPT up to the case's last one:
 
     {case}/p                    the parameter after the step, float32
     {case}/state1, state2       8-bit cases: codes, uint8, of the parameter's shape; 32-bit cases: float32
     {case}/absmax1, absmax2     8-bit cases: float32, one for each block of the flattened parameter
     {case}/unorm_vec            32-bit cases: the norm of the update before it was clipped, float32 (1,)
-    given/{shape}/p, gradients_sha256    what every case of that shape began with, and a check on `gradient`
+    given/{shape}/p, gradients_sha256    the initial parameter of every case of that shape, and a check of `gradient`
 
-`kept_steps` unstacks a case: {step: {name: array}}. AdEMAMix stacks its two
-first moments: state1 is (2, *shape), absmax1 (2, blocks). Momentum, Lion, RMSprop and Adagrad have no state2. Some
-elements never get a gradient: one block, and every seventh element of the others.
+`kept_steps` unstacks a case: {step: {name: array}}. AdEMAMix stacks its two first moments: state1 is (2, *shape),
+absmax1 is (2, blocks). SGD, LARS, Lion, RMSprop and Adagrad have no state2. Some elements never get a gradient: one
+block, and every seventh element of the other blocks.
 
-state_dicts.npz holds, for each of STATE_DICTS, a weight of which bitsandbytes keeps 8 bits (where the optimizer is an
-8-bit one) and a bias too small for that:
+state_dicts.npz has, for each of STATE_DICTS, a weight that an 8-bit optimizer stores in 8 bits, and a bias that is too
+small for that:
 
-    {case}/structure            text: `state_dict` makes `optimizer.state_dict()` of it, after SAVED steps
+    {case}/structure            text from which `state_dict` builds `optimizer.state_dict()` after SAVED steps
     {case}/state/...            the arrays that it names
-    {case}/3/weight, bias       the parameters that belong to it
-    {case}/5/weight, bias       and those after two more steps
+    {case}/3/weight, bias       the parameters after the same steps
+    {case}/5/weight, bias       the parameters after two more steps
 
-**One function of bitsandbytes is replaced.** Its CPU build encodes by a table of 65,536 entries, which cannot store
+**One function of bitsandbytes is replaced.** Its CPU build encodes with a table of 65,536 entries, which cannot store
 zero, unlike its CUDA build. All trajectories, and the last two steps of the second file, ran with `exact_quantizer`.
-The state dicts themselves are untouched bitsandbytes, wrong zeros and all.
+The state dicts themselves come from the unchanged bitsandbytes and have its wrong zeros.
 """
 
 import ast
@@ -47,7 +47,7 @@ HERE = pathlib.Path(__file__).parent
 FROZEN = HERE / "optimizers.npz"
 FROZEN_STATE_DICTS = HERE / "state_dicts.npz"
 
-BLOCK = 256  # bitsandbytes' only one
+BLOCK = 256  # bitsandbytes' only block size
 KEPT = (1, 2, 5, 10, 20)
 FIELDS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
 VECTOR = (3 * BLOCK + 44,)  # three blocks, the second without gradients, and a short one
@@ -55,7 +55,7 @@ MATRIX = (15, 16)
 
 
 class Case(NamedTuple):
-    """One optimizer of bitsandbytes and its options, under bitsandbytes' names."""
+    """One optimizer of bitsandbytes and its options under bitsandbytes' names."""
 
     name: str
     optimizer: str  # of bitsandbytes.optim
@@ -65,8 +65,8 @@ class Case(NamedTuple):
     min_8bit_size: int = 0
 
 
-# Learning rates that show against parameters of 0.1. On CPU LAMB8bit is Adam8bit and LARS8bit is SGD8bit: their
-# max_unorm is for 32-bit states only. The schedules end inside the 20 steps, or do not.
+# Learning rates are large enough to move parameters of about 0.1. On CPU, LAMB8bit equals Adam8bit and LARS8bit equals
+# SGD8bit, because max_unorm applies to 32-bit states only. Some schedules end within the 20 steps, some do not.
 CASES = [
     Case("adam", "Adam8bit", {"lr": 1e-2}),
     Case("adam_decay", "Adam8bit", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}),
@@ -92,7 +92,7 @@ CASES = [
     Case("lars_decay", "LARS8bit", {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.5}),
 ]
 
-# 32-bit states, where max_unorm clips: at no step, at some (`sometimes`), at every one.
+# 32-bit states, where max_unorm clips no step, some steps (`sometimes`) or every step.
 CLIPPED = [
     Case("lamb32_unclipped", "LAMB", {"lr": 1e-2, "max_unorm": 100.0}, MATRIX, 10),
     Case("lamb32_sometimes", "LAMB", {"lr": 1e-2, "max_unorm": 28.0}, MATRIX, 10),
@@ -112,7 +112,7 @@ def _state_dict_case(name: str, optimizer: str, **options) -> Case:
     return Case(name, optimizer, options, WEIGHT, CONTINUED, min_8bit_size=256)
 
 
-# AdEMAMix32bit of this version fails at its first step; AdEMAMix with 32 bits is what it should have been.
+# AdEMAMix32bit of this version fails at its first step. AdEMAMix with 32 bits does the same and works.
 STATE_DICTS = [
     _state_dict_case("adam8bit", "Adam8bit", lr=1e-2),
     _state_dict_case("adamw8bit", "AdamW8bit", lr=1e-2, weight_decay=0.1),
@@ -136,17 +136,17 @@ STATE_DICTS = [
 ]
 
 
-# --- what every case is given: numpy alone, and only operations that give the same bits everywhere --------------------
+# --- inputs: numpy alone, and only operations that give the same bits on every machine --------------------------------
 
 
 def parameter(shape: tuple[int, ...]) -> np.ndarray:
-    """The parameter before the first step: about normal, with a deviation of 0.1."""
+    """Returns the parameter before the first step: about normal, with a standard deviation of 0.1."""
     rng = np.random.default_rng([SEED, 0, *shape])
     return (0.2 * (rng.random((3, *shape)).sum(0) - 1.5)).astype(np.float32)
 
 
 def gradient(shape: tuple[int, ...], step: int) -> np.ndarray:
-    """The gradient of a step, from 1: every element has a size, over three decades, a drift, noise and outliers."""
+    """Returns the gradient of a step, from 1. Every element has its own magnitude, drift, noise and outliers."""
     rng = np.random.default_rng([SEED, 1, *shape])
     size = np.ldexp(1.0, -np.floor(11 * rng.random(shape)).astype(int))
     drift = rng.random(shape) - 0.5
@@ -157,34 +157,34 @@ def gradient(shape: tuple[int, ...], step: int) -> np.ndarray:
 
 
 def without_gradient(shape: tuple[int, ...]) -> np.ndarray:
-    """Which elements never get a gradient: the second block of the flattened parameter, and every seventh element."""
+    """Returns True for elements that never get a gradient: the second block, and every seventh element."""
     index = np.arange(np.prod(shape)).reshape(shape)
     return (index // BLOCK == 1) | (index % 7 == 3)
 
 
 def gradients_sha256(shape: tuple[int, ...]) -> str:
-    """What tells that `gradient` still gives what the frozen values were made with."""
+    """Returns a hash that shows that `gradient` still returns the gradients of the frozen values."""
     every = np.stack([gradient(shape, step) for step in range(1, max(KEPT) + 1)])
     return hashlib.sha256(every.astype("<f4").tobytes()).hexdigest()
 
 
 def given_key(shape: tuple[int, ...]) -> str:
-    """The name of a shape in optimizers.npz: `given/15x16`."""
+    """Returns the name of a shape in optimizers.npz, such as `given/15x16`."""
     return "given/" + "x".join(map(str, shape))
 
 
 def kept_steps(case: Case, frozen: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
-    """What optimizers.npz holds of a case, as `trajectory` returns it."""
+    """Returns the arrays of a case in optimizers.npz, in the form that `trajectory` returns."""
     stacked = {name: frozen[f"{case.name}/{name}"] for name in ("p", *FIELDS) if f"{case.name}/{name}" in frozen}
     steps = [step for step in KEPT if step <= case.steps]
     return {step: {name: array[i] for name, array in stacked.items()} for i, step in enumerate(steps)}
 
 
 def state_dict(structure: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The `optimizer.state_dict()` that was frozen, of numpy arrays, without torch.
+    """Returns the frozen `optimizer.state_dict()` with numpy arrays. torch is not needed.
 
-    `structure` is a Python literal (whole numbers are keys and betas are tuples, which JSON has not) that names
-    arrays as "@key".
+    `structure` is a Python literal that names arrays as "@key". JSON would not do, because keys are integers and betas
+    are tuples.
     """
 
     def fill(tree):
@@ -202,11 +202,12 @@ def state_dict(structure: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def exact_quantizer() -> Iterator[list[int]]:
-    """Replace what bitsandbytes' CPU optimizers encode with by the exact nearest; yields the sizes that it encoded.
+    """Makes bitsandbytes' CPU optimizers encode each number to the nearest code; yields the sizes of encoded arrays.
 
     code = the number of float32 midpoints (c_k + c_{k+1}) / 2 strictly below x / absmax, so that a tie goes to the
-    lower code. x is divided by absmax, correctly rounded, where what is replaced multiplies by 1 / absmax. A block of
-    zeros gets absmax 0 and codes of zero (bitsandbytes: code 0, which in the signed map is not zero).
+    lower code. x is divided by absmax and correctly rounded, while the replaced function multiplies by 1 / absmax. A
+    block of zeros gets absmax 0 and the codes of zero. bitsandbytes gives it code 0, which is not zero in the signed
+    map.
     """
     import torch
     from bitsandbytes.backends.cpu import ops
@@ -232,14 +233,14 @@ def exact_quantizer() -> Iterator[list[int]]:
 
 
 def new_optimizer(case: Case, *parameters):
-    """An optimizer of bitsandbytes over torch parameters."""
+    """Builds an optimizer of bitsandbytes for parameters of torch."""
     import bitsandbytes
 
     return getattr(bitsandbytes.optim, case.optimizer)(parameters, min_8bit_size=case.min_8bit_size, **case.options)
 
 
 def take_step(optimizer, step: int) -> None:
-    """One step with the gradients of that number."""
+    """Takes one step with the gradients of that step."""
     import torch
 
     for p in optimizer.param_groups[0]["params"]:
@@ -262,7 +263,7 @@ def _arrays(optimizer, p) -> dict[str, np.ndarray]:
 
 
 def trajectory(case: Case) -> dict[int, dict[str, np.ndarray]]:
-    """What a case is after each of its kept steps, free-running, with the exact quantizer."""
+    """Runs a case with the exact quantizer and returns its arrays after each step in KEPT."""
     import torch
 
     torch.set_num_threads(1)
@@ -275,14 +276,15 @@ def trajectory(case: Case) -> dict[int, dict[str, np.ndarray]]:
                 kept[step] = _arrays(optimizer, p)
     state = optimizer.state[p]
     moments = sum(np.prod(state[f"absmax{i}"].shape[:-1], dtype=int) for i in (1, 2) if f"absmax{i}" in state)
-    assert encoded == [p.numel()] * (moments * case.steps), "bitsandbytes did not encode by our quantizer alone"
+    assert encoded == [p.numel()] * (moments * case.steps), "bitsandbytes used another quantizer than ours"
     return kept
 
 
 def one_step(case: Case, step: int, p: np.ndarray, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a case is after one step from a parameter and a state (the fields of a kept step; {}: before the first).
+    """Takes one step from a parameter and a state, and returns the arrays of the case.
 
-    With bitsandbytes' own quantizer, unless called under `exact_quantizer`.
+    `state` has the fields of a kept step, and is empty before the first step. bitsandbytes' own quantizer is used,
+    unless the caller is inside `exact_quantizer`.
     """
     import torch
 
@@ -299,7 +301,7 @@ def one_step(case: Case, step: int, p: np.ndarray, state: dict[str, np.ndarray])
 
 
 def saved_and_continued(case: Case) -> dict[str, np.ndarray]:
-    """The arrays of one case of state_dicts.npz, without the case's name in their keys."""
+    """Returns the arrays of one case of state_dicts.npz, without the case's name in their keys."""
     import torch
 
     torch.set_num_threads(1)
@@ -337,7 +339,7 @@ def saved_and_continued(case: Case) -> dict[str, np.ndarray]:
 
 
 def torch_rounds_as_frozen() -> bool:
-    """Whether torch uses fused multiply-adds here, told by bitsandbytes' map: without, it rounds other last bits."""
+    """Returns whether torch uses fused multiply-adds on this CPU. The last bits of bitsandbytes' map depend on it."""
     from bitsandbytes.functional import create_dynamic_map
 
     frozen = json.loads((HERE / "dynamic_map.json").read_text())
@@ -346,7 +348,7 @@ def torch_rounds_as_frozen() -> bool:
 
 
 def check_zeros(case: Case, kept: dict[int, dict[str, np.ndarray]]) -> None:
-    """Without decay, an element that never had a gradient is where it was, with codes of zero: ours encoded."""
+    """Checks that without decay, elements without a gradient have not moved and have codes of zero."""
     if case.options.get("weight_decay", 0.0):
         return
     still = without_gradient(case.shape)
@@ -358,15 +360,15 @@ def check_zeros(case: Case, kept: dict[int, dict[str, np.ndarray]]) -> None:
 
 
 def write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Save the arrays and say how many bytes that makes."""
+    """Saves the arrays and prints the size of the file."""
     np.savez_compressed(path, **arrays)
     print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size} bytes")
 
 
 def main() -> None:
-    """Write both files."""
+    """Writes both files."""
     if not torch_rounds_as_frozen():
-        raise SystemExit("the codes of this machine do not mean what dynamic_map.json says: it lacks AVX2")
+        raise SystemExit("bitsandbytes' map differs from dynamic_map.json here. Use an x86-64 CPU with AVX2.")
     frozen = {}
     for shape in SHAPES:
         frozen[f"{given_key(shape)}/p"] = parameter(shape)

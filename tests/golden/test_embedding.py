@@ -1,6 +1,6 @@
-"""Embed and StableEmbed against torch and bitsandbytes: frozen answers always, live ones where both are installed.
+"""Tests Embed and StableEmbed against frozen answers of torch and bitsandbytes, and live ones if both are installed.
 
-Every array is within 1e-6 of the largest magnitude of the reference, plus one rounding for half precision.
+Every array is within 1e-6 times the largest magnitude of the reference, plus one rounding for half precision.
 """
 
 import warnings
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from flax_stable_embed import linen, nnx
-from flax_stable_embed.ops.embedding import lookup as maths
+from flax_stable_embed.ops.embedding.lookup import renorm
 from tests.golden.make_embedding import CASES, FROZEN, inputs, torch_answers
 
 case_and_api = pytest.mark.parametrize("api", ["linen", "nnx"])
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-renormalising = pytest.mark.parametrize(
+with_max_norm = pytest.mark.parametrize(
     "case", [case for case in CASES if "max_norm" in case.options], ids=lambda case: case.name
 )
 
@@ -29,7 +29,7 @@ def frozen():
 
 
 def our_answers(case, api, given):
-    """The same arrays as `torch_answers`, through one API: output and gradients of sum(output * cotangent)."""
+    """The arrays of `torch_answers` from one of our APIs: output, and gradients of sum(output * cotangent)."""
     table = jnp.asarray(given["table"], case.dtype)
     params = {"embedding": table}
     if case.module == "StableEmbed":
@@ -55,7 +55,7 @@ def _linen_forward(case, table):
 
 def _nnx_forward(case, table):
     module = getattr(nnx, case.module).from_pretrained(table, rngs=flax.nnx.Rngs(0), **case.options)
-    assert jnp.array_equal(module.embedding[...], table)  # a padding row that is not zero stays
+    assert jnp.array_equal(module.embedding[...], table)  # the padding row is kept, although it is not zero
     graph, state = flax.nnx.split(module)
 
     def forward(params, ids):
@@ -65,7 +65,7 @@ def _nnx_forward(case, table):
     return forward
 
 
-def assert_equal_within_the_rule(case, ours, theirs):
+def assert_close(case, ours, theirs):
     for name, answer in ours.items():
         expected = theirs[name]
         half = case.dtype != "float32" and name in ("output", "table_gradient")
@@ -79,17 +79,17 @@ def assert_equal_within_the_rule(case, ours, theirs):
 @case_and_api
 @every_case
 @pytest.mark.one_in(2)
-def test_answers_equal_the_frozen_ones_of_torch_and_bitsandbytes(case, api, frozen):
+def test_modules_equal_frozen_torch_and_bitsandbytes(case, api, frozen):
     given = {name: frozen[f"{case.name}/{name}"] for name in inputs(case)}
     theirs = {name.removeprefix(f"{case.name}/"): array for name, array in frozen.items()}
-    assert_equal_within_the_rule(case, our_answers(case, api, given), theirs)
+    assert_close(case, our_answers(case, api, given), theirs)
 
 
-@renormalising
+@with_max_norm
 def test_renorm_equals_the_rows_that_torch_writes_back(case, frozen):
     table, ids = frozen[f"{case.name}/table"], frozen[f"{case.name}/ids"]
     ours = table.copy()
-    ours[ids] = maths.renorm(jnp.asarray(table[ids]), case.options["max_norm"], case.options.get("norm_type", 2.0))
+    ours[ids] = renorm(jnp.asarray(table[ids]), case.options["max_norm"], case.options.get("norm_type", 2.0))
     theirs = frozen[f"{case.name}/table_after"]
     assert not np.array_equal(theirs, table), "no row was long enough to show anything"
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
@@ -97,10 +97,10 @@ def test_renorm_equals_the_rows_that_torch_writes_back(case, frozen):
 
 @case_and_api
 @every_case
-def test_answers_equal_the_live_ones_of_torch_and_bitsandbytes(case, api):
+def test_modules_equal_live_torch_and_bitsandbytes(case, api):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they warn of when imported is not ours
+        warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
             pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
         theirs = torch_answers(case)
-    assert_equal_within_the_rule(case, our_answers(case, api, inputs(case)), theirs)
+    assert_close(case, our_answers(case, api, inputs(case)), theirs)

@@ -1,6 +1,6 @@
-"""Tables that we train, beside those that torch trains: `max_norm`, in every way that we have it, and sparse gradients.
+"""Tests that tables train as in torch, with every form of `max_norm` and with sparse gradients.
 
-The largest difference of any step's table is below 3e-6, at values of about 1.
+The tables of all steps differ by less than 3e-6, at values of about 1.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ def frozen():
 
 
 def optimizer(case):
-    """The same formula in optax; torch's Adagrad adds its eps, 1e-10, outside of the root: no difference."""
+    """The same formula in optax. torch's Adagrad adds its eps, 1e-10, outside the root, too small to matter."""
     hyper = dict(case.hyper)
     learning_rate = hyper.pop("lr")
     if case.optimizer == "Adagrad":
@@ -78,7 +78,7 @@ def assert_same(tables, frozen, case):
 
 
 def linen_tables(case, tx, given, value_and_grad, extra_args, *, fused=False):
-    """Train the table of a Linen module; `extra_args(ids)` go to the optimizer."""
+    """Trains the table of a Linen module. The optimizer gets `extra_args(ids)`."""
     embed = fse.linen.Embed(*SHAPE, **options(case))
 
     def loss_fn(params, ids, step):
@@ -104,7 +104,7 @@ def linen_tables(case, tx, given, value_and_grad, extra_args, *, fused=False):
 
 @pytest.mark.one_in(10)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
-def test_with_max_norm_trains_as_torch_does(case, frozen):
+def test_with_max_norm_trains_like_torch(case, frozen):
     tx = fse.with_max_norm(optimizer(case), **case.options)
     tables = linen_tables(case, tx, inputs(case), jax.value_and_grad, lambda ids: {"token_ids": ids})
     assert_same(tables, frozen, case)
@@ -112,7 +112,7 @@ def test_with_max_norm_trains_as_torch_does(case, frozen):
 
 @pytest.mark.one_in(10, start=1)
 @pytest.mark.parametrize("case", MAX_NORM, ids=lambda case: case.name)
-def test_writing_rows_back_in_the_call_trains_as_torch_does(case, frozen):
+def test_write_back_trains_like_torch(case, frozen):
     given = inputs(case)
     embed = fse.nnx.Embed.from_pretrained(given["table"], rngs=flax.nnx.Rngs(0), **options(case, write_back=True))
     trained = flax.nnx.Optimizer(embed, optimizer(case), wrt=flax.nnx.Param)
@@ -133,7 +133,7 @@ def test_writing_rows_back_in_the_call_trains_as_torch_does(case, frozen):
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", [c for c in MAX_NORM if c.optimizer == "AdamW"], ids=lambda case: case.name)
-def test_with_max_norm_writes_parameters_in_place(case, frozen):
+def test_with_max_norm_trains_like_torch_in_fused_updates(case, frozen):
     inner = fse.adamw8bit(case.hyper["lr"], weight_decay=case.hyper["weight_decay"])
     tx = fse.with_max_norm(inner, **case.options)
     tables = linen_tables(case, tx, inputs(case), jax.value_and_grad, lambda ids: {"token_ids": ids}, fused=True)
@@ -143,7 +143,7 @@ def test_with_max_norm_writes_parameters_in_place(case, frozen):
 @pytest.mark.parametrize("route", ["row gradients", "token_ids"])
 @pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.name)
 @pytest.mark.one_in(2)
-def test_row_sparse_trains_as_torch_does(case, route, frozen):
+def test_row_sparse_trains_like_torch(case, route, frozen):
     tx = fse.row_sparse(optimizer(case))
     if route == "row gradients":
         tables = linen_tables(case, tx, inputs(case), fse.row_value_and_grad, lambda ids: {})
@@ -152,8 +152,8 @@ def test_row_sparse_trains_as_torch_does(case, route, frozen):
     assert_same(tables, frozen, case)
 
 
-def test_the_cases_tell_a_step_without_max_norm_from_torch(frozen):
-    """The oracle sees the difference: renormalised in the forward pass alone, rows are elsewhere by far more."""
+def test_training_without_with_max_norm_differs_from_torch(frozen):
+    """Shows that the cases are sensitive: if rows are scaled in the forward pass only, tables differ by far more."""
     case = next(c for c in MAX_NORM if c.optimizer == "SGD" and not c.tied)
     tables = linen_tables(case, optimizer(case), inputs(case), jax.value_and_grad, lambda ids: {})
     assert np.abs(np.stack(tables) - frozen[f"{case.name}/tables"]).max() > 0.1
@@ -162,7 +162,7 @@ def test_the_cases_tell_a_step_without_max_norm_from_torch(frozen):
 @pytest.mark.filterwarnings("ignore:Sparse invariant")  # of torch
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs torch")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_frozen_tables_are_those_of_the_torch_that_is_installed(case, frozen):
+def test_the_installed_torch_gives_the_frozen_tables(case, frozen):
     given = inputs(case)
     for name, array in given.items():
         np.testing.assert_array_equal(array, frozen[f"{case.name}/{name}"])

@@ -1,7 +1,7 @@
-"""The frozen steps of bitsandbytes against the formulas that we take them for, in float64 numpy: rules and encoding.
+"""Tests our reading of bitsandbytes' formulas, rules and encoding, in float64 numpy against its frozen steps.
 
-Every code is the same, 20 steps long; parameters, scales and 32-bit states agree within a few float32 roundings. Where
-torch and bitsandbytes are installed, the frozen steps are also taken again.
+Every code is the same for 20 steps. Parameters, scales and 32-bit states agree within a few float32 roundings. Where
+torch and bitsandbytes are installed, they take the frozen steps again.
 """
 
 import json
@@ -67,7 +67,7 @@ def ademamix(p, g, m, v, t, betas=(0.9, 0.999, 0.9999), alpha=5.0, t_alpha=None,
 
 
 def momentum(p, g, m, _v, t, momentum=0.9, **_):
-    m = momentum * m + g  # from zeros the first step is the gradient, so its special case needs no line here
+    m = momentum * m + g  # the trace starts at zero, so the special case of the first step needs no line here
     return m, m, None
 
 
@@ -95,13 +95,18 @@ RULES = {
     "RMSprop": rmsprop,
     "Adagrad": adagrad,
 }
-COUPLED = ("SGD", "LARS", "RMSprop", "Adagrad")  # the decay joins the gradient; elsewhere p (1 - lr decay) comes first
+COUPLED = (
+    "SGD",
+    "LARS",
+    "RMSprop",
+    "Adagrad",
+)  # decay is added to the gradient; elsewhere p (1 - lr decay) comes first
 DECAYS = {"AdamW": 0.01, "AdEMAMix": 0.01}
 MAX_UNORM = {"LAMB": 1.0, "LARS": 0.02}
 
 
 def rule_step(case, step, p, g, states, clipped):
-    """(parameter, states, norm of the update) in float64, of float64 states."""
+    """Returns (parameter, states, norm of the update) in float64, from float64 states."""
     name = case.optimizer.removesuffix("8bit").removesuffix("32bit")
     lr, decay = case.options["lr"], case.options.get("weight_decay", DECAYS.get(name, 0.0))
     start = p
@@ -134,7 +139,7 @@ def decode(codes, absmax, code):
 
 
 def encode(x, rows, signed):
-    """The nearest code, the lower one of two, and the absmax of each block; `rows` are encoded one by one."""
+    """Returns the nearest codes (a tie goes to the lower one) and the absmax of each block, row by row."""
     flat = x.astype(np.float32).reshape(rows, -1)
     absmax = np.maximum.reduceat(np.abs(flat), range(0, flat.shape[1], BLOCK), axis=1)
     scales = np.repeat(np.where(absmax > 0, absmax, 1), BLOCK, axis=1)[:, : flat.shape[1]]
@@ -144,7 +149,7 @@ def encode(x, rows, signed):
 
 
 def values(state):
-    """(state1, state2) of a kept step, in float64."""
+    """Returns (state1, state2) of a kept step in float64."""
     return [
         None
         if f"state{i}" not in state
@@ -156,7 +161,7 @@ def values(state):
 
 
 def next_step(case, step, before):
-    """The kept step after `before`, in the same dtypes; `before` of step 0 is what bitsandbytes starts with."""
+    """Returns the kept step after `before`, in the same dtypes. For the first step, `before` is `start`."""
     p, states, unorm = rule_step(
         case,
         step,
@@ -181,7 +186,7 @@ def start(case, like):
 
 
 def assert_the_same(found, expected, before, roundings):
-    """Codes all equal; the rest within float32 roundings of the larger of before and now."""
+    """Checks that codes are equal, and all else within float32 roundings of the larger of before and now."""
     assert found.keys() == expected.keys()
     for name, theirs in expected.items():
         ours = found[name]
@@ -197,14 +202,14 @@ def assert_the_same(found, expected, before, roundings):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parameters_and_gradients_are_made_anew_as_they_were(shape):
+def test_parameters_and_gradients_are_those_of_the_frozen_steps(shape):
     assert np.array_equal(frozen(FROZEN)[f"{given_key(shape)}/p"], parameter(shape))
     assert frozen(FROZEN)[f"{given_key(shape)}/gradients_sha256"] == gradients_sha256(shape)
 
 
 @every_case
 @pytest.mark.one_in(2)
-def test_the_first_two_steps_are_the_formula(case):
+def test_the_first_two_steps_follow_the_formula(case):
     kept = kept_steps(case, frozen(FROZEN))
     kept[0] = start(case, kept[1])
     for step in (1, 2):
@@ -214,7 +219,7 @@ def test_the_first_two_steps_are_the_formula(case):
 
 @every_case
 @pytest.mark.one_in(2, start=1)
-def test_all_steps_are_the_formula(case):
+def test_all_steps_follow_the_formula(case):
     kept = kept_steps(case, frozen(FROZEN))
     now = peak = start(case, kept[1])
     for step in range(1, case.steps + 1):
@@ -225,7 +230,7 @@ def test_all_steps_are_the_formula(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_elements_without_gradient_stay_where_they_were_unless_they_decay(case):
+def test_elements_without_gradient_move_only_if_they_decay(case):
     still = without_gradient(case.shape)
     moved = [
         not np.array_equal(kept["p"][still], parameter(case.shape)[still])
@@ -235,7 +240,7 @@ def test_elements_without_gradient_stay_where_they_were_unless_they_decay(case):
 
 
 @every_state_dict
-def test_state_dicts_are_those_of_bitsandbytes_and_go_on_by_the_formula(case):
+def test_training_continues_from_state_dicts_by_the_formula(case):
     arrays = {
         name.removeprefix(f"{case.name}/"): array
         for name, array in frozen(FROZEN_STATE_DICTS).items()
@@ -260,11 +265,11 @@ def test_state_dicts_are_those_of_bitsandbytes_and_go_on_by_the_formula(case):
 @pytest.fixture
 def live():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they warn of when imported is not ours
+        warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
             pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
         if not torch_rounds_as_frozen():
-            pytest.skip("torch has no fused multiply-adds on this CPU, and other last bits in its codes")
+            pytest.skip("torch has no fused multiply-adds on this CPU, so its codes have other last bits")
         yield
 
 
@@ -276,7 +281,7 @@ def test_live_bitsandbytes_takes_the_frozen_steps(case, live):
 
 
 @every_case
-def test_the_quantizer_that_was_replaced_touches_no_parameter(case, live):
+def test_the_replaced_quantizer_does_not_change_parameters(case, live):
     kept = kept_steps(case, frozen(FROZEN))
     found = one_step(case, 2, kept[1]["p"], kept[1])
     assert_the_same({"p": found["p"]}, {"p": kept[2]["p"]}, kept[2], roundings=2)
@@ -286,7 +291,7 @@ def test_the_quantizer_that_was_replaced_touches_no_parameter(case, live):
 
 
 @every_state_dict
-def test_live_bitsandbytes_makes_the_frozen_state_dicts(case, live):
+def test_live_bitsandbytes_gives_the_frozen_state_dicts(case, live):
     for name, found in saved_and_continued(case).items():
         expected = frozen(FROZEN_STATE_DICTS)[f"{case.name}/{name}"]
         if name == "structure":

@@ -1,8 +1,8 @@
-"""Our optimizers take bitsandbytes' steps: the frozen trajectories, free-running, and live ones step by step.
+"""Tests that our optimizers take bitsandbytes' steps: all frozen steps in a row, and live steps one by one.
 
-Measured over the frozen 8-bit cases: of 138,040 codes none differs, scales by at most 2 ulp, parameters by at most
-1.5e-5 learning rates a step and one rounding. They move by up to 1,150 learning rates (where a small second moment is
-stored as zero); the bound does not grow with that.
+Measured over the frozen 8-bit cases: none of 138,040 codes differs, scales differ by at most 2 ulps, and parameters by
+at most 1.5e-5 learning rates per step and one rounding. A step can be as long as 1,150 learning rates, where a small
+second moment is stored as zero. The bound does not grow with that.
 """
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from tests.interop.bitsandbytes.tools import (
 from tests.interop.bitsandbytes.tools import live as live
 
 every_8bit_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-WRONG_CODES = 1e-4  # of all elements: where a value lies within NEAR ulps of a midpoint, and nowhere else
+WRONG_CODES = 1e-4  # the allowed share, and only where a value is within NEAR ulps of a midpoint
 NEAR = 4
 
 
@@ -39,7 +39,7 @@ def frozen():
 
 
 def run(case, tx):
-    """(step, parameter, state, what was before it) after every step of a case."""
+    """Yields (step, parameter, state, arrays before the step) after every step of a case."""
     params = {"kernel": jnp.asarray(parameter(case.shape))}
     state, take = tx.init(params), fused(tx)
     for step in range(1, case.steps + 1):
@@ -49,7 +49,7 @@ def run(case, tx):
 
 
 def near_midpoints(case, step, p, fields, scales):
-    """Where the moments that are stored lie within NEAR ulps of a midpoint, by the formula in float64; by field."""
+    """Returns, by field, where moments are within NEAR ulps of a midpoint, by the formula in float64."""
     states = [None, None]
     for i in (1, 2):
         if f"state{i}" in fields:
@@ -69,7 +69,7 @@ def near_midpoints(case, step, p, fields, scales):
 
 @every_8bit_case
 @pytest.mark.one_in(2)
-def test_twenty_steps_are_bitsandbytes_own(case, frozen):
+def test_twenty_steps_equal_those_of_bitsandbytes(case, frozen):
     kept, wrong, seen = kept_steps(case, frozen), 0, 0
     for step, p, state, before in run(case, our_optimizer(case, state_format=BLOCKS)):
         if step not in kept:
@@ -89,8 +89,8 @@ def test_twenty_steps_are_bitsandbytes_own(case, frozen):
 
 
 @pytest.mark.parametrize("case", CLIPPED, ids=lambda case: case.name)
-def test_ten_clipped_steps_are_bitsandbytes_own(case, frozen):
-    """32-bit states. We clip LAMB by the corrected step, as CUDA does; a schedule makes CPU's limit of ours."""
+def test_ten_clipped_steps_equal_those_of_bitsandbytes(case, frozen):
+    """States are in 32 bits. For LAMB a schedule turns our limit, which is that of CUDA, into that of the CPU build."""
     kept, params = kept_steps(case, frozen), {"kernel": jnp.asarray(parameter(case.shape))}
     tx = clips_as_on_cpu(case, rules=ALL_FP32)
     state = tx.init(params)
@@ -106,7 +106,7 @@ def test_ten_clipped_steps_are_bitsandbytes_own(case, frozen):
 
 
 def test_8bit_moments_are_not_clipped_and_32bit_ones_are():
-    """As LAMB8bit and LARS8bit on CPU, whose parameters below the size limit are clipped."""
+    """On CPU, LAMB8bit and LARS8bit clip only parameters below the size limit, which have 32-bit moments."""
     params = {"large": jnp.ones(4096), "small": jnp.ones(4095)}
     for factory, options in ((bitsandbytes.lamb8bit, {}), (bitsandbytes.lars8bit, {"momentum": 0.9})):
         tx = factory(1.0, **options, max_unorm=0.25)
@@ -119,8 +119,8 @@ def test_8bit_moments_are_not_clipped_and_32bit_ones_are():
 
 
 @every_8bit_case
-def test_one_step_is_that_of_the_untouched_wheel(case, live):
-    """Tolerances of bitsandbytes' test_optimizer8bit, from its state; its quantizer stores zeros as something else."""
+def test_one_step_equals_that_of_the_installed_bitsandbytes(case, live):
+    """Each step starts from bitsandbytes' state. The tolerances are those of its test_optimizer8bit."""
     tx = our_optimizer(case, state_format=BLOCKS)
     take, p, theirs, step_size = fused(tx), parameter(case.shape), {}, case.options["lr"]
     for step in range(1, 11):
@@ -133,7 +133,7 @@ def test_one_step_is_that_of_the_untouched_wheel(case, live):
             if f"state{i}" in theirs:
                 code = code_values(i == 1)
                 values = [decode(x[f"state{i}"], x[f"absmax{i}"], code) for x in (ours, theirs)]
-                # At most 8 of 812 are a code off: its table of 65,536 entries is not exact. (There, fewer than 20.)
+                # At most 8 of 812 differ by a code, because its table is not exact. Its own test allows 20.
                 assert (~np.isclose(*values, rtol=1e-3, atol=3e-3 * min(1, np.abs(values[1]).max()))).sum() < 10
                 assert ulps(ours[f"absmax{i}"], theirs[f"absmax{i}"]).max() <= 2
         rounding = np.spacing(np.maximum(np.abs(p), np.abs(before)))

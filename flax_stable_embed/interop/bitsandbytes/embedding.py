@@ -1,9 +1,9 @@
-"""Embeddings of torch and bitsandbytes as parameters of ours, and back.
+"""Converts embeddings of torch and bitsandbytes to parameters of this library, and back.
 
     nn.Embedding, bnb.nn.Embedding   weight                            embedding
     bnb.nn.StableEmbedding           weight, norm.weight, norm.bias    embedding, norm/scale, norm/bias
 
-Both tables are (num_embeddings, features): nothing is transposed and nothing rounded.
+The table has the shape (num_embeddings, features) on both sides, so nothing is transposed or rounded.
 """
 
 import os
@@ -19,11 +19,9 @@ from flax import nnx
 from ... import nnx as modules
 from ...ops.dtypes import at_least_float32
 from ...optim.boxes import unbox
-from ._tensors import as_numpy, open_tensors
+from .tensors import as_numpy, open_tensors
 
-NORM = {"scale": "norm.weight", "bias": "norm.bias"}
-
-
+NORM = {"scale": "norm.weight", "bias": "norm.bias"}  # our names and torch's
 SHOWN = 12  # names of tensors in an error
 
 
@@ -34,25 +32,32 @@ def load_embedding(
     stable: bool | None = None,
     into: modules.Embed | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a Linen `Embed` or `StableEmbed` from a checkpoint of torch; of an NNX module, in place.
+    """Loads an embedding of torch or bitsandbytes as parameters of `Embed` or `StableEmbed`.
 
-    The table keeps its dtype, bfloat16 too; scale and bias become at least float32, as `StableEmbed` has them.
+    The table has the shape (num_embeddings, features) and keeps its dtype, including bfloat16. Scale and bias have the
+    shape (features,) and become at least float32, as `StableEmbed` has them. Nothing is transposed, and a quantized
+    table is refused.
 
-    Where the checkpoint is of a plain `nn.Embedding` and a `StableEmbed` is asked for, the norm begins with scale 1 and
-    bias 0, and a warning says so: a pretrained model does not know that norm and must be trained with it.
+    If you ask for a `StableEmbed` and the checkpoint has a plain `nn.Embedding`, the norm starts with scale 1 and bias
+    0, and a warning says so. The rest of a pretrained model has never seen that norm, so it must be trained with it.
 
     Args:
-        source: a state dict of torch tensors or numpy arrays, or the path of a safetensors file.
-        key: the name of the embedding in it ("transformer.wte"); "" where the state dict is the embedding's own.
-        stable: whether a norm is asked for. None for what the checkpoint has, or what `into` is.
-        into: an NNX module whose parameters are set, in their own dtypes and on their devices.
+        source: A state dict of torch tensors or numpy arrays, or the path of a safetensors file.
+        key: The name of the embedding in the state dict, such as "transformer.wte". Leave it empty if the state dict is
+            that of the embedding itself.
+        stable: True for the parameters of a `StableEmbed`, False for those of an `Embed`. By default, `into` decides,
+            or else whether the checkpoint has a norm.
+        into: An NNX module whose parameters are replaced in place. They keep their dtypes and shardings. For Linen,
+            use the returned dictionary instead.
 
     Returns:
-        {"embedding": table} and with a norm {"norm": {"scale": ..., "bias": ...}}.
+        The parameters of the Linen module: {"embedding": table}, and {"norm": {"scale": ..., "bias": ...}} as well for
+        a `StableEmbed`.
 
     Raises:
-        ValueError: a tensor is missing or of the wrong shape; the checkpoint has a norm that is not asked for.
-        TypeError: `source` or the table is of the wrong kind.
+        ValueError: If a tensor is missing or has the wrong shape, or if the checkpoint has a norm and an `Embed` is
+            asked for.
+        TypeError: If `source`, `into` or the dtype of the table is not supported.
 
     >>> import numpy as np, flax_stable_embed as fse
     >>> saved = {"wte.weight": np.eye(3, 2), "wte.norm.weight": np.full(2, 0.5), "wte.norm.bias": np.zeros(2)}
@@ -63,28 +68,28 @@ def load_embedding(
     tensors, prefix = open_tensors(source), f"{key}." if key else ""
     if into is not None:
         if not isinstance(into, modules.Embed):
-            raise TypeError(f"`into` must be an Embed of fse.nnx, got {type(into).__name__}; for Linen leave it out.")
+            raise TypeError(f"`into` must be an fse.nnx.Embed, got {type(into).__name__}. For Linen, leave it out.")
         if stable is not None and stable != hasattr(into, "norm"):
-            raise ValueError(f"`stable` is {stable}, but `into` is {type(into).__name__}. Leave one of them out.")
+            raise ValueError(f"`stable` is {stable}, but `into` is a {type(into).__name__}. Leave one of them out.")
         stable = hasattr(into, "norm")
     table = as_numpy(_get(tensors, f"{prefix}weight"))
     if not jnp.issubdtype(table.dtype, jnp.floating):
-        raise TypeError(f"{prefix}weight must be floating point, got {table.dtype}; dequantize it first.")
+        raise TypeError(f"'{prefix}weight' must be floating point, got {table.dtype}. Dequantize it first.")
     if table.ndim != 2:
-        raise ValueError(f"{prefix}weight must be of shape (num_embeddings, features), got {table.shape}.")
+        raise ValueError(f"'{prefix}weight' must have the shape (num_embeddings, features), got {table.shape}.")
     params: dict[str, Any] = {"embedding": table}
     has_norm = any(f"{prefix}{name}" in tensors for name in NORM.values())
     if stable is False and has_norm:
         raise ValueError(
-            f"the checkpoint has {prefix}norm.weight or {prefix}norm.bias, for which an Embed has no place and without "
-            "which its table means something else. Use StableEmbed."
+            f"The checkpoint has '{prefix}norm.weight' or '{prefix}norm.bias', which an Embed does not have. The table "
+            "was trained with that norm. Use StableEmbed."
         )
     if has_norm:
         params["norm"] = {ours: _norm(tensors, f"{prefix}{theirs}", table) for ours, theirs in NORM.items()}
     elif stable:
         warn(
-            f"the checkpoint has no {prefix}norm.weight and {prefix}norm.bias: it is of a plain embedding. The norm of "
-            "StableEmbed begins with scale 1 and bias 0, and must be trained with the model.",
+            f"The checkpoint has no '{prefix}norm.weight' and '{prefix}norm.bias': it is of a plain embedding. The "
+            "norm of StableEmbed starts with scale 1 and bias 0, and must be trained with the model.",
             stacklevel=2,
         )
         wide = at_least_float32(table.dtype)
@@ -97,16 +102,24 @@ def load_embedding(
 def dump_embedding(
     params: Any, *, key: str = "", tensor: Callable[[np.ndarray], Any] = lambda array: array
 ) -> dict[str, Any]:
-    """The state dict of `nn.Embedding` or `StableEmbedding`: the inverse of `load_embedding`.
+    """Returns the state dict of torch's `nn.Embedding` or bitsandbytes' `StableEmbedding`.
+
+    This is the inverse of `load_embedding`. Shapes and dtypes stay the same.
 
     Args:
-        params: the parameters of a Linen `Embed` or `StableEmbed`, or an NNX module or its state.
-        key: the name of the embedding in the state dict.
-        tensor: makes a tensor of a numpy array: torch.from_numpy, which does not take JAX's bfloat16: there
-            lambda x: torch.from_numpy(x.view(numpy.int16)).view(torch.bfloat16).
+        params: The parameters of a Linen `Embed` or `StableEmbed`, or an NNX module or its state.
+        key: The name of the embedding in the state dict, such as "transformer.wte". Leave it empty for the state dict
+            of the embedding itself.
+        tensor: A function that turns a numpy array into a tensor, such as torch.from_numpy. That one does not accept
+            JAX's bfloat16. For bfloat16 tables use lambda x: torch.from_numpy(x.view(numpy.int16)).view(torch.bfloat16)
+            instead. By default the state dict has numpy arrays.
+
+    Returns:
+        A dictionary with "weight", and "norm.weight" and "norm.bias" as well for a `StableEmbed`, each with `key` and a
+        dot in front.
 
     Raises:
-        ValueError: parameters of something else.
+        ValueError: If `params` are not the parameters of one embedding.
 
     >>> import flax_stable_embed as fse
     >>> module = fse.nnx.StableEmbed(3, 2, rngs=nnx.Rngs(0))
@@ -120,8 +133,8 @@ def dump_embedding(
     found = [*params, *(f"norm/{name}" for name in norm)]
     if set(found) not in ({"embedding"}, {"embedding", "norm", "norm/scale", "norm/bias"}):
         raise ValueError(
-            "`params` must be those of an Embed (embedding) or a StableEmbed (embedding, norm/scale, norm/bias), got "
-            f"{', '.join(map(str, found)) or 'none'}. Give it those of the one module, such as params['wte']."
+            "`params` must be the parameters of an Embed (embedding) or a StableEmbed (embedding, norm/scale, "
+            f"norm/bias), got {', '.join(map(str, found)) or 'none'}. Pass those of one module, such as params['wte']."
         )
     prefix = f"{key}." if key else ""
     arrays = {"weight": params["embedding"]} | {theirs: norm[ours] for ours, theirs in NORM.items() if norm}
@@ -135,22 +148,23 @@ def _get(tensors: Mapping[str, Any], name: str) -> Any:
     there = sorted(tensors, key=lambda other: not other.endswith(tail))  # the likely ones first
     more = ", ..." if len(there) > SHOWN else ""
     raise ValueError(
-        f"the checkpoint has no {name!r}. It has {', '.join(there[:SHOWN]) or 'nothing'}{more}. `key` is what comes "
-        "before '.weight'."
+        f"The checkpoint has no {name!r}. It has {', '.join(there[:SHOWN]) or 'nothing'}{more}. `key` must be the name "
+        "in front of '.weight'."
     )
 
 
 def _norm(tensors: Mapping[str, Any], name: str, table: np.ndarray) -> np.ndarray:
     vector = as_numpy(_get(tensors, name))
     if vector.shape != table.shape[1:]:
-        raise ValueError(f"{name} must be of shape {table.shape[1:]}, as a row of the table, got {vector.shape}.")
+        raise ValueError(f"{name!r} must have the shape {table.shape[1:]} of a row of the table, got {vector.shape}.")
     return vector.astype(at_least_float32(vector.dtype))
 
 
 def _fill(module: modules.Embed, params: dict[str, Any]) -> None:
     if module.embedding.shape != params["embedding"].shape:
         raise ValueError(
-            f"the checkpoint has a table of shape {params['embedding'].shape}, but `into` has {module.embedding.shape}."
+            f"The checkpoint has a table of shape {params['embedding'].shape}, but `into` has "
+            f"{module.embedding.shape}. Build the module with the sizes of the checkpoint."
         )
     variables = [(module.embedding, params["embedding"])]
     if isinstance(module, modules.StableEmbed):

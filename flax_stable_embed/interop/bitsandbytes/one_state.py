@@ -1,7 +1,9 @@
 r"""bitsandbytes' optimizers with one moment: SGD, LARS, RMSprop, Adagrad, Lion.
 
-All of them store it with the signed map, also where it is never negative. But for Lion, weight decay joins the
-gradient: g + w p. Source: bitsandbytes 0.50.2, `optim/` and `backends/`.
+All of them store the moment with the signed map, even if it is never negative. In Lion the parameter itself decays. In
+the others, weight decay is added to the gradient: g + w p.
+
+Source: bitsandbytes 0.50.2, `optim/` and `backends/`.
 """
 
 from typing import Any
@@ -16,7 +18,7 @@ from ...optim.methods.lion import engine as lion_engine
 from ...optim.methods.rmsprop import engine as rmsprop_engine
 from ...optim.methods.sgd import engine as sgd_engine
 from ...optim.storage.state_format import StateFormat
-from ._formula import STATE_FORMAT, decayed
+from .formula import STATE_FORMAT, decayed
 
 
 def sgd8bit(
@@ -30,21 +32,28 @@ def sgd8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `SGD8bit`: momentum without dampening and without Nesterov, which it takes and ignores.
+    r"""Builds bitsandbytes' `SGD8bit`: SGD with momentum.
 
     $$t_t = g_t + \lambda \theta_{t-1} + b\, t_{t-1}, \quad \theta_t = \theta_{t-1} - \alpha_t t_t$$
 
-    Differences from bitsandbytes: those of `adamw8bit`; `momentum` has no default (there it is 0, which raises).
-    Difference from `fse.sgd8bit`: weight decay.
+    There is no dampening and no Nesterov momentum. bitsandbytes has arguments for both and ignores them.
+
+    Differences from bitsandbytes: those of `adamw8bit`. `momentum` has no default; there the default is 0, which raises
+    an error.
+
+    Differences from `fse.sgd8bit`: the storage format, as in `adamw8bit`, and weight decay.
 
     Args:
-        momentum: decay rate of the trace.
-        weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
-            `adamw8bit`.
+        momentum: Decay rate of the trace, the decaying sum of gradients.
+        weight_decay: Strength of the weight decay, a number or a schedule. It is multiplied by the parameter and added
+            to the gradient.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}
@@ -70,30 +79,34 @@ def lars8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `LARS8bit`: SGD, its step clipped where the trace is in 32 bits.
+    r"""Builds bitsandbytes' `LARS8bit`: SGD with momentum whose step is clipped where the trace is in 32 bits.
 
     $$t_t = g_t + \lambda \theta_{t-1} + b\, t_{t-1}, \quad \theta_t = \theta_{t-1} - \alpha_t \min\left(1, \frac{M
     \lVert \theta_{t-1} \rVert}{\lVert t_t \rVert}\right) t_t$$
 
-    **A parameter with an 8-bit trace is not clipped**, as in bitsandbytes, where `LARS8bit` is SGD for those on CPU and
-    refuses to run on CUDA. For the trust ratio of the paper, or for clipping whatever the storage, use
-    `fse.lars8bit(max_unorm=None or M)`; for bitsandbytes' `LARS32bit`, rules=((".*", 32),).
+    **The step of a parameter with an 8-bit trace is not clipped.** This is as in bitsandbytes, where `LARS8bit` does
+    plain SGD for such parameters on CPU and refuses to run on CUDA. Use `fse.lars8bit` for the trust ratio of the
+    paper, and `fse.lars8bit(max_unorm=M)` to clip whatever the storage is. Use rules=((".*", 32),) for bitsandbytes'
+    `LARS32bit`.
 
-    Differences from bitsandbytes: those of `sgd8bit`. A parameter of length 0 is not clipped; there it would stay 0 for
-    ever.
+    Differences from bitsandbytes: those of `sgd8bit`. The step of a parameter of norm 0 is not clipped; there it would
+    stay 0 forever.
 
-    Differences from `fse.lars8bit`: the storage, as in `adamw8bit`; clipping in place of the trust ratio, behind the
-    trace and only of fp32 traces.
+    Differences from `fse.lars8bit`: the storage format, as in `adamw8bit`. Steps are clipped instead of scaled by a
+    trust ratio. Clipping comes after the trace and applies only where the trace is in fp32.
 
     Args:
-        momentum: decay rate of the trace.
-        weight_decay: a number or a schedule, added to the gradient.
-        max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
-        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
-            `adamw8bit`.
+        momentum: Decay rate of the trace, the decaying sum of gradients.
+        weight_decay: As in `sgd8bit`.
+        max_unorm: The largest norm of a step at a learning rate of 1, relative to the norm of its parameter (M in the
+            equation). None or 0 for no limit.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512)), "bias": jnp.ones(512)}
@@ -119,26 +132,29 @@ def rmsprop8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `RMSprop8bit`: eps outside the square root, no momentum, not centered.
+    r"""Builds bitsandbytes' `RMSprop8bit`: neither centered nor with momentum, and eps is outside the square root.
 
     $$d_t = g_t + \lambda \theta_{t-1}, \quad v_t = b v_{t-1} + (1 - b) d_t^2, \quad \theta_t = \theta_{t-1} - \alpha_t
     \frac{d_t}{\sqrt{v_t} + \epsilon}$$
 
-    Differences from bitsandbytes: those of `adamw8bit`; the decayed gradient is in the numerator, as on CPU: on CUDA
-    the raw one is, which all but loses the decay.
+    Differences from bitsandbytes: those of `adamw8bit`. The numerator is the gradient with the weight decay in it, as
+    on CPU. On CUDA it is the gradient alone, which removes nearly all of the decay.
 
-    Differences from `fse.rmsprop8bit`: the storage, as in `adamw8bit`; a learning rate by default, eps outside the
-    square root, weight decay, `decay` 0.99 and not 0.9, and neither centering nor momentum.
+    Differences from `fse.rmsprop8bit`: the storage format, as in `adamw8bit`. The learning rate has a default, eps is
+    outside the square root, `decay` is 0.99 instead of 0.9, and there is weight decay. There is neither centering nor
+    momentum.
 
     Args:
-        decay: decay rate of the second moment; bitsandbytes' `alpha`.
-        eps: added outside the square root.
-        weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
-            `adamw8bit`.
+        decay: Decay rate of the second moment, the moving average of squared gradients. bitsandbytes calls it `alpha`.
+        eps: As in `adamw8bit`.
+        weight_decay: As in `sgd8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}
@@ -164,24 +180,26 @@ def adagrad8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `Adagrad8bit`: the sum begins from 0, eps is outside the square root.
+    r"""Builds bitsandbytes' `Adagrad8bit`: the sum of squares starts at 0, and eps is outside the square root.
 
     $$d_t = g_t + \lambda \theta_{t-1}, \quad s_t = s_{t-1} + d_t^2, \quad \theta_t = \theta_{t-1} - \alpha_t
     \frac{d_t}{\sqrt{s_t} + \epsilon}$$
 
     Differences from bitsandbytes: those of `rmsprop8bit`.
 
-    Differences from `fse.adagrad8bit`: the storage, as in `adamw8bit`; a learning rate by default, the sum begins from
-    0 and not 0.1, eps is outside the square root and 1e-10, and there is weight decay.
+    Differences from `fse.adagrad8bit`: the storage format, as in `adamw8bit`. The learning rate has a default, the sum
+    starts at 0 instead of 0.1, eps is outside the square root and 1e-10, and there is weight decay.
 
     Args:
-        eps: added outside the square root.
-        weight_decay: a number or a schedule, added to the gradient.
-        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: see
-            `adamw8bit`.
+        eps: As in `adamw8bit`.
+        weight_decay: As in `sgd8bit`.
+        learning_rate, rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}
@@ -207,24 +225,27 @@ def lion8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `Lion8bit`.
+    r"""Builds bitsandbytes' `Lion8bit`: steps in the direction of the sign of a mean of gradients.
 
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \mathrm{sign}(b_1 m_{t-1} + (1 - b_1) g_t), \quad m_t =
     b_2 m_{t-1} + (1 - b_2) g_t$$
 
     Differences from bitsandbytes: those of `adamw8bit`.
 
-    Differences from `fse.lion8bit`: the storage, as in `adamw8bit`; a default learning rate and, in place of 1e-3, no
-    weight decay.
+    Differences from `fse.lion8bit`: the storage format, as in `adamw8bit`. The learning rate has a default, and weight
+    decay is 0 by default instead of 1e-3.
 
     Args:
-        b1: weight of the moment in the direction.
-        b2: decay rate of the moment.
-        learning_rate, weight_decay, rules, state_format, implementation, partition_specs, skip_nonfinite: see
+        b1: Weight of the moment in the direction; the gradient has the weight 1 - b1.
+        b2: Decay rate of the moment, the moving average of gradients.
+        learning_rate, weight_decay, rules, state_format, implementation, partition_specs, skip_nonfinite: As in
             `adamw8bit`.
 
+    Returns:
+        As `adamw8bit`.
+
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.lion8bit(weight_decay=0.1)

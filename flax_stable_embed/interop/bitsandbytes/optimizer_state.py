@@ -1,8 +1,9 @@
-"""The state of bitsandbytes' optimizers, `optimizer.state_dict()`, as the state of ours, and back.
+"""Converts `optimizer.state_dict()` of bitsandbytes to the state of our optimizers, and back.
 
-bitsandbytes keeps for each parameter `step`, `state1` and perhaps `state2`; where they are uint8, `absmax` and `qmap`
-beside each. Since 0.50 they lie in a dictionary of their own, before that beside `step`; both are read. Where blocks
-and maps agree (`_blocks.py`), codes survive bit by bit.
+For each parameter bitsandbytes stores `step`, `state1` and, for optimizers with two moments, `state2`. Where these are
+uint8 codes, it also stores `absmax1` and `qmap1` (or `absmax2` and `qmap2`). Since 0.50 these tensors are in a
+dictionary of their own, before that they were next to `step`. Both layouts are read. Codes are copied bit for bit where
+blocks and maps agree (`flat_blocks.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,21 +17,17 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from ...optim.storage.moments import is_codes
-from . import _blocks as flat
-from ._layout import layout
-from ._moments import Stored, to_ours, to_theirs
-from ._pairs import Axes, Key, check_shape, pair
-from ._report import ConversionReport, Converted
-from ._slots import Arrays, Slot, slots, states_of
-from ._tensors import as_numpy
+from . import flat_blocks as flat
+from .conversion import Stored, to_ours, to_theirs
+from .layout import layout
+from .pairs import Axes, Key, check_shape, pair
+from .report import ConversionReport, Converted
+from .slots import Arrays, Slot, slots, states_of
+from .tensors import as_numpy
 
 NESTED = "__bnb_optimizer_quant_state__"  # where 0.50 puts tensors, to hide them from FSDP
-
-
-STRAIGHT: Mapping[str, Sequence[int]] = MappingProxyType({})
-
-
-CLIPS = ("lamb", "lars")  # these keep `unorm_vec`, which every step writes before it reads
+NO_TRANSPOSE: Mapping[str, Sequence[int]] = MappingProxyType({})
+CLIPS = ("lamb", "lars")  # these also store `unorm_vec`, which every step writes before it reads
 
 
 def load_optimizer_state(
@@ -39,36 +36,43 @@ def load_optimizer_state(
     params: Any,
     *,
     order: Sequence[str | None] | Mapping[Any, str | None],
-    transpose: Mapping[str, Sequence[int]] = STRAIGHT,
+    transpose: Mapping[str, Sequence[int]] = NO_TRANSPOSE,
     step: int | None = None,
 ) -> tuple[Any, ConversionReport]:
-    """The state of `tx` from `optimizer.state_dict()` of a bitsandbytes optimizer, 8-bit or 32-bit.
+    """Loads the state of a bitsandbytes optimizer, 8-bit or 32-bit, as a state of `tx`.
 
-    How a moment is stored is decided by `tx` and its rules, as in `tx.init`. Codes and scales survive bit by bit where
-    the codec is "dynamic", the map is ours (but for last digits), the parameter is not transposed and blocks are the
-    same: vectors, and parameters whose last axis is a multiple of 256, with the defaults of this module. All else is
-    decoded, and encoded anew where `tx` stores bytes; the report has the error.
+    `tx` and its rules decide how each moment is stored, as in `tx.init`. Shapes and dtypes are therefore those of
+    `tx.init(params)`. Codes and scales are copied bit for bit if all of this holds: the codec is "dynamic", the map of
+    the checkpoint is the usual one (up to a few float32 roundings), the parameter is not transposed, and the blocks are
+    the same. With the defaults of this module, blocks are the same for vectors and for parameters whose last axis is a
+    multiple of 256. All other moments are decoded. They are encoded again if `tx` stores them in 8 bits, and the report
+    has the error.
 
-    Hyper-parameters are those of `tx`: what `state_dict["param_groups"]` has is not read. Every `count` in the state
-    (the learning rate's schedule has one) becomes the step.
+    Hyper-parameters are those of `tx`. The values in `state_dict["param_groups"]` are not read. Every `count` in the
+    state becomes the step, including the one of a learning rate schedule.
 
     Args:
-        state_dict: of numpy arrays or torch tensors; the layouts before and since 0.50.
-        tx: an optimizer with the same moments: of this module, or another one of this library, alone or in a chain.
-        params: the parameters, or their shapes.
-        order: our paths ("block/kernel") in the order of torch's parameters, or a mapping from torch's keys (indices,
-            or names) to them. None for a parameter that we do not have.
-        transpose: for patterns of our paths, the axes of torch's tensor in our order: {"kernel$": (1, 0)} for the
-            weights of `torch.nn.Linear`.
-        step: for all parameters; needed where their own counts differ, as we keep one for all.
+        state_dict: The result of `optimizer.state_dict()`, with torch tensors or numpy arrays. The layouts before and
+            since bitsandbytes 0.50 are both read.
+        tx: An optimizer with the same moments, alone or in a chain: the one of the same name in this module, or another
+            8-bit optimizer of this library.
+        params: The parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
+        order: Says which parameter of torch is which of ours. Either our paths, such as "block/kernel", in the order in
+            which torch's optimizer has its parameters, or a mapping from torch's keys (indices or names) to our paths.
+            Use None in place of a path for a parameter that `params` does not have.
+        transpose: Says which tensors have their axes in another order. A mapping from regular expressions, searched in
+            our paths, to the axes of torch's tensor in our order. Use {"kernel$": (1, 0)} for the weights of
+            `torch.nn.Linear`.
+        step: The number of steps taken. By default it is read from `state_dict`. It is needed if the parameters there
+            have different counts, because our state has one count for all of them.
 
     Returns:
-        The state, and a `ConversionReport` of what became of each moment.
+        The state, and a `ConversionReport` that says how each moment was converted.
 
     Raises:
-        TypeError: `state_dict` is no mapping.
-        ValueError: what does not fit: `order`, shapes, moments (negative where they cannot be), steps; a square kernel
-            that `transpose` is silent on.
+        TypeError: If `state_dict` is not a mapping.
+        ValueError: If `order`, shapes, moments or steps do not fit, if a moment is negative that cannot be, or if
+            `transpose` says nothing about a square kernel, for which both orders of its axes fit.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> saved = {"state": {0: {"step": 7, "state1": jnp.ones((2, 3))}}, "param_groups": [{"params": [0]}]}
@@ -82,8 +86,8 @@ def load_optimizer_state(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"`state_dict` must be the mapping that `optimizer.state_dict()` gives, got {type(state_dict).__name__}. A "
-            "file opens with torch.load(path, map_location='cpu', weights_only=True)."
+            f"`state_dict` must be the result of `optimizer.state_dict()`, got {type(state_dict).__name__}. Open a "
+            "file with torch.load(path, map_location='cpu', weights_only=True)."
         )
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"`state_dict` must have 'state' and 'param_groups', got {', '.join(map(repr, state_dict))}.")
@@ -93,8 +97,8 @@ def load_optimizer_state(
     saved = {key: saved[key] for key in pairs if saved.get(key)}
     _check_states(saved, len(states_of(kept.method)), kept.method.name)
     step = _common_step(saved, step)
-    whole = tx.init(params)
-    arrays, rows = Arrays(kept.find(whole), kept.method), []
+    fresh = tx.init(params)
+    arrays, rows = Arrays(kept.find(fresh), kept.method), []
     for slot in slots(kept, pairs, Axes(transpose, kept.plans)):
         how, error = "absent", 0.0
         if slot.key in saved:
@@ -103,7 +107,7 @@ def load_optimizer_state(
             values, absmax, how, error = to_ours(moment, slot.place, arrays[slot.values], arrays[slot.absmax])
             arrays[slot.values], arrays[slot.absmax] = values, absmax
         rows.append(Converted(slot.path, slot.key, slot.place.moment.name, how, error))
-    return _counted(kept.replace(whole, arrays.filled()), step), ConversionReport(tuple(rows))
+    return _counted(kept.replace(fresh, arrays.filled()), step), ConversionReport(tuple(rows))
 
 
 def dump_optimizer_state(
@@ -113,32 +117,37 @@ def dump_optimizer_state(
     *,
     order: Sequence[str | None] | Mapping[Any, str | None],
     param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    transpose: Mapping[str, Sequence[int]] = STRAIGHT,
+    transpose: Mapping[str, Sequence[int]] = NO_TRANSPOSE,
     tensor: Callable[[np.ndarray], Any] = lambda array: array,
     nested: bool = True,
 ) -> tuple[dict[str, Any], ConversionReport]:
-    """What `optimizer.load_state_dict` of a bitsandbytes optimizer takes: the inverse of `load_optimizer_state`.
+    """Returns a state dict for `optimizer.load_state_dict` of a bitsandbytes optimizer.
 
-    Moments that are bytes here are bytes there, in blocks of 256 of the flattened tensor with bitsandbytes' map: bit by
-    bit where `load_optimizer_state` would keep them, else encoded anew. All others are fp32 there.
+    This is the inverse of `load_optimizer_state`. Moments that are in 8 bits here are in 8 bits there, in blocks of 256
+    elements of the flattened tensor, with bitsandbytes' map. They are copied bit for bit where `load_optimizer_state`
+    would copy them, and encoded again elsewhere. All other moments become float32. Parameters are not part of the
+    result.
 
     Args:
-        tx: the optimizer that the state is of.
-        params: the parameters, or their shapes.
-        state: the state, as `tx.init(params)` or `tx.update` make it.
-        order: as for `load_optimizer_state`; torch's keys for None get no state.
-        param_groups: what bitsandbytes shall go on with, under its names, as no optax transform tells: one mapping with
-            "lr", "betas", "eps" and "weight_decay" for all parameters (AdEMAMix: and "alpha"), or the sequence that
-            `state_dict["param_groups"]` is, where "params" has the keys of each.
-        transpose: as for `load_optimizer_state`.
-        tensor: makes a tensor of a numpy array: torch.from_numpy.
-        nested: tensors in a dictionary of their own, as bitsandbytes saves them since 0.50; False for older versions.
+        tx: The optimizer that made the state.
+        params: The parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
+        state: The state to convert, as `tx.init` or `tx.update` returns it.
+        order: As for `load_optimizer_state`. A key of torch that is mapped to None gets no state.
+        param_groups: The hyper-parameters with which bitsandbytes shall continue, under its names, because an optax
+            transform does not reveal its own. Either one mapping for all parameters with "lr", "betas", "eps" and
+            "weight_decay" (and "alpha" for AdEMAMix), or a sequence like `state_dict["param_groups"]`, where "params"
+            has the keys of each group.
+        transpose: As for `load_optimizer_state`.
+        tensor: A function that turns a numpy array into a tensor, such as torch.from_numpy. By default the state dict
+            has numpy arrays.
+        nested: Whether tensors are in a dictionary of their own, as bitsandbytes has them since 0.50. Use False for
+            older versions.
 
     Returns:
-        The state dict, and a `ConversionReport` of what became of each moment.
+        The state dict, and a `ConversionReport` that says how each moment was converted.
 
     Raises:
-        ValueError: what does not fit, as for `load_optimizer_state`; a missing hyper-parameter.
+        ValueError: If something does not fit, as for `load_optimizer_state`, or if a hyper-parameter is missing.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx, params = fse.interop.bitsandbytes.lion8bit(), {"kernel": jnp.ones((16, 256))}
@@ -158,7 +167,8 @@ def dump_optimizer_state(
         values, absmax = np.asarray(arrays[slot.values]), np.asarray(arrays[slot.absmax])
         if is_codes(values.dtype) != (slot.place.plan.blocks is not None):
             raise ValueError(
-                f"`state` has {values.dtype} for {slot.path!r}, which `tx` stores otherwise: is it its own?"
+                f"`state` has {values.dtype} for {slot.path!r}, but `tx` stores that parameter otherwise. Pass the "
+                "optimizer that made the state."
             )
         moment, how, error = to_theirs(values, absmax, slot.place)
         moments.setdefault(slot.key, {}).setdefault(slot.number, []).append(moment)
@@ -172,7 +182,7 @@ def dump_optimizer_state(
 
 def _unwrapped(key: Key, state: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping):
-        raise ValueError(f"`state_dict` has {state!r} for the state of parameter {key!r}, which must be a mapping.")
+        raise ValueError(f"`state_dict` has {state!r} for the state of parameter {key!r}. It must be a mapping.")
     return {**{name: value for name, value in state.items() if name != NESTED}, **state.get(NESTED, {})}
 
 
@@ -182,34 +192,34 @@ def _check_states(saved: Mapping[Key, Mapping], states: int, name: str) -> None:
         if there != states:
             raise ValueError(
                 f"`state_dict` has {there} states for parameter {key!r} ({', '.join(state)}), but {name} in `tx` has "
-                f"{states}. Is it the same optimizer?"
+                f"{states}. Use the optimizer that was saved."
             )
 
 
 def _read(state: Mapping[str, Any], slot: Slot) -> Stored:
-    """The moment as it is stored there."""
+    """Reads a moment from the state of one parameter in the state dict."""
     names = {field: f"{field}{slot.number}" for field in ("state", "absmax", "qmap")}
     found = {field: as_numpy(state[name]) for field, name in names.items() if name in state}
     values, absmax = found["state"], found.get("absmax")
     if slot.plane is not None:
         if values.ndim != len(slot.place.plan.shape) + 1 or len(values) <= slot.plane:
             raise ValueError(
-                f"`state1` of parameter {slot.key!r} has the shape {values.shape}; that of AdEMAMix has two moments, "
-                f"{(2, *slot.place.plan.shape)}. Is it the same optimizer?"
+                f"`state1` of parameter {slot.key!r} has the shape {values.shape}, but AdEMAMix stacks two moments in "
+                f"it, {(2, *slot.place.plan.shape)}. Use the optimizer that was saved."
             )
         values, absmax = values[slot.plane], None if absmax is None else absmax[slot.plane]
     if jnp.issubdtype(values.dtype, jnp.floating) and absmax is None:
         return Stored(values)
     if values.dtype != np.uint8:
-        what = f"{values.dtype}{'' if absmax is None else ' with scales'}"
+        found_type = f"{values.dtype}{'' if absmax is None else ' with scales'}"
         raise ValueError(
-            f"`state{slot.number}` of parameter {slot.key!r} is {what}: a moment is uint8 codes with `absmax` and "
+            f"`state{slot.number}` of parameter {slot.key!r} is {found_type}. It must be uint8 codes with `absmax` and "
             "`qmap`, or floating point numbers without them."
         )
     if absmax is None or "qmap" not in found:
         raise ValueError(
-            f"`state{slot.number}` of parameter {slot.key!r} is in 8 bits, without its `absmax{slot.number}` or "
-            f"`qmap{slot.number}`: there are {', '.join(state)}. States that are not block-wise cannot be read."
+            f"`state{slot.number}` of parameter {slot.key!r} is in 8 bits, but without its `absmax{slot.number}` or "
+            f"`qmap{slot.number}`. It has {', '.join(state)}. Only block-wise states can be loaded."
         )
     moment = Stored(values, absmax.reshape(-1).astype(np.float32), found["qmap"])
     if found["qmap"].shape != (256,) or not np.isfinite(found["qmap"]).all():
@@ -217,7 +227,7 @@ def _read(state: Mapping[str, Any], slot: Slot) -> Stored:
     if not moment.block_size:
         raise ValueError(
             f"`absmax{slot.number}` of parameter {slot.key!r} has {absmax.size} scales for {values.size} elements: "
-            f"neither blocks of {flat.BLOCK} nor of {flat.OLD_BLOCK}."
+            f"that fits neither blocks of {flat.BLOCK} nor blocks of {flat.OLD_BLOCK}."
         )
     return moment
 
@@ -240,8 +250,8 @@ def _groups(given: Any, keys: list[Key], states: int, name: str) -> list[dict[st
     for group in groups:
         if missing := [key for key in needed if key not in group]:
             raise ValueError(
-                f"`param_groups` lacks {', '.join(missing)}: no optax transform tells its hyper-parameters, and "
-                "bitsandbytes' optimizers read theirs from here."
+                f"`param_groups` lacks {', '.join(missing)}. bitsandbytes' optimizers read their hyper-parameters from "
+                "it, and an optax transform does not reveal its own. Add them."
             )
     more = {"alpha": 0.0, "t_alpha": None, "t_beta3": None} if states == 2 else {}
     return [{**more, **group, "params": list(group["params"])} for group in groups]
@@ -249,30 +259,30 @@ def _groups(given: Any, keys: list[Key], states: int, name: str) -> list[dict[st
 
 def _common_step(saved: Mapping[Key, Mapping], step: int | None) -> int:
     if step is not None:
-        return _whole("`step`", step)
+        return _as_count("`step`", step)
     if without := [key for key, state in saved.items() if "step" not in state]:
-        raise ValueError(f"`state_dict` has no 'step' for parameter {without[0]!r}. Say how many there were: step=...")
-    steps = {key: _whole(f"The step of parameter {key!r}", state["step"]) for key, state in saved.items()}
+        raise ValueError(f"`state_dict` has no 'step' for parameter {without[0]!r}. Set `step` to the steps taken.")
+    steps = {key: _as_count(f"The step of parameter {key!r}", state["step"]) for key, state in saved.items()}
     if len(set(steps.values())) > 1:
         raise ValueError(
-            f"the parameters were updated a different number of times, {steps}, and we keep one count for all. Say "
-            f"which to go on from: step={max(steps.values())}."
+            f"The parameters have different numbers of steps, {steps}, but our state has one count for all of them. "
+            f"Choose one, such as step={max(steps.values())}."
         )
     return next(iter(steps.values()), 0)
 
 
-def _whole(who: str, step: Any) -> int:
+def _as_count(name: str, step: Any) -> int:
     try:
         number = int(step) if float(step).is_integer() else -1
     except (TypeError, ValueError):
         number = -1
     if not 0 <= number < 2**31:
-        raise ValueError(f"{who} must be a whole number of at least 0, got {step!r}.")
+        raise ValueError(f"{name} must be an integer from 0 to 2^31 - 1, got {step!r}.")
     return number
 
 
 def _counted(state: Any, step: int) -> Any:
-    """The state with `step` in every count: of the moments, and of schedules."""
+    """Returns the state with every count set to `step`: that of the moments and those of schedules."""
 
     def set_count(path, x):
         is_count = path and isinstance(path[-1], GetAttrKey) and path[-1].name.startswith("count")

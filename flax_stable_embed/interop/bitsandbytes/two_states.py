@@ -3,7 +3,9 @@ r"""bitsandbytes' optimizers with a first and a second moment: Adam, AdamW, LAMB
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
     p <- (1 - lr w) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-m is stored with the signed map, v with the unsigned one. Source: bitsandbytes 0.50.2, `optim/` and `backends/`.
+m is stored with the signed map, v with the unsigned one.
+
+Source: bitsandbytes 0.50.2, `optim/` and `backends/`.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from ...optim.fused_update import FusedTransformation
 from ...optim.methods.adam import engine as adam_engine
 from ...optim.methods.ademamix import engine as ademamix_engine
 from ...optim.storage.state_format import StateFormat
-from ._formula import STATE_FORMAT, correction, decayed, log
+from .formula import STATE_FORMAT, correction, decayed, log
 
 
 def adam8bit(
@@ -36,12 +38,27 @@ def adam8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `Adam8bit`: its `AdamW8bit` without decay; a decay that is given is decoupled here too.
+    r"""Builds bitsandbytes' `Adam8bit`: its `AdamW8bit` with a weight decay of 0 by default.
 
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} +
     \epsilon}$$
 
-    See `adamw8bit` for the arguments, the differences (of `fse.adam8bit` too, which has no decay) and the errors.
+    Weight decay is decoupled here, too, as in bitsandbytes.
+
+    Differences from bitsandbytes: those of `adamw8bit`.
+
+    Differences from `fse.adam8bit`: the storage format and the bias corrections, as in `adamw8bit`. The learning rate
+    has a default, and there is weight decay.
+
+    Args:
+        learning_rate, b1, b2, eps, weight_decay: As in `adamw8bit`.
+        rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
+
+    Raises:
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.adam8bit(1e-3)
@@ -64,38 +81,53 @@ def adamw8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `AdamW8bit`: formula, defaults, map and blocks.
+    r"""Builds bitsandbytes' `AdamW8bit`: AdamW with its formula, defaults, map and blocks.
 
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} +
     \epsilon}$$
 
-    Differences from bitsandbytes: embeddings, norms and biases keep fp32 moments by name and not by the class of their
-    module. Blocks lie in rows and do not cross them: they are bitsandbytes' own where the last axis is a multiple of
-    256, and for vectors. A parameter whose last axis is shorter than 32 keeps fp32 moments
-    (`StateFormat(min_size=...)`). Zero is stored as zero, so that what never gets a gradient never moves, as on CUDA
-    and unlike on CPU. Parameters decay before the update, as on CPU and in torch; CUDA decays after it.
+    Moments have the shapes of their parameters. They are uint8 codes with float32 scales, or float32 numbers for
+    embeddings, norm scales, biases and small parameters.
 
-    Differences from `fse.adamw8bit`: the defaults (decay 1e-2 in place of 1e-4, the `dynamic` codec in blocks of 256),
-    and bias corrections to the last float32 digits.
+    Differences from bitsandbytes:
+
+    - Embeddings, norm scales and biases keep fp32 moments because of their names, not because of the class of their
+      module.
+    - Blocks do not cross rows. They are the same as bitsandbytes' for vectors and for parameters whose last axis is a
+      multiple of 256.
+    - A parameter whose last axis is shorter than 32 keeps fp32 moments, like one with fewer than 4096 elements. See
+      `min_size` of `fse.StateFormat`.
+    - Zero is stored as zero, so that an element that never gets a gradient never moves. This is so on CUDA, but not on
+      CPU.
+    - Parameters decay before the update, as on CPU and in torch. CUDA decays them after it.
+
+    Differences from `fse.adamw8bit`: weight decay is 1e-2 by default instead of 1e-4, and the learning rate has a
+    default. Moments are stored with the `dynamic` codec in blocks of 256. Bias corrections are more accurate.
 
     Args:
-        learning_rate: a number or a schedule.
-        b1: decay rate of the first moment.
-        b2: decay rate of the second moment.
-        eps: added outside the square root.
-        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `fse.adamw8bit` and `fse.Rule`.
-        state_format: codec, rounding and blocks, see `fse.StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments, as on CUDA.
+        learning_rate: Global scaling factor of the step, a number or a schedule.
+        b1: Exponential decay rate of the first moment, the moving average of gradients.
+        b2: Exponential decay rate of the second moment, the moving average of squared gradients.
+        eps: Small constant added to the denominator, outside the square root, to avoid dividing by zero.
+        weight_decay: Strength of the weight decay, a number or a schedule. It is decoupled: the parameter shrinks by
+            the learning rate times this number.
+        rules: Pairs (pattern, setting) that say how the moments of single parameters are stored, and that can give them
+            hyper-parameters of their own. See `fse.adamw8bit` and `fse.Rule`.
+        state_format: The codec, rounding and blocks of 8-bit moments. See `fse.StateFormat`.
+        implementation: By default selected by platform and shape: a single fused kernel ("pallas_tpu", "pallas_gpu")
+            where one is available, else "xla". A named implementation is used or raises.
+        partition_specs: Pytree of `PartitionSpec` or `NamedSharding` with the structure of the parameters: how they are
+            sharded. It is only needed to run the TPU kernel on several chips under a mesh with Auto axes. Under a mesh
+            with Explicit axes, the types of the arrays have this information.
+        skip_nonfinite: If True, an element whose gradient is NaN or infinite keeps its parameter and its moments, as on
+            CUDA.
+
+    Returns:
+        An optax transform that `fse.fused_update` accepts, too.
 
     Raises:
-        ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter.
-        NotImplementedError: in `update`, an implementation that the platform or the mesh does not have.
+        ValueError: If a rule or format is invalid or, in `init`, if a rule matches no parameter.
+        NotImplementedError: In `update`, if the platform or the mesh does not have the implementation.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}
@@ -131,28 +163,34 @@ def lamb8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `LAMB8bit`: Adam, its step clipped where moments are in 32 bits.
+    r"""Builds bitsandbytes' `LAMB8bit`: Adam whose step is clipped where moments are in 32 bits.
 
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \min\left(1, \frac{M \lVert \theta_{t-1} \rVert}{\lVert
     u_t \rVert}\right) u_t, \quad u_t = \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} + \epsilon}$$
 
-    **A parameter with 8-bit moments is not clipped**, as in bitsandbytes, where `LAMB8bit` is Adam for those on CPU and
-    refuses to run on CUDA. For the trust ratio of the paper, or for clipping whatever the storage, use
-    `fse.lamb8bit(max_unorm=None or M)`; for bitsandbytes' `LAMB32bit`, rules=((".*", 32),).
+    **The step of a parameter with 8-bit moments is not clipped.** This is as in bitsandbytes, where `LAMB8bit` does
+    plain Adam for such parameters on CPU and refuses to run on CUDA. Use `fse.lamb8bit` for the trust ratio of the
+    paper, and `fse.lamb8bit(max_unorm=M)` to clip whatever the storage is. Use rules=((".*", 32),) for bitsandbytes'
+    `LAMB32bit`.
 
-    Differences from bitsandbytes: those of `adamw8bit`. A parameter of length 0 is not clipped; there it would stay 0
-    for ever. The norm is that of the corrected step, as on CUDA; on CPU it lacks the bias corrections.
+    Differences from bitsandbytes: those of `adamw8bit`. The step of a parameter of norm 0 is not clipped; there it
+    would stay 0 forever. The norm of the step is taken after the bias corrections, as on CUDA; on CPU it is taken
+    before them.
 
-    Differences from `fse.lamb8bit`: the storage, as in `adamw8bit`; eps 1e-8 and not 1e-6; clipping in place of the
-    trust ratio, and only where moments are in fp32.
+    Differences from `fse.lamb8bit`: the storage format and the bias corrections, as in `adamw8bit`. eps is 1e-8 instead
+    of 1e-6. Steps are clipped instead of scaled by a trust ratio, and only where moments are in fp32.
 
     Args:
-        max_unorm: the longest step at a learning rate of 1, in lengths of the parameter; None or 0 for no limit.
-        learning_rate, b1, b2, eps, weight_decay: see `adamw8bit`.
-        rules, state_format, implementation, partition_specs, skip_nonfinite: see `adamw8bit`.
+        max_unorm: The largest norm of a step at a learning rate of 1, relative to the norm of its parameter (M in the
+            equation). None or 0 for no limit.
+        learning_rate, b1, b2, eps, weight_decay: As in `adamw8bit`.
+        rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        ValueError, NotImplementedError: as `adamw8bit`.
+        ValueError, NotImplementedError: As `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512)), "bias": jnp.full(512, 0.5)}
@@ -183,31 +221,38 @@ def ademamix8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""bitsandbytes' `AdEMAMix8bit`, with its schedules of alpha and b3.
+    r"""Builds bitsandbytes' `AdEMAMix8bit`: Adam with a second, slow mean of gradients, and two schedules.
 
     $$\theta_t = (1 - \alpha_t \lambda) \theta_{t-1} - \alpha_t \frac{m^{(1)}_t / (1 - b_1^t) + a_t m^{(2)}_t}{\sqrt{v_t
     / (1 - b_2^t)} + \epsilon}$$
     $$a_t = a \min(1, t / T_\alpha), \quad \beta_{3,t} = \min\left(b_3, \exp \frac{\ln b_1 \ln b_3}{(1 - t / T_\beta)
     \ln b_3 + (t / T_\beta) \ln b_1}\right)$$
 
-    Steps t count from 1 (optax's schedules from 0). Differences from bitsandbytes: those of `adamw8bit`; and the scale
-    of the slow mean's first block survives where the parameter is not a multiple of 256, as on CPU: on CUDA it is
-    written over that of the fast mean's last block.
+    The step t counts from 1, while optax's schedules count from 0.
 
-    Differences from `fse.ademamix8bit`: the storage, as in `adamw8bit`; the schedules, which count from 1, and a weight
-    decay of 1e-2.
+    Differences from bitsandbytes: those of `adamw8bit`. Both means keep all of their scales, as on CPU. On CUDA, if the
+    size of the parameter is not a multiple of 256, the scale of the slow mean's first block and that of the fast mean's
+    last block are stored in the same place.
+
+    Differences from `fse.ademamix8bit`: the storage format and the bias corrections, as in `adamw8bit`. The schedules
+    are part of the optimizer, and weight decay is 1e-2 by default.
 
     Args:
-        b3: decay rate of the slow mean.
-        alpha: weight of the slow mean.
-        t_alpha: steps in which alpha grows from 0 to its value, linearly; None or 0 for at once.
-        t_beta3: steps in which b3 grows from b1 to its value, linearly in half-lives; None or 0 for at once.
-        learning_rate, b1, b2, eps, weight_decay: see `adamw8bit`.
-        rules, state_format, implementation, partition_specs, skip_nonfinite: see `adamw8bit`.
+        b3: Exponential decay rate of the slow mean of gradients.
+        alpha: Weight of the slow mean in the step.
+        t_alpha: Number of steps in which alpha grows linearly from 0 to its value. None or 0 for no growth.
+        t_beta3: Number of steps in which b3 grows from b1 to its value, linearly in the half-life of the mean. None or
+            0 for no growth.
+        learning_rate, b1, b2, eps, weight_decay: As in `adamw8bit`.
+        rules, state_format, implementation, partition_specs, skip_nonfinite: As in `adamw8bit`.
+
+    Returns:
+        As `adamw8bit`.
 
     Raises:
-        TypeError: `t_alpha`, `t_beta3`, or a `b3` that grows, which is no number.
-        ValueError, NotImplementedError: as `adamw8bit`; a negative number of steps, or rates that cannot grow.
+        TypeError: If `t_alpha` or `t_beta3` is not a number, or `b3` while `t_beta3` lets it grow.
+        ValueError, NotImplementedError: As `adamw8bit`. A ValueError also if a number of steps is negative, or if rates
+            outside of (0, 1) should grow.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.interop.bitsandbytes.ademamix8bit(1e-3, t_alpha=1000, t_beta3=1000)
@@ -228,20 +273,23 @@ def ademamix8bit(
 
 
 def _growing_b3(b3: Any, steps: Any) -> Callable:
-    """A schedule of b3, which begins at b1, and of 1 - b3, which a difference would leave with three digits."""
+    """Returns a schedule of (b3, 1 - b3), where b3 starts at b1.
+
+    1 - b3 is computed on its own, because the difference of float32 numbers would have only three correct digits.
+    """
 
     def schedule(before, b1):
-        _check_between(b1=b1)  # a rule's, it may be
+        _check_between(b1=b1)  # a rule may have replaced it
         low, high, t = 1 / log(b1), 1 / log(b3), (before + 1).astype(jnp.result_type(float))
         power = 1 / (low + t * ((high - low) / steps))
-        grows = (t < steps) & (b1 < b3)  # what begins above b3 is b3 throughout
+        grows = (t < steps) & (b1 < b3)  # if b1 is above b3, the rate is b3 from the first step
         return jnp.where(grows, jnp.exp(power), b3), jnp.where(grows, -_expm1(power), 1 - b3)
 
     return schedule
 
 
 def _expm1(x: Array) -> Array:
-    """exp(x) - 1 for x < 0 to a float32 rounding or two; that of XLA's CPU is off by up to five."""
+    """Returns exp(x) - 1 for x < 0 within two float32 roundings. On CPU, XLA's own is off by up to five."""
     series = 1 + x / 14
     for n in range(13, 1, -1):
         series = 1 + x / n * series
@@ -251,14 +299,14 @@ def _expm1(x: Array) -> Array:
 def _check_between(**rates: Any) -> None:
     for name, rate in rates.items():
         if isinstance(rate, int | float) and not 0 < rate < 1:
-            raise ValueError(f"`{name}` must lie between 0 and 1 where `t_beta3` lets b3 grow, got {rate!r}.")
+            raise ValueError(f"`{name}` must be between 0 and 1 if `t_beta3` lets b3 grow, got {rate!r}.")
 
 
 def _check_steps(**steps: Any) -> None:
     check_numbers(**{name: n for name, n in steps.items() if n is not None})
     for name, n in steps.items():
         if isinstance(n, int | float) and n < 0:
-            raise ValueError(f"`{name}` must be a number of steps, at least 0, or None; got {n!r}.")
+            raise ValueError(f"`{name}` must be a number of steps that is at least 0, or None, got {n!r}.")
 
 
 def _is_off(steps: Any) -> bool:

@@ -50,7 +50,7 @@ def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:
     g, p, stored = leaf
     if p is not None and p.shape != g.shape:
         raise ValueError(f"Parameter {path!r} has the shape {p.shape}, but its gradient {g.shape}.")
-    kinds = [bits_of(stored[m.name], g.shape) for m in method.moments]
+    kinds: list[Bits] = [bits_of(stored[m.name], g.shape) for m in method.moments]
     bits: Bits = "rowwise" if "rowwise" in kinds else (kinds[0] if kinds else 32)
     for m, kind in zip(method.moments, kinds):
         x, rows = stored[m.name], m.second and bits == "rowwise"

@@ -1,4 +1,4 @@
-"""The frozen state dicts of bitsandbytes, and what tests do with them."""
+"""Helpers for tests with the frozen state dicts of bitsandbytes."""
 
 import copy
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import flax_stable_embed as fse
+from flax_stable_embed.interop import bitsandbytes
 from flax_stable_embed.interop.bitsandbytes.optimizer_state import NESTED
 from tests.golden.make_optimizers import FROZEN_STATE_DICTS, SAVED, STATE_DICTS, WEIGHT, state_dict
-from tests.golden.test_optimizers_formulas import decode
-from tests.interop.bitsandbytes.tools import clips_as_on_cpu
+from tests.golden.test_optimizers_formulas import code_values, decode
+from tests.interop.bitsandbytes.tools import BLOCKS, clips_as_on_cpu
 
 AS_SAVED = fse.StateFormat("dynamic", block_size=256, block_axis=-1, min_size=256)
 ADAM = next(case for case in STATE_DICTS if case.name == "adam8bit")
@@ -36,7 +37,7 @@ def saved_of(case, frozen):
 
 
 def flattened(saved):
-    """As of a model whose weight is a vector: its blocks are then those of the flattened tensor, and ours too."""
+    """The state dict of a model whose weight is a vector. Its blocks are then the same as ours."""
     saved = copy.deepcopy(saved)
     tensors = saved["state"][0][NESTED]
     for name in ("state1", "state2"):
@@ -47,7 +48,7 @@ def flattened(saved):
 
 
 def as_before_050(saved):
-    """Tensors beside the step."""
+    """The state dict with tensors next to the step, as versions before 0.50 have it."""
     states = {key: {"step": state["step"], **state[NESTED]} for key, state in saved["state"].items()}
     return {"state": states, "param_groups": saved["param_groups"]}
 
@@ -76,3 +77,19 @@ def ours_as_saved(case):
     """Our optimizer with the same parameters in 8 bits as in the state dict."""
     precision = {"state_format": AS_SAVED} if is_8bit(case) else {"rules": ((".*", 32),)}
     return clips_as_on_cpu(case, **precision)
+
+
+def one_vector(n=1024, **changes):
+    """A state dict of Lion with one vector: codes 0..255 repeated, scales 1, 2, ..."""
+    tensors = {
+        "state1": (np.arange(n) % 256).astype(np.uint8),
+        "absmax1": 1 + np.arange(-(-n // 256), dtype=np.float32),
+        "qmap1": code_values(True),
+    }
+    return {"state": {0: {"step": 4, **tensors, **changes}}, "param_groups": [{"params": [0]}]}
+
+
+def load_vector(saved, n=1024):
+    tx = bitsandbytes.lion8bit(state_format=BLOCKS)
+    state, report = bitsandbytes.load_optimizer_state(saved, tx, {"kernel": jnp.zeros(n)}, order=["kernel"])
+    return state[0], report.rows[0]

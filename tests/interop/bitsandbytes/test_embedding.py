@@ -1,6 +1,4 @@
-"""Embeddings of torch and bitsandbytes in and out, from state dicts and safetensors files, for Linen and NNX."""
-
-import json
+"""Tests the conversion of embeddings of torch and bitsandbytes, from state dicts and safetensors files."""
 
 import flax.linen as nn
 import flax.nnx
@@ -10,49 +8,17 @@ import numpy as np
 import pytest
 
 from flax_stable_embed import linen, nnx
-from flax_stable_embed.interop.bitsandbytes._tensors import DTYPES, SafetensorsFile
 from flax_stable_embed.interop.bitsandbytes.embedding import dump_embedding, load_embedding
+from flax_stable_embed.interop.bitsandbytes.tensors import SafetensorsFile
+from tests.interop.bitsandbytes.embeddings import assert_same, checkpoint, write_safetensors
 from tests.interop.bitsandbytes.tools import live as live
 
 IDS = jnp.array([[0, 3], [4, 1]])
 
 
-def checkpoint(key="", dtype=np.float32, stable=True, shape=(5, 4)):
-    """A state dict with nothing special about its numbers."""
-    rng, prefix = np.random.default_rng(0), f"{key}." if key else ""
-    tensors = {"weight": rng.normal(size=shape).astype(dtype)}
-    if stable:
-        tensors |= {f"norm.{name}": rng.normal(size=shape[1]).astype(dtype) for name in ("weight", "bias")}
-    return {f"{prefix}{name}": x for name, x in tensors.items()}
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """The format by hand: the length of the header, the header, the bytes."""
-    names, header, content = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, {}, b""
-    for name, x in tensors.items():
-        offsets = [len(content), len(content) + x.nbytes]
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
-        content += x.tobytes()
-    if metadata:
-        header["__metadata__"] = metadata
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
-    return path
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name, x in a.items():
-        assert (x.dtype, x.shape) == (b[name].dtype, b[name].shape), name
-        assert np.asarray(x).tobytes() == np.asarray(b[name]).tobytes(), name
-
-
-# --- there and back --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stable", [False, True], ids=["embedding", "stable_embedding"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
-def test_linen_parameters_there_and_back(stable, dtype):
+def test_linen_parameters_are_the_same_after_load_and_dump(stable, dtype):
     saved = checkpoint("wte", dtype, stable)
     params = load_embedding(saved, key="wte")
     module = (linen.StableEmbed if stable else linen.Embed)(5, 4, param_dtype=dtype)
@@ -67,7 +33,7 @@ def test_linen_parameters_there_and_back(stable, dtype):
 
 @pytest.mark.parametrize("stable", [False, True], ids=["embedding", "stable_embedding"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_nnx_modules_there_and_back(stable, dtype):
+def test_nnx_modules_are_the_same_after_load_and_dump(stable, dtype):
     saved = checkpoint("wte", dtype, stable)
     module = (nnx.StableEmbed if stable else nnx.Embed)(5, 4, param_dtype=dtype, rngs=flax.nnx.Rngs(0))
     variable = module.embedding
@@ -81,7 +47,7 @@ def test_nnx_modules_there_and_back(stable, dtype):
         assert_same(dump_embedding(given, key="wte"), wide)
 
 
-def test_a_module_keeps_its_dtypes_and_its_place():
+def test_a_module_keeps_its_dtypes_and_its_sharding():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
     module = nnx.StableEmbed(8, 4, param_dtype=jnp.bfloat16, rngs=flax.nnx.Rngs(0))
@@ -94,16 +60,16 @@ def test_a_module_keeps_its_dtypes_and_its_place():
     np.testing.assert_array_equal(module.norm.bias[...], saved["norm.bias"])
 
 
-def test_a_module_of_shapes_becomes_one_of_arrays():
+def test_an_abstract_module_gets_arrays():
     module = flax.nnx.eval_shape(lambda: nnx.StableEmbed(5, 4, rngs=flax.nnx.Rngs(0)))
     load_embedding(checkpoint(), into=module)
     assert module(IDS).shape == (2, 2, 4)
 
 
-def test_a_plain_embedding_gets_a_norm_that_is_said_to_be_new():
+def test_a_plain_embedding_gets_a_new_norm_with_a_warning():
     saved = checkpoint(stable=False)
     assert load_embedding(saved).keys() == load_embedding(saved, stable=False).keys() == {"embedding"}
-    with pytest.warns(UserWarning, match="begins with scale 1 and bias 0") as warned:
+    with pytest.warns(UserWarning, match="starts with scale 1 and bias 0") as warned:
         params = load_embedding(saved, stable=True)
     assert warned[0].filename == __file__
     np.testing.assert_array_equal(params["norm"]["scale"], np.ones(4, np.float32))
@@ -115,13 +81,10 @@ def test_a_plain_embedding_gets_a_norm_that_is_said_to_be_new():
     np.testing.assert_array_equal(module.norm.scale[...], np.ones(4, np.float32))
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 @pytest.mark.parametrize("pad", [0, 1])
-def test_safetensors_files_are_read_directly(dtype, pad, tmp_path):
-    """Also where an odd header leaves numbers unaligned."""
+def test_an_embedding_is_read_from_a_safetensors_file(dtype, pad, tmp_path):
+    """A header of odd length leaves the numbers unaligned."""
     tensors = checkpoint("model.wte", dtype) | {"other": np.arange(3), "empty": np.zeros((0, 2), np.float32)}
     path = write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt" + "x" * pad})
     for given in (path, str(path)):
@@ -133,39 +96,7 @@ def test_safetensors_files_are_read_directly(dtype, pad, tmp_path):
     assert_same(dict(file), tensors)
 
 
-def test_the_library_of_the_format_writes_what_we_read(tmp_path):
-    library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
-    tensors = checkpoint("wte")
-    library.save_file(tensors, tmp_path / "model.safetensors")
-    assert_same(dict(SafetensorsFile(tmp_path / "model.safetensors")), tensors)
-
-
-def test_files_that_are_not_whole_are_refused(tmp_path):
-    path = write_safetensors(tmp_path / "model.safetensors", checkpoint())
-    content = path.read_bytes()
-    for cut, message in ((4, "header does not fit"), (20, "header does not fit"), (len(content) - 8, "cut off")):
-        path.write_bytes(content[:cut])
-        with pytest.raises(ValueError, match=message):
-            load_embedding(path)
-    damaged = {"[]": "does not name tensors", '{"weight": 1}': "does not name tensors", '{"weight": {}}': "is damaged"}
-    for header, message in damaged.items():
-        path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
-        with pytest.raises(ValueError, match=message):
-            load_embedding(path)
-    path.write_bytes((2).to_bytes(8, "little") + b"no header")
-    with pytest.raises(ValueError, match="its header is not JSON"):
-        load_embedding(path)
-    path.write_bytes(content.replace(b'"F32"', b'"F8!"'))
-    with pytest.raises(ValueError, match=r"the dtype F8!; known are F64, F32"):
-        load_embedding(path)
-    with pytest.raises(FileNotFoundError):
-        load_embedding(tmp_path / "none.safetensors")
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_errors_name_what_is_missing_and_what_is_there():
+def test_errors_name_the_missing_tensor_and_the_ones_that_exist():
     saved = checkpoint("wte") | {"wpe.bias": np.zeros(3)}
     with pytest.raises(ValueError, match=r"no 'weight'. It has wte.weight, wte.norm.weight, wte.norm.bias, wpe.bias"):
         load_embedding(saved)
@@ -180,40 +111,37 @@ def test_errors_name_what_is_missing_and_what_is_there():
         load_embedding(saved, key="wte")
 
 
-def test_tensors_of_wrong_kinds_are_refused():
+def test_tensors_of_wrong_shapes_or_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"shape \(num_embeddings, features\), got \(4,\)"):
         load_embedding({"weight": np.zeros(4)})
     with pytest.raises(TypeError, match="floating point, got int8"):
         load_embedding({"weight": np.zeros((5, 4), np.int8)})
-    with pytest.raises(ValueError, match=r"norm.weight must be of shape \(4,\).*got \(5,\)"):
+    with pytest.raises(ValueError, match=r"'norm.weight' must have the shape \(4,\).*got \(5,\)"):
         load_embedding(checkpoint(stable=False) | {"norm.weight": np.ones(5), "norm.bias": np.ones(5)})
     with pytest.raises(TypeError, match=r"got ndarray.*torch.load"):
         load_embedding(np.zeros((5, 4)))  # pyright: ignore[reportArgumentType]
 
 
-def test_modules_that_do_not_fit_are_refused():
+def test_modules_and_parameters_that_do_not_fit_are_refused():
     plain, stable = (kind(5, 4, rngs=flax.nnx.Rngs(0)) for kind in (nnx.Embed, nnx.StableEmbed))
     with pytest.raises(ValueError, match="Use StableEmbed"):
         load_embedding(checkpoint(), into=plain)
     with pytest.raises(ValueError, match="Use StableEmbed"):
         load_embedding(checkpoint(), stable=False)
-    with pytest.raises(ValueError, match="`stable` is False, but `into` is StableEmbed"):
+    with pytest.raises(ValueError, match="`stable` is False, but `into` is a StableEmbed"):
         load_embedding(checkpoint(), stable=False, into=stable)
     with pytest.raises(ValueError, match=r"of shape \(6, 4\), but `into` has \(5, 4\)"):
         load_embedding(checkpoint(shape=(6, 4)), into=stable)
     with pytest.raises(TypeError, match=r"got Linear"):
         load_embedding(checkpoint(), into=flax.nnx.Linear(5, 4, rngs=flax.nnx.Rngs(0)))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"got wte. Give it"):
+    with pytest.raises(ValueError, match=r"got wte. Pass those"):
         dump_embedding({"wte": {"embedding": jnp.zeros((5, 4))}})
     with pytest.raises(ValueError, match=r"got embedding, norm, norm/scale"):
         dump_embedding({"embedding": jnp.zeros((5, 4)), "norm": {"scale": jnp.ones(4)}})
 
 
-# --- live ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_live_modules_of_bitsandbytes_and_ours_say_the_same(dtype, live):
+def test_a_live_module_of_bitsandbytes_gives_the_same_rows(dtype, live):
     import bitsandbytes
     import torch
 

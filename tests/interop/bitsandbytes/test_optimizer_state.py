@@ -1,4 +1,4 @@
-"""State dicts of bitsandbytes in and out: the frozen ones of every optimizer, other layouts and maps, live ones."""
+"""Tests loading and dumping of bitsandbytes' state dicts: frozen ones of every optimizer, other formats, live ones."""
 
 import copy
 
@@ -10,7 +10,6 @@ import pytest
 
 import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes
-from flax_stable_embed.interop.bitsandbytes._tensors import as_numpy
 from flax_stable_embed.interop.bitsandbytes.optimizer_state import NESTED
 from tests.golden.make_optimizers import (
     CONTINUED,
@@ -54,17 +53,17 @@ every_case = pytest.mark.parametrize("case", STATE_DICTS, ids=lambda case: case.
 @every_case
 @pytest.mark.parametrize("layout", ["nested", "flat"])
 @pytest.mark.one_in(16)
-def test_codes_survive_bit_by_bit_and_training_goes_on(case, layout, frozen):
+def test_codes_are_loaded_bit_for_bit_and_training_continues(case, layout, frozen):
     saved, params = saved_of(case, frozen)
     given = flattened(saved) if layout == "nested" else as_before_050(flattened(saved))
     params["weight"] = params["weight"].reshape(-1)
     tx = ours_as_saved(case)
     state, report = bitsandbytes.load_optimizer_state(given, tx, params, order=["weight", "bias"])
     assert report.exact and {row.how for row in report.rows} == {"exact"} and report.largest_error == 0.0
-    whole = getattr(state, "inner_state", state)
-    assert whole[0].count == SAVED
+    members = getattr(state, "inner_state", state)
+    assert members[0].count == SAVED
     for i, path in enumerate(("weight", "bias")):
-        for name, found in our_fields(case, whole, path).items():
+        for name, found in our_fields(case, members, path).items():
             theirs = saved["state"][i][NESTED].get(name)
             if theirs is not None:
                 assert found.dtype == theirs.dtype
@@ -80,7 +79,7 @@ def test_codes_survive_bit_by_bit_and_training_goes_on(case, layout, frozen):
 
 
 @every_case
-def test_a_dumped_state_dict_is_the_loaded_one_bit_by_bit(case, frozen):
+def test_a_dumped_state_dict_is_the_loaded_one_bit_for_bit(case, frozen):
     saved, params = saved_of(case, frozen)
     saved, params["weight"] = flattened(saved), params["weight"].reshape(-1)
     tx, order = ours_as_saved(case), ["weight", "bias"]
@@ -90,7 +89,7 @@ def test_a_dumped_state_dict_is_the_loaded_one_bit_by_bit(case, frozen):
             tx, params, state, order=order, param_groups=saved["param_groups"], nested=nested
         )
         expected = copy.deepcopy(saved) if nested else as_before_050(saved)
-        for one in expected["state"].values():  # what every step writes anew, and we do not keep
+        for one in expected["state"].values():  # every step overwrites it, and we do not store it
             tensors = one[NESTED] if nested else one
             if "unorm_vec" in tensors:
                 tensors["unorm_vec"][:] = 0
@@ -100,8 +99,8 @@ def test_a_dumped_state_dict_is_the_loaded_one_bit_by_bit(case, frozen):
 
 
 @every_case
-def test_blocks_that_cross_rows_are_decoded(case, frozen):
-    """The weight of 20 rows of 31: fp32 moments hold just what the codes stand for, 8-bit ones are rounded anew."""
+def test_moments_whose_blocks_cross_rows_are_decoded(case, frozen):
+    """The weight is (20, 31). fp32 moments are exactly the decoded codes, 8-bit moments are rounded again."""
     saved, params = saved_of(case, frozen)
     tensors = saved["state"][0][NESTED]
     tx = our_optimizer(case, rules=((".*", 32),))
@@ -123,7 +122,7 @@ def test_blocks_that_cross_rows_are_decoded(case, frozen):
 
 
 @pytest.mark.parametrize("codec", ["root", "linear", "dynamic"])
-def test_other_formats_and_other_optimizers_of_this_library_take_them_too(codec, frozen):
+def test_moments_are_loaded_into_other_optimizers_and_formats(codec, frozen):
     saved, params = saved_of(ADAM, frozen)
     tx = fse.adamw8bit(1e-3, state_format=fse.StateFormat(codec, rounding="stochastic", min_size=0))
     state, report = bitsandbytes.load_optimizer_state(saved, tx, params, order=["weight", "bias"])
@@ -140,7 +139,7 @@ def test_other_formats_and_other_optimizers_of_this_library_take_them_too(codec,
 
 
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
-def test_moments_of_other_precisions(bits, frozen):
+def test_moments_are_loaded_into_bf16_and_rowwise_storage(bits, frozen):
     saved, params = saved_of(ADAM, frozen)
     tx = fse.adamw8bit(1e-3, rules=(("weight", bits),))
     state, report = bitsandbytes.load_optimizer_state(saved, tx, params, order=["weight", "bias"])
@@ -155,7 +154,7 @@ def test_moments_of_other_precisions(bits, frozen):
     assert dumped["state"][0][NESTED]["state2"].shape == WEIGHT
 
 
-# --- as in bitsandbytes' own tests: save and load on the way ---------------------------------------------------------
+# --- as in bitsandbytes' own tests: save and load during training ----------------------------------------------------
 
 
 QUICK = ("adamw8bit", "lamb8bit", "ademamix8bit_schedules", "sgd32bit")
@@ -166,8 +165,8 @@ QUICK = ("adamw8bit", "lamb8bit", "ademamix8bit_schedules", "sgd32bit")
     [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in STATE_DICTS],
 )
 @pytest.mark.one_in(4)
-def test_saved_and_loaded_on_the_way_nothing_changes(case):
-    """test_optimizer8bit and test_ademamix_state_dict_no_nan: every ten steps, bytes and maps are the same."""
+def test_saving_and_loading_during_training_changes_nothing(case):
+    """As test_optimizer8bit and test_ademamix_state_dict_no_nan there: every ten steps, codes and maps are the same."""
     tx, params = our_optimizer(case, state_format=BLOCKS), {"kernel": normal(0, (9, 512), 0.1)}
     take, state = fused(tx), tx.init(params)
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "alpha": 5.0}
@@ -188,8 +187,8 @@ def test_saved_and_loaded_on_the_way_nothing_changes(case):
 
 
 @every_case
-def test_live_bitsandbytes_goes_on_from_what_we_dump(case, frozen, live):
-    """From torch's own tensors into our state and back, flat: the wheel then takes the frozen steps."""
+def test_live_bitsandbytes_continues_from_a_dumped_state(case, frozen, live):
+    """Loads torch's own tensors and dumps them again. The installed bitsandbytes then takes the frozen steps."""
     import torch
 
     saved, params = saved_of(case, frozen)
@@ -215,8 +214,8 @@ def test_live_bitsandbytes_goes_on_from_what_we_dump(case, frozen, live):
 
 
 @every_case
-def test_live_bitsandbytes_goes_on_from_what_we_trained(case, live):
-    """Ours for three steps, dumped, then both for two more."""
+def test_live_bitsandbytes_continues_after_our_training(case, live):
+    """Our optimizer takes three steps, its state is dumped, then both take two more."""
     import torch
 
     p = jnp.asarray(parameter(WEIGHT)).reshape(-1)
@@ -246,13 +245,3 @@ def take_step_flat(optimizer, tensor, step):
 
     tensor.grad = torch.from_numpy(gradient(WEIGHT, step).reshape(-1))
     optimizer.step()
-
-
-def test_tensors_of_torch_become_arrays_of_the_same_bits(live):
-    import torch
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
-        tensor = torch.arange(10).to(dtype).requires_grad_(dtype.is_floating_point)
-        array = as_numpy(tensor)
-        assert array.dtype.name == str(dtype).removeprefix("torch.")
-        np.testing.assert_array_equal(array.astype(int), np.arange(10))

@@ -1,4 +1,4 @@
-"""Our optimizers beside bitsandbytes' own: names, options, and where a state has what."""
+"""Helpers for tests of our optimizers against bitsandbytes' own: names, options and fields of states."""
 
 import warnings
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from tests.golden.make_optimizers import BLOCK
 
 BLOCKS = fse.StateFormat("dynamic", block_size=BLOCK, block_axis=-1, min_size=0)
 ALL_FP32 = ((".*", 32),)
-PER_STEP = 2e-5  # learning rates
+PER_STEP = 2e-5  # in learning rates
 
 
 class Twin(NamedTuple):
-    """Our optimizer for one of bitsandbytes', and the fields of its state that are state1 and state2."""
+    """Our optimizer for one of bitsandbytes, and the fields of our state that are state1 and state2 there."""
 
     factory: object
     state1: tuple[str, ...]
@@ -44,7 +44,7 @@ def normal(seed, shape, scale, dtype=np.float32):
 
 
 def family(case):
-    """Its name without the number of bits."""
+    """The name of an optimizer without its number of bits."""
     return case.optimizer.removesuffix("8bit").removesuffix("32bit")
 
 
@@ -65,7 +65,7 @@ def our_optimizer(case, **options):
 
 
 def clips_as_on_cpu(case, **options):
-    """Our optimizer with the limit that the CPU build compares with: of LAMB's step without its bias corrections."""
+    """Our optimizer, but LAMB clips as the CPU build does, by the norm of the step before bias corrections."""
     if family(case) != "LAMB":
         return our_optimizer(case, **options)
     hyper = our_options(case)
@@ -80,13 +80,13 @@ def clips_as_on_cpu(case, **options):
 
 
 def assert_parameters(case, found, expected, steps):
-    """Within some 1e-5 learning rates a step, however long the steps are, and one rounding."""
+    """Parameters are equal within `PER_STEP` learning rates per step, however long the steps are, and one rounding."""
     rounding = np.spacing(np.maximum(np.abs(expected), np.abs(found)))
     assert (np.abs(found - expected) <= PER_STEP * case.options["lr"] * steps + rounding).all()
 
 
 def our_fields(case, state, path="kernel"):
-    """What our state holds of one parameter, under bitsandbytes' names."""
+    """The arrays of one parameter in our state, under bitsandbytes' names."""
     found = {}
     for i, names in ((1, twin(case).state1), (2, (twin(case).state2,))):
         for kind, suffix in (("state", ""), ("absmax", "_absmax")):
@@ -97,7 +97,7 @@ def our_fields(case, state, path="kernel"):
 
 
 def with_fields(case, state, fields, step, path="kernel"):
-    """Our state with the arrays of one parameter as bitsandbytes' names give them, after `step` steps."""
+    """Our state after `step` steps with the arrays of one parameter replaced, given under bitsandbytes' names."""
     changes = {name: jnp.asarray(step, jnp.int32) for name in state[0]._fields if name.startswith("count")}
     for i, names in ((1, twin(case).state1), (2, (twin(case).state2,))):
         for kind, suffix in (("state", ""), ("absmax", "_absmax")):
@@ -110,20 +110,20 @@ def with_fields(case, state, fields, step, path="kernel"):
 
 
 def fused(tx):
-    """A compiled step of the whole optimizer: parameters and state."""
+    """A compiled step that returns parameters and state."""
     return jax.jit(lambda grads, state, params: fse.fused_update(tx, grads, state, params))
 
 
 def ulps(a, b):
-    """How many float32 numbers apart; of the same sign."""
+    """How many float32 numbers apart two arrays of the same signs are."""
     return np.abs(np.asarray(a).view(np.int32).astype(np.int64) - np.asarray(b).view(np.int32))
 
 
 @pytest.fixture
 def live():
-    """Skips where torch and bitsandbytes are not installed."""
+    """Skips a test if torch and bitsandbytes are not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they warn of when imported is not ours
+        warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
             pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
         yield

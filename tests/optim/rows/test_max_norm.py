@@ -150,7 +150,7 @@ def test_a_lookup_stores_the_rows_that_it_scales(module):
     ids=["jit", "grad", "vmap", "eval_shape", "scan"],
 )
 def test_a_module_that_is_closed_over_cannot_write_rows_back(closes_over):
-    with pytest.raises(ValueError, match=r"which NNX forbids: pass the module as an argument.*fse\.with_max_norm"):
+    with pytest.raises(ValueError, match=r"which NNX forbids. Pass the module as an argument.*fse\.with_max_norm"):
         closes_over(writer())
 
 
@@ -159,7 +159,7 @@ def test_write_back_needs_max_norm_and_refuses_sparse():
         ValueError, match="`write_back=True` stores the rows that `max_norm` scales, but `max_norm` is None"
     ):
         fse.nnx.Embed(4, 2, write_back=True, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"does not go with `sparse=True`.*fse\.row_sparse\(fse\.with_max_norm"):
+    with pytest.raises(ValueError, match=r"cannot be combined with `sparse=True`.*fse\.row_sparse\(fse\.with_max_norm"):
         fse.nnx.Embed(4, 2, write_back=True, max_norm=1.0, sparse=True, rngs=nnx.Rngs(0))
 
 

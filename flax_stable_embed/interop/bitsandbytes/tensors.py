@@ -1,7 +1,8 @@
-"""Tensors of any library as numpy arrays, and those of a safetensors file.
+"""Reads tensors of torch and of safetensors files as numpy arrays. torch does not have to be installed.
 
-A safetensors file: 8 bytes, little-endian, the length of the header; the header, JSON, from names to {dtype, shape,
-data_offsets}; the bytes of all tensors. Format: github.com/huggingface/safetensors. torch is not needed.
+A safetensors file has three parts: 8 bytes with the length of the header as a little-endian integer; the header, JSON
+that maps names to {dtype, shape, data_offsets}; the bytes of all tensors.
+Format: https://github.com/huggingface/safetensors
 """
 
 import json
@@ -28,41 +29,41 @@ DTYPES = {
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A tensor of torch, or anything numpy takes, as a numpy array of the same dtype (bfloat16 too)."""
+    """Returns a tensor of torch, or anything numpy accepts, as a numpy array of the same dtype, including bfloat16."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none, and torch does not know JAX's: exact through float32
+    if str(tensor.dtype) == "torch.bfloat16":  # torch cannot export it to numpy; float32 holds it exactly
         return tensor.float().numpy().astype(jnp.bfloat16)
     return tensor.numpy()
 
 
 def open_tensors(source: Any) -> Mapping[str, Any]:
-    """A state dict as it is, or the safetensors file of that path as one.
+    """Returns `source` itself if it is a state dict, or the tensors of the safetensors file at that path.
 
     Raises:
-        TypeError: neither of them.
-        ValueError: a file that is not in that format.
+        TypeError: If `source` is neither a mapping nor a path.
+        ValueError: If the file is not a safetensors file.
     """
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
-            f"expected a state dict or the path of a safetensors file, got {type(source).__name__}. A torch file "
-            "(.pt, .bin) opens with torch.load(path, map_location='cpu', weights_only=True)."
+            f"`source` must be a state dict or the path of a safetensors file, got {type(source).__name__}. Open a "
+            "torch file (.pt, .bin) with torch.load(path, map_location='cpu', weights_only=True)."
         )
     return SafetensorsFile(source)
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
-    """The tensors of a file, by name; the file is mapped into memory, and read where a tensor is used."""
+    """The tensors of a file by name. The file is memory-mapped, so a tensor is read only when it is used."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, size = os.fspath(path), os.path.getsize(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise ValueError(f"{self.path!r} is not a safetensors file: its header does not fit into it.")
+                raise ValueError(f"{self.path!r} is not a safetensors file: its header is longer than the file.")
             try:
                 header = json.loads(file.read(length))
             except ValueError as error:
@@ -77,12 +78,12 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         try:
             dtype, shape, (start, end) = (entry[field] for field in ("dtype", "shape", "data_offsets"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path!r} is damaged: it says of {name!r} only {entry}.") from error
+            raise ValueError(f"{self.path!r} is damaged: its header describes {name!r} by {entry} only.") from error
         if dtype not in DTYPES:
-            raise ValueError(f"{name!r} in {self.path!r} has the dtype {dtype}; known are {', '.join(DTYPES)}.")
+            raise ValueError(f"{name!r} in {self.path!r} has the dtype {dtype}. Known dtypes are {', '.join(DTYPES)}.")
         itemsize = np.dtype(DTYPES[dtype]).itemsize
         if not 0 <= start <= end <= self._size or end - start != itemsize * prod(shape):
-            raise ValueError(f"{self.path!r} is cut off or damaged: {name!r} has {shape} in bytes {start} to {end}.")
+            raise ValueError(f"{self.path!r} is truncated or damaged: {name!r} has {shape} in bytes {start} to {end}.")
         if start == end:
             return np.zeros(shape, DTYPES[dtype])
         content = np.memmap(self.path, np.uint8, mode="r", offset=self._start + start, shape=(end - start,))

@@ -1,7 +1,7 @@
-"""One moment of one parameter, from bitsandbytes' storage to ours and back.
+"""Converts one moment of one parameter from bitsandbytes' storage to ours and back.
 
-Codes survive bit by bit where they mean the same on both sides: the same map, the same blocks, no transposition. In all
-other cases the moment is decoded, and encoded anew if the other side stores bytes.
+Codes are copied bit for bit where they mean the same on both sides: the same map, the same blocks, no transposition. In
+all other cases the moment is decoded. It is then encoded again if the destination stores it in 8 bits.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +12,15 @@ import numpy as np
 from ...ops.blockwise.blocks import Blocks
 from ...optim.storage.moments import MomentName, decode, encode
 from ...optim.storage.plan import LeafPlan
-from . import _blocks as flat
-from ._report import How
+from . import flat_blocks as flat
+from .report import How
 
 
 class Stored(NamedTuple):
-    """A moment as bitsandbytes stores it: uint8 with scales of the flattened tensor and a map, or floating point."""
+    """A moment as bitsandbytes stores it.
+
+    Either uint8 codes with one scale per block of the flattened tensor and a map, or floating point numbers alone.
+    """
 
     values: np.ndarray
     absmax: np.ndarray | None = None
@@ -34,19 +37,19 @@ class Stored(NamedTuple):
 
 
 class Place(NamedTuple):
-    """How our state stores one moment of a parameter."""
+    """How our optimizer state stores one moment of a parameter."""
 
     moment: MomentName
-    signed: bool  # which of bitsandbytes' maps is its
+    signed: bool  # whether bitsandbytes stores it with its signed map
     plan: LeafPlan
-    axes: tuple[int, ...]  # those of torch's tensor, in our order
+    axes: tuple[int, ...]  # the axes of torch's tensor in our order, as for `numpy.transpose`
 
     @property
     def _stored(self):
         return self.moment.stored(self.plan.state_format)._replace(stochastic=False)
 
     def shares_codes(self, block_size: int, qmap: np.ndarray) -> bool:
-        """Whether bytes mean the same here and there."""
+        """Returns whether a code stands for the same number here and in bitsandbytes."""
         blocks, in_order = self.plan.blocks, self.axes == tuple(range(len(self.axes)))
         if blocks is None or not in_order or self.plan.state_format.codec != "dynamic":
             return False
@@ -61,12 +64,15 @@ class Place(NamedTuple):
 
 
 def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.ndarray, np.ndarray, How, float]:
-    """`(values, absmax, how, error)`; those that are given have the shapes and dtypes of our state."""
+    """Returns `(values, absmax, how, error)` for our state.
+
+    The arguments `values` and `absmax` are the arrays of a fresh state. They set the shapes and dtypes of the results.
+    """
     given = moment.decoded()
     if not place.moment.signed and given.size and given.min() < -1e-5 * np.abs(given).max():
         raise ValueError(
-            f"`{place.moment.name}` is never negative, but the state that is to become it has {given.min():g}. Is it "
-            "the same optimizer?"
+            f"`{place.moment.name}` cannot be negative, but the state to load into it has {given.min():g}. Check that "
+            "`tx` is the same optimizer as the one that was saved."
         )
     if moment.absmax is not None and moment.qmap is not None:
         if place.shares_codes(moment.block_size, moment.qmap):
@@ -77,19 +83,19 @@ def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.
         codes, scales = place.encode(given)
         error = _error(given, place.decode(codes, scales), _spread(scales, place.plan.blocks, place.plan.shape))
         return codes, scales, "encoded", error
-    floats = given if values.shape == given.shape else given.mean(-1, keepdims=True)  # one number a row
+    floats = given if values.shape == given.shape else given.mean(-1, keepdims=True)  # "rowwise"
     floats = floats.astype(values.dtype)
     error = _error(given, floats.astype(given.dtype), np.abs(given).max(initial=0))
     return floats, np.asarray(absmax), "encoded" if error else "exact" if moment.absmax is None else "decoded", error
 
 
 def to_theirs(values: np.ndarray, absmax: np.ndarray, place: Place) -> tuple[Stored, How, float]:
-    """`(what bitsandbytes stores, how, error)`: bytes of our bytes, fp32 of all else."""
+    """Returns `(stored, how, error)`: 8-bit moments stay in 8 bits, all others become float32."""
     back = np.argsort(place.axes)
     if place.plan.blocks is None:
-        whole = np.broadcast_to(values, place.plan.shape).transpose(back)
-        floats = np.array(whole, np.float32, order="C")  # np.ascontiguousarray would give a scalar an axis
-        error = _error(whole, floats, np.abs(whole).max(initial=0))
+        full = np.broadcast_to(values, place.plan.shape).transpose(back)
+        floats = np.array(full, np.float32, order="C")  # np.ascontiguousarray would give a scalar an axis
+        error = _error(full, floats, np.abs(full).max(initial=0))
         return Stored(floats), "encoded" if error else "exact", error
     qmap = flat.qmap(place.signed).copy()
     if place.shares_codes(flat.BLOCK, qmap):
@@ -100,13 +106,13 @@ def to_theirs(values: np.ndarray, absmax: np.ndarray, place: Place) -> tuple[Sto
 
 
 def _error(x: np.ndarray, stored: np.ndarray, scales: Any) -> float:
-    """The largest change in parts of `scales`, over what is finite."""
+    """Returns the largest change of a finite number, relative to `scales`."""
     change = np.abs(x - stored) / np.where(scales > 0, scales, 1)
     return float(np.max(change, initial=0, where=np.isfinite(x)))
 
 
 def _spread(absmax: np.ndarray, blocks: Blocks, shape: tuple[int, ...]) -> np.ndarray:
-    """The scale of every element."""
+    """Returns the scale of every element."""
     if not shape:
         return absmax
     return np.repeat(absmax, blocks.size, blocks.axis).take(range(shape[blocks.axis]), blocks.axis)

@@ -1,8 +1,9 @@
-"""How bitsandbytes stores a moment: one byte an element, one scale for each 256 elements of the flattened tensor.
+"""Decodes and encodes a moment as bitsandbytes stores it, in blocks of 256 elements of the flattened tensor.
 
     x[i] = qmap[codes[i]] * absmax[i // 256]
 
-Its blocks cross rows. Ours lie in rows and are the same only where a row is a whole number of blocks, or the only row.
+There is one byte per element and one float32 scale per block. These blocks cross rows, our blocks do not. The two are
+the same only where the length of a row is a multiple of the block size, or where the tensor has a single row.
 """
 
 from collections.abc import Sequence
@@ -17,51 +18,47 @@ from ...ops.blockwise.codecs import table
 from ...ops.blockwise.quantize import quantize
 
 BLOCK = 256
-
-
-OLD_BLOCK = 2048  # before its version 0.44
-
-
-SAME_ULPS = 4  # maps that differ by less are the same one, computed on another machine
+OLD_BLOCK = 2048  # before version 0.44 of bitsandbytes
+SAME_ULPS = 4  # maps that differ by no more were computed by the same formula on another machine
 
 
 @cache
 def qmap(signed: bool) -> np.ndarray:
-    """The 256 numbers that the codes stand for."""
+    """Returns the 256 numbers that the codes stand for."""
     values = table("dynamic", signed)
     values.setflags(write=False)
     return values
 
 
 def is_same_map(found: np.ndarray, signed: bool) -> bool:
-    """Whether a map of a checkpoint is ours but for last digits, so that its codes mean the same."""
+    """Returns whether a checkpoint's map equals ours up to `SAME_ULPS`, so that its codes mean the same numbers."""
     ours = qmap(signed)
     return found.shape == ours.shape and bool((np.abs(found - ours) <= SAME_ULPS * np.spacing(np.abs(ours))).all())
 
 
 def are_ours(shape: Sequence[int], blocks: Blocks, size: int = BLOCK) -> bool:
-    """Whether blocks of `size` of the flattened tensor are our `blocks` of it."""
+    """Returns whether blocks of `size` elements of the flattened tensor are the same as our `blocks`."""
     row = shape[-1] if shape else 1
     last_axis = blocks.axis == max(len(shape) - 1, 0)
     return last_axis and blocks.size == min(size, row) and (row % size == 0 or prod(shape) == row)
 
 
 def block_size(n: int, scales: int) -> int:
-    """The block size of a flattened tensor of `n` elements with that many scales; 0 where there is none."""
+    """Returns the block size of a flattened tensor of `n` elements with `scales` scales, or 0 if none fits."""
     return next((size for size in (BLOCK, OLD_BLOCK) if -(-n // size) == scales), 0)
 
 
 def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """The float32 moment."""
+    """Returns the float32 moment."""
     return values[codes] * spread(absmax, size, codes.shape)
 
 
 def spread(absmax: np.ndarray, size: int, shape: Sequence[int]) -> np.ndarray:
-    """The scale of every element."""
+    """Returns the scale of every element."""
     return np.repeat(absmax.reshape(-1), size)[: prod(shape)].reshape(shape)
 
 
 def encode(x: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the shape of `x`, and absmax of the flattened one."""
+    """Returns the codes, in the shape of `x`, and one scale per block of the flattened `x`."""
     codes, absmax = quantize(jnp.asarray(x.reshape(-1), jnp.float32), signed=signed, codec="dynamic", block_size=BLOCK)
     return np.asarray(codes).reshape(x.shape), np.asarray(absmax)

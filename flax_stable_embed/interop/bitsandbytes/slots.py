@@ -1,4 +1,4 @@
-"""Where bitsandbytes' `state1` and `state2` of every parameter are in the state of ours."""
+"""Maps bitsandbytes' `state1` and `state2` of every parameter to the fields of our optimizer states."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ from ...optim.methods.lion import ScaleByLion8bitState
 from ...optim.methods.rmsprop import ScaleByRmsprop8bitState
 from ...optim.methods.sgd import ScaleBySgd8bitState
 from ...optim.trees import path_name
-from ._layout import Layout
-from ._moments import Place
-from ._pairs import Axes, Key
+from .conversion import Place
+from .layout import Layout
+from .pairs import Axes, Key
 
-# The moments that are state1 (AdEMAMix stacks two of them) and state2.
+# The names of our moments that are state1 and state2 in bitsandbytes. AdEMAMix stacks two moments in state1.
 STATES: dict[type, tuple[tuple[str, ...], ...]] = {
     ScaleByAdam8bitState: (("mu",), ("nu",)),
     ScaleByAdemamix8bitState: (("m1", "m2"), ("nu",)),
@@ -31,30 +31,30 @@ STATES: dict[type, tuple[tuple[str, ...], ...]] = {
 
 
 class Slot(NamedTuple):
-    """One moment of a parameter: torch's key, our path, `state{number}` (a `plane` if stacked), and how we store it."""
+    """One moment of one parameter, in bitsandbytes and here."""
 
-    key: Key
-    path: str
-    number: int
-    plane: int | None
+    key: Key  # torch's key of the parameter
+    path: str  # our path of the parameter
+    number: int  # 1 for `state1`, 2 for `state2`
+    plane: int | None  # the index along the first axis where `state1` stacks two moments
     place: Place
 
     @property
     def values(self) -> tuple[str, str]:
-        """Where `Arrays` has the moment."""
+        """The key of the moment in `Arrays`."""
         return self.place.moment.name, self.path
 
     @property
     def absmax(self) -> tuple[str, str]:
-        """Where `Arrays` has its scales."""
+        """The key of its scales in `Arrays`."""
         return f"{self.place.moment.name}_absmax", self.path
 
 
 def slots(kept: Layout, pairs: Mapping[Key, str], axes: Axes) -> Iterator[Slot]:
-    """All of them, parameter by parameter.
+    """Yields the slots of all moments, parameter by parameter.
 
     Raises:
-        ValueError: the optimizer has moments that bitsandbytes' does not have, or the axes do not fit.
+        ValueError: If the optimizer has moments that no optimizer of bitsandbytes has, or if the axes do not fit.
     """
     states, moments = states_of(kept.method), {moment.name: moment for moment in kept.method.moments}
     for key, path in pairs.items():
@@ -67,24 +67,25 @@ def slots(kept: Layout, pairs: Mapping[Key, str], axes: Axes) -> Iterator[Slot]:
 
 
 def states_of(method: Method) -> tuple[tuple[str, ...], ...]:
-    """The names of our moments that are state1 and state2."""
+    """Returns the names of our moments that are state1 and state2 in bitsandbytes."""
     states = STATES.get(method.state, ())
     ours = {moment.name for moment in method.moments}
     if not states or {name for names in states for name in names} != ours:
         raise ValueError(
-            f"`tx` keeps {', '.join(sorted(ours)) or 'no moments'} ({method.name}), and no optimizer of bitsandbytes "
-            "does. Its RMSprop is not centered and has no momentum; its SGD has momentum."
+            f"`tx` ({method.name}) has {', '.join(sorted(ours)) or 'no moments'}, unlike any optimizer of "
+            "bitsandbytes. There, RMSprop is not centered and has no momentum, and SGD always has momentum."
         )
     if any(moment.sums in ("directions", "steps") for moment in method.moments):
         raise ValueError(
-            f"The trace of {method.name} in `tx` sums what its trust ratio makes of gradients, that of bitsandbytes' "
-            "LARS gradients. Use fse.interop.bitsandbytes.lars8bit, or fse.lars8bit(max_unorm=...)."
+            f"The trace of {method.name} in `tx` sums gradients scaled by the trust ratio, but the trace of "
+            "bitsandbytes' LARS sums the gradients themselves. Use fse.interop.bitsandbytes.lars8bit, or "
+            "fse.lars8bit(max_unorm=...)."
         )
     return states
 
 
 class Arrays:
-    """The arrays of a state's moments, by field and path; they can be replaced, in their wrappers and places."""
+    """The arrays of a state's moments by (field, path). A replaced array keeps its wrapper and its sharding."""
 
     def __init__(self, state: Any, method: Method):
         self.state = state
@@ -104,6 +105,6 @@ class Arrays:
         self._boxes[field][path] = rebox(box, jax.device_put(array, before.sharding))
 
     def filled(self) -> Any:
-        """The state with its arrays as they are now."""
+        """Returns the state with the replaced arrays."""
         new = {field: tree.unflatten(self._boxes[field].values()) for field, tree in self._trees.items()}
         return self.state._replace(**new)
