@@ -234,3 +234,20 @@ def test_a_stable_embedding_trains_with_every_optimizer(name):
     heads = [dtype for path, dtype in dtypes.items() if "kernel" in path and "absmax" not in path]
     tables = [dtype for path, dtype in dtypes.items() if "embedding" in path]
     assert heads and set(heads) == {"uint8"} and tables and set(tables) == {"float32"}
+
+
+@every_optimizer
+def test_every_option_reaches_the_engine(name):
+    """An option that a factory takes and drops would be ignored without a word."""
+    params = {"kernel": jnp.ones((64, 64))}
+    with pytest.raises(ValueError, match="`partition_specs` has no entry for parameter 'kernel'"):
+        make(name, state_format=BLOCKS, partition_specs={}).init(params)
+    with pytest.raises(ValueError, match="`implementation` must be"):
+        make(name, implementation="fast")
+    with pytest.raises(ValueError, match="match no parameter"):
+        make(name, rules=(("nothing", 8),)).init(params)
+    assert make(name, state_format=fse.StateFormat("linear", min_size=0)).init(params)[0].format[0] == 3
+    bad = {"kernel": jnp.full((64, 64), jnp.nan)}
+    tx = make(name, state_format=BLOCKS, skip_nonfinite=True)
+    after, _ = fse.fused_update(tx, bad, tx.init(params), params)
+    assert jnp.all(jnp.isfinite(after["kernel"]))

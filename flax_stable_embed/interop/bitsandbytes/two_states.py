@@ -145,6 +145,7 @@ def adamw8bit(
         rules=rules,
         state_format=state_format,
         implementation=implementation,
+        partition_specs=partition_specs,
         skip_nonfinite=skip_nonfinite,
     )
 

@@ -249,7 +249,7 @@ def test_by_name_it_raises_for_an_array_that_it_cannot_take_and_none_takes_anoth
 @pytest.mark.parametrize(
     ("specs", "error", "message"),
     [
-        ({"kernel": "x"}, TypeError, "must be a tree of PartitionSpec .* got 'x' at 'kernel'"),
+        ({"kernel": "x"}, TypeError, "must be a pytree of PartitionSpec .* got 'x' at 'kernel'"),
         ({"other": PartitionSpec("x")}, ValueError, "has no entry for parameter 'kernel', but for other"),
     ],
 )
