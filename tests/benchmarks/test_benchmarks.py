@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import flax_stable_embed as fse
-from benchmarks import errors, optimizers, report
-from benchmarks.__main__ import main
-from benchmarks.shapes import DEFAULT, QUICK, SHAPES
+from benchmarks.harness import contenders, report
+from benchmarks.harness.shapes import DEFAULT, QUICK, SHAPES
+from benchmarks.measured.steps import main
+from benchmarks.tried import errors
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = [
@@ -130,17 +131,17 @@ def test_table_quotes_the_file_alone(quick, tmp_path, capsys):
 
 
 def test_results_are_named_by_device_and_commit_or_date(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HOME", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     env = {"platform": "cpu", "device": "AMD EPYC", "commit": "4dec047", "date": "2026-01-02 03:04 UTC"}
     path = report.save({"environment": env}, None)
-    assert path == tmp_path / "results" / "cpu-amd-epyc-4dec047.json"
+    assert path == tmp_path / "cpu-amd-epyc-4dec047.json"
     assert json.loads(path.read_text()) == {"environment": env}
     assert report.save({"environment": env | {"commit": None}}, None).name == "cpu-amd-epyc-2026-01-02.json"
 
 
 def test_every_shape_gets_the_bits_it_says():
     for shape in SHAPES.values():
-        problem = optimizers._tree(shape.path, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
+        problem = contenders._tree(shape.path, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
         (row,) = fse.describe(fse.adamw8bit(1e-3, rules=shape.rules), problem).rows
         assert row.path == shape.path
         assert row.bits == (32 if shape.name == "bert_layernorm" else 8), row

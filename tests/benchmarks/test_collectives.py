@@ -1,6 +1,6 @@
 """How collectives are counted in the text of a compiled program."""
 
-from benchmarks.collectives import Moved, collectives, counted
+from benchmarks.counted.collectives import Moved, collectives, counted
 
 TEXT = """
 %fused_1 (p: bf16[64,32]) -> bf16[64,32] {

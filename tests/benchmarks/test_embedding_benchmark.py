@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import embedding
-from benchmarks.embedding import DENSE, FUSED, IDS, ROWS, Shape
+from benchmarks.harness.modules import Shape
+from benchmarks.measured import embedding
+from benchmarks.measured.embedding import DENSE, FUSED, IDS, ROWS
 
 TINY = Shape(40, 8, 6), Shape(400, 8, 6)
 

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 import flax_stable_embed as fse
-from benchmarks import quality, quality_report, readme
-from benchmarks.quality import CELLS, QUESTIONS, Cell, Digits, Language, Run
+from benchmarks.published import readme
+from benchmarks.tried import quality, quality_report
+from benchmarks.tried.quality import CELLS, QUESTIONS, Cell, Digits, Language, Run
 
 TINY_TEXT = (Path(some_module_with_a_text.__file__),)
 DIGITS = Digits(steps=6, width=8, rates=(1e-3, 1e-2), more_seeds=2)
@@ -225,9 +226,7 @@ def test_a_traced_learning_rate_trains_as_the_example_does():
 
 
 @pytest.mark.slow
-def test_the_readme_shows_the_results_once_they_are_there(two_cells, tmp_path, monkeypatch):
+def test_the_page_shows_the_results(two_cells, monkeypatch):
     folder, _, _ = two_cells
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.quality().startswith("No results yet")
-    monkeypatch.setattr(readme, "RESULTS", folder)
+    monkeypatch.setattr(quality_report, "FILE", folder / "quality.json")
     assert readme.quality().startswith("5 of ") and "quality.png" in readme.quality()

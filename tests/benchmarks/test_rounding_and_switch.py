@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rounding, switch
-from benchmarks.quality import Language
+from benchmarks.tried import rounding, switch
+from benchmarks.tried.quality import Language
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
-from benchmarks import errors, pictures, quality_report, readme, report, rounding, switch
+from benchmarks.measured import steps
+from benchmarks.published import pictures, readme
+from benchmarks.tried import errors, quality_report, rounding, switch
 from tests.tools import public_names
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +136,7 @@ def test_tables_of_the_language_model_are_those_of_its_results(name, page):
 
 @pytest.mark.slow
 def test_round_trip_errors_in_the_docs_are_those_of_the_code():
-    for measured, written in zip(errors.measure(), readme.newest()["errors"], strict=True):
+    for measured, written in zip(errors.measure(), steps.newest()["errors"], strict=True):
         assert (measured["data"], measured["codec"]) == (written["data"], written["codec"])
         for size, pair in written["errors"].items():
             assert measured["errors"][size] == pytest.approx(pair, rel=1e-4)
@@ -147,7 +149,7 @@ def test_every_link_within_the_repository_leads_somewhere(page):
 
 
 def test_what_is_said_of_the_grid_is_what_it_shows():
-    results = json.loads((report.HOME / "results" / "quality.json").read_text())
+    results = json.loads(quality_report.FILE.read_text())
     assert len(results["runs"]) == results["planned"]
 
     def against_fp32(cell, rate):

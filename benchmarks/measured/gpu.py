@@ -32,11 +32,12 @@ import numpy as np
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS
 
-from . import report
-from .embedding import EmbedThenNorm
-from .optimizers import step_of
-from .shapes import tinyllama
-from .steps import (
+from ..harness import report
+from ..harness.contenders import step_of
+from ..harness.modules import EmbedThenNorm
+from ..harness.shapes import tinyllama
+from ..harness.timing import alternate, quartiles
+from ..harness.tree_steps import (
     BASELINE,
     EIGHT,
     PEERS,
@@ -51,7 +52,6 @@ from .steps import (
     steps,
     training,
 )
-from .timing import alternate, quartiles
 
 ROUNDS = 15
 
@@ -227,7 +227,7 @@ def measure(quick: bool) -> Tree:
 
 def everywhere() -> list[Tree]:
     """The results of every GPU, by its name."""
-    return [json.loads(path.read_text()) for path in sorted((report.HOME / "results").glob("gpu-*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("gpu-*.json"))]
 
 
 def markdown(results: Tree) -> str:
@@ -351,7 +351,7 @@ def main(arguments: list[str]) -> None:
 def keep(results: Tree) -> None:
     """Writes the results, under the name of the GPU."""
     device = re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
-    report.save(results, report.HOME / "results" / f"gpu-{device}.json")
+    report.save(results, report.RESULTS / f"gpu-{device}.json")
 
 
 if __name__ == "__main__":

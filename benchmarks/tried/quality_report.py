@@ -15,6 +15,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from ..harness import report
+
+FILE = report.RESULTS / "quality.json"
 EXPLODED, FELL_BACK = 1.5, 0.2
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import flax_stable_embed as fse
 
-from . import report
+from ..harness import report
 
 SHAPE = (64, 256)
 STEPS, AFTER = 6000, 1000  # of unit size, and of SHRUNK
@@ -91,7 +91,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-FILE = report.HOME / "results" / "rounding.json"
+FILE = report.RESULTS / "rounding.json"
 
 
 def main(arguments: list[str], save: Callable = report.save) -> None:

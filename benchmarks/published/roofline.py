@@ -7,10 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import compiled, gpu, report
-from .steps import BASELINE, OURS
+from ..counted import compiled
+from ..harness import report
+from ..harness.tree_steps import BASELINE, OURS
+from ..measured import gpu
 
-FILE = report.HOME / "results" / "roofline.png"
+FILE = report.RESULTS / "roofline.png"
 MEASURED, COUNTED, REFERENCE = "#1f77b4", "#9ecae1", "#bbbbbb"
 
 

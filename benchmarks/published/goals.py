@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from . import compiled, gpu, models, report
-from .optimizers import BASELINE as CPU_BASELINE
-from .steps import BASELINE, OURS
+from ..counted import compiled
+from ..harness import report
+from ..harness.contenders import BASELINE as CPU_BASELINE
+from ..harness.tree_steps import BASELINE, OURS
+from ..measured import gpu, models
 
 VERDICTS = {True: "yes", False: "no", None: ""}
 HEAD = ["what", "to reach", "reached", ""]

@@ -5,7 +5,6 @@ from round to round, every second round runs backwards, and a ratio is taken bet
 one step, or as many as fill `TURN_S` after an untimed one, which brings caches and threads back to the contender.
 """
 
-import gc
 from collections.abc import Callable
 from statistics import quantiles
 from time import perf_counter
@@ -14,26 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .optimizers import BASELINE, Problem, Run, contenders
-from .shapes import Shape
-
 TURN_S = 0.02  # long against the clock and against a scheduler's slice of a few ms
 LEAST_ROUNDS, MOST_ROUNDS = 5, 41  # quartiles need a few samples; with more than 41 the medians do not move
-
-
-def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> list[dict[str, Any]]:
-    """One row for each contender; about `budget_s` seconds of steps, compilation not counted."""
-    problem, field = Problem(shape), contenders()
-    runs = {i: c.start(problem) for i, c in enumerate(field) if c.skip is None}
-    turns = alternate({i: run.step for i, run in runs.items()}, budget_s, most_rounds)
-    base = turns[next(i for i, c in enumerate(field) if c.name == BASELINE)]
-    rows = []
-    for i, contender in enumerate(field):
-        row = {"contender": contender.name, "path": contender.path}
-        rows.append(row | (_row(shape, runs[i], turns[i], base) if i in runs else {"skip": contender.skip}))
-    del runs, problem
-    gc.collect()
-    return rows
 
 
 def alternate(
@@ -67,23 +48,6 @@ def _time(step: Callable[[], None], repeats: int) -> float:
     for _ in range(repeats):
         step()
     return (perf_counter() - start) / repeats
-
-
-def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[str, Any]:
-    state = run.state_bytes / shape.size
-    ms = quartiles([1e3 * t for t in turns])
-    # What no implementation can avoid: read gradient, parameter and state, write parameter and state.
-    moved = shape.size * (12 + 2 * state)
-    return {
-        "stored": run.stored,
-        "state_bytes_per_parameter": state,
-        "temp_bytes_per_parameter": None if run.temp_bytes is None else run.temp_bytes / shape.size,
-        "ms": ms,
-        "ratio": quartiles([t / b for t, b in zip(turns, base)]),
-        "gb_per_s": moved / ms[1] / 1e6,
-        "rounds": len(turns),
-        "compile_s": run.compile_s,
-    }
 
 
 def quartiles(values: list[float]) -> list[float]:

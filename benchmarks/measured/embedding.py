@@ -24,9 +24,9 @@ import optax
 
 import flax_stable_embed as fse
 
-from . import report
-from .optimizers import cores
-from .timing import MOST_ROUNDS, alternate, quartiles
+from ..harness import report
+from ..harness.modules import EmbedThenNorm, Shape
+from ..harness.timing import MOST_ROUNDS, alternate, quartiles
 
 RATE = 1e-3
 DENSE, ROWS, FUSED, IDS, TORCH = "dense", "rows", "rows, in place", "dense gradient, rows updated", "torch"
@@ -45,19 +45,6 @@ MODULES = {
     "bitsandbytes": "`bitsandbytes.nn.StableEmbedding`",
     "bitsandbytes, rows": "`bitsandbytes.nn.StableEmbedding(sparse=True)`",
 }
-
-
-class Shape(NamedTuple):
-    """A table and how many ids a step looks up."""
-
-    num_embeddings: int
-    features: int
-    tokens: int
-
-    @property
-    def allowed_temporaries(self) -> float:
-        """Bytes: four arrays of looked-up rows, and a megabyte."""
-        return 4 * self.tokens * self.features * 4 + 1e6
 
 
 SHAPES = Shape(50_304, 512, 256), Shape(503_040, 512, 256), Shape(262_144, 1024, 4096)
@@ -113,7 +100,7 @@ def start_torch(shape: Shape) -> Running:
     """torch's sparse embedding and the optimizer that is made for it."""
     import torch
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(report.cores())
     embed = torch.nn.Embedding(shape.num_embeddings, shape.features, sparse=True)
     optimizer = torch.optim.SparseAdam(embed.parameters(), lr=RATE)
     ids, targets = batches(shape)
@@ -171,20 +158,6 @@ def growth(small: Shape, large: Shape, budget_s: float, most_rounds: int) -> dic
 # --- forward and backward of StableEmbed -----------------------------------------------------------------------------
 
 
-class EmbedThenNorm(nn.Module):
-    """What stands in Flax for a StableEmbed."""
-
-    num_embeddings: int
-    features: int
-    dtype: Any = None
-    use_fast_variance: bool = True
-
-    @nn.compact
-    def __call__(self, ids):
-        rows = nn.Embed(self.num_embeddings, self.features, dtype=self.dtype)(ids)
-        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=self.use_fast_variance)(rows)
-
-
 def start_module(shape: Shape, name: str) -> Running:
     """Output and all gradients of a module."""
     ids, cotangent = batches(shape)
@@ -218,7 +191,7 @@ def _start_bitsandbytes(shape: Shape, ids: list[Any], cotangent: Any, sparse: bo
     import bitsandbytes
     import torch
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(report.cores())
     module = bitsandbytes.nn.StableEmbedding(shape.num_embeddings, shape.features, sparse=sparse)
     in_turn, theirs = _torch_tensors(ids, cotangent)
 
@@ -305,7 +278,7 @@ def _mb(n: int | None) -> str:
     return "" if n is None else f"{n / 1e6:.1f} MB"
 
 
-FILE = report.HOME / "results" / "embedding.json"
+FILE = report.RESULTS / "embedding.json"
 
 
 def main(arguments: list[str], save: Callable = report.save) -> None:

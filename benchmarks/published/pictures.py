@@ -12,9 +12,9 @@ import numpy as np
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS, table
 
-from . import report
+from ..harness import report
 
-FOLDER = report.HOME.parent / "docs" / "images"
+FOLDER = report.ROOT / "docs" / "images"
 COLOURS = {"root": "#0072B2", "dynamic": "#D55E00", "linear": "#009E73"}  # Okabe and Ito: told apart by everyone
 MAGNITUDES = np.logspace(-7, 0, 20_000, dtype=np.float32)  # of numbers whose block has a largest one of 1
 KINDS = {True: "signed, first moments", False: "unsigned, second moments"}

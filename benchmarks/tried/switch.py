@@ -19,7 +19,8 @@ from flax import nnx
 
 import flax_stable_embed as fse
 
-from . import quality, quality_report, report
+from ..harness import report
+from . import quality, quality_report
 
 SEEDS = 3
 NEVER = ("fp32", "root", "dynamic")
@@ -103,7 +104,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-FILE = report.HOME / "results" / "switch.json"
+FILE = report.RESULTS / "switch.json"
 
 
 def main(arguments: list[str], task: Any = None) -> None:

@@ -30,11 +30,12 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 
-from . import compiled, report
-from .embedding import EmbedThenNorm
-from .transformer import Transformer
+from ..harness import report
+from ..harness.modules import EmbedThenNorm
+from ..harness.transformer import Transformer
+from . import compiled
 
-FILE = report.HOME / "results" / "collectives.json"
+FILE = report.RESULTS / "collectives.json"
 SMALL, LARGE = Transformer(), Transformer(width=4096, hidden=11008, head=128, layers=1)
 TOKENS = 128  # of each sequence, of which every device has one
 SCOPE = "optimizer"

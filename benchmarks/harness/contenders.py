@@ -4,7 +4,6 @@ A contender is a name, a path and `start(problem) -> Run`. All of them train one
 gradient; `Run.step()` does one step and waits for its end.
 """
 
-import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ import optax
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS
 
+from . import report
 from .shapes import Shape
 
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}  # optax's defaults
@@ -126,11 +126,6 @@ def _start_jax(problem: Problem, codec: str | None, fused: bool) -> Run:
 PEERS = ("bitsandbytes", "torchao")
 
 
-def cores() -> int:
-    """How many threads JAX computes with on CPU, and torch as well."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _skip(peer: str) -> str | None:
     try:
         version("torch"), version(peer)
@@ -142,7 +137,7 @@ def _skip(peer: str) -> str | None:
 def _start_torch(problem: Problem, peer: str) -> Run:
     import torch
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(report.cores())
     if peer == "bitsandbytes":
         from bitsandbytes.optim import AdamW8bit
     else:

@@ -23,7 +23,7 @@ import optax
 import flax_stable_embed as fse
 
 from . import report
-from .optimizers import ADAMW, LEARNING_RATE, step_of
+from .contenders import ADAMW, LEARNING_RATE, step_of
 from .shapes import many_small
 from .timing import alternate, quartiles
 
@@ -210,7 +210,7 @@ def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tr
     """A whole step of the example's language model, fp32 beside 8 bits."""
     from flax import nnx
 
-    sys.path.insert(0, str(report.HOME.parent / "examples"))
+    sys.path.insert(0, str(report.ROOT / "examples"))
     import language_model
 
     width, layers, vocabulary = (64, 1, 128) if quick else (768, 8, 32768)

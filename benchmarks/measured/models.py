@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import compiled, report
-from .optimizers import ADAMW, LEARNING_RATE, step_of
-from .shapes import tinyllama
-from .steps import BASELINE, EIGHT, OURS, ours, small_leaves, training
+from ..counted import compiled
+from ..harness import report
+from ..harness.contenders import ADAMW, LEARNING_RATE, step_of
+from ..harness.shapes import tinyllama
+from ..harness.tree_steps import BASELINE, EIGHT, OURS, ours, small_leaves, training
 
-FILE = report.HOME / "results" / "models.json"
+FILE = report.RESULTS / "models.json"
 CHIPS = ("v6e", compiled.GPU)  # with memory for it
 TIMES = 3  # that a program is compiled; the median counts
 SMALL = 200  # vectors: on CPU programs for thousands take XLA many minutes

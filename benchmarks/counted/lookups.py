@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from flax_stable_embed.ops.embedding.normalised_rows.api import Options, normalised_rows, reference
 
-from . import report
+from ..harness import report
+from ..harness.modules import Shape
 from .compiled import QUIET, Stored, devices_of, operations
-from .embedding import Shape
 
 CHIPS = ("v5e", "v6e")
 SHAPES = Shape(32_768, 4096, 65_536), Shape(32_768, 768, 65_536), Shape(262_144, 2048, 8192)
@@ -128,7 +128,7 @@ def _gb(n: int | None) -> str:
     return "" if n is None else f"{n / 1e9:.2f}"
 
 
-FILE = report.HOME / "results" / "lookups.json"
+FILE = report.RESULTS / "lookups.json"
 
 
 def main(arguments: list[str]) -> None:

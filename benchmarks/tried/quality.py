@@ -45,9 +45,10 @@ from flax import nnx
 
 import flax_stable_embed as fse
 
-from . import quality_report, report
+from ..harness import report
+from . import quality_report
 
-ROOT = report.HOME.parent
+ROOT = report.ROOT
 RUNS = ROOT / "runs" / "quality"
 SEEDS = 3
 CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.1, 0.1  # as in the example: global norm; decay of matrices; share of the steps
@@ -469,7 +470,7 @@ def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
     option("--table", action="store_true")
     option("--plot", action="store_true")
     option("--runs", type=Path, default=RUNS, metavar="DIR")
-    option("--results", type=Path, default=report.HOME / "results", metavar="DIR")
+    option("--results", type=Path, default=report.RESULTS, metavar="DIR")
     args = parser.parse_args(arguments)
     file = args.results / "quality.json"
     if not (args.table or args.plot):

@@ -17,10 +17,10 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 import flax_stable_embed as fse
 
-from . import report
-from .transformer import Transformer
+from ..harness import report
+from ..harness.transformer import Transformer
 
-FILE = report.HOME / "results" / "chips.json"
+FILE = report.RESULTS / "chips.json"
 MODELS = {
     "7B": Transformer(width=4096, hidden=11008, head=128, layers=32),
     "70B": Transformer(width=8192, hidden=28672, head=128, layers=80, keys=1024),

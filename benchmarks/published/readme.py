@@ -10,41 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import (
-    chips,
-    collectives,
-    compiled,
-    embedding,
-    errors,
-    goals,
-    gpu,
-    lookups,
-    models,
-    pictures,
-    quality_report,
-    report,
-    roofline,
-    rounding,
-    state,
-    switch,
-)
-
-ROOT = report.HOME.parent
-RESULTS = report.HOME / "results"
-
-
-def newest() -> dict:
-    """The newest results of a full run of `python -m benchmarks`."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    return max((r for r in found if "shapes" in r), key=lambda r: r["environment"]["date"])
+from ..counted import chips, collectives, compiled, lookups, state
+from ..harness import report
+from ..measured import embedding, gpu, models, steps
+from ..tried import errors, quality_report, rounding, switch
+from . import goals, pictures, roofline
 
 
 def quality() -> str:
-    """The ladder, the figure and, folded, the other tables of `python -m benchmarks.quality`, once it has run."""
-    file = RESULTS / "quality.json"
-    if not file.exists():
-        return "No results yet: `python -m benchmarks.quality` makes them."
-    results = json.loads(file.read_text())
+    """The ladder, the figure and, folded, the other tables of `python -m benchmarks.quality`."""
+    results = json.loads(quality_report.FILE.read_text())
     figure = "![Losses by learning rate, and the ladder](../benchmarks/results/quality.png)"
     (_, ladder), *others = quality_report.tables(results).items()
     summary = f"<details><summary>{', '.join(title for title, _ in others)}</summary>"
@@ -58,12 +33,12 @@ def of(module: Any) -> Callable[[], str]:
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "goals"): lambda: goals.markdown(newest()),
+    ("README.md", "goals"): lambda: goals.markdown(steps.newest()),
     ("docs/performance.md", "gpu"): lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
     ("docs/performance.md", "compiled"): of(compiled),
     ("docs/performance.md", "lookups"): of(lookups),
     ("docs/performance.md", "models"): of(models),
-    ("docs/performance.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("docs/performance.md", "benchmarks"): lambda: steps.markdown(steps.newest()),
     ("docs/embeddings.md", "embedding"): of(embedding),
     ("docs/quality.md", "quality"): quality,
     ("docs/quality.md", "rounding"): of(rounding),
@@ -71,7 +46,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/rules.md", "state"): state.markdown,
     ("docs/scaling.md", "collectives"): of(collectives),
     ("docs/scaling.md", "chips"): of(chips),
-    ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
+    ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(steps.newest()["errors"]),
 }
 
 
@@ -87,7 +62,7 @@ def rendered() -> dict[Path, str]:
     """Every file with generated parts, as it should be."""
     texts: dict[Path, str] = {}
     for (name, part), make in PARTS.items():
-        path = ROOT / name
+        path = report.ROOT / name
         texts[path] = replace_part(texts.get(path, path.read_text()), part, make())
     return texts
 
@@ -96,7 +71,9 @@ def write() -> None:
     """Brings all of them up to date."""
     for path, text in rendered().items():
         path.write_text(text)
-        print(f"written: {path.relative_to(ROOT)}")
+        print(f"written: {path.relative_to(report.ROOT)}")
     roofline.draw(gpu.everywhere(), json.loads(compiled.FILE.read_text()))
     pictures.draw()
-    print(f"written: {roofline.FILE.relative_to(ROOT)} and pictures in {pictures.FOLDER.relative_to(ROOT)}")
+    print(
+        f"written: {roofline.FILE.relative_to(report.ROOT)} and pictures in {pictures.FOLDER.relative_to(report.ROOT)}"
+    )

@@ -31,7 +31,7 @@ import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.blocks import Blocks
 from flax_stable_embed.ops.blockwise_step import pallas_tpu
 
-from . import report
+from ..harness import report
 
 # Quiet, offline, and at peace with other processes that load libtpu, which reads it when it is loaded.
 QUIET = {
@@ -163,7 +163,7 @@ def devices_of(chip: str, count: int = 1) -> Any:
     if chip == GPU:
         if not _has_cuda():
             return None
-        config = (report.HOME / "h200.txtpb").read_text()
+        config = Path(__file__).with_name("h200.txtpb").read_text()
         options = {"target_config": config, "topology": f"1x1x{count}"}
         return topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices
     if find_spec("libtpu") is None:
@@ -268,7 +268,7 @@ def _beside(row: dict[str, Any]) -> str:
     return f"{row['bundles']:.1f}" + (f" ({row['cycles_of_memory']:.1f})" if row["cycles_of_memory"] else "")
 
 
-FILE = report.HOME / "results" / "compiled.json"
+FILE = report.RESULTS / "compiled.json"
 
 
 def main(arguments: list[str]) -> None:
