@@ -1,13 +1,12 @@
 """Bytes on every chip of a slice: parameters and optimizer state of large models that are cut over it.
 
-    python -m benchmarks.chips            writes results/chips.json, prints the table
-    python -m benchmarks.chips --quick    the smaller model; writes no file
+    python -m benchmarks chips            writes results/chips.json, prints the table
+    python -m benchmarks chips --quick    the smaller model; writes no file
 
 Shapes of Llama 2 (arXiv:2307.09288, table 1, and its released configurations) and their shardings; nothing is allocated
 and nothing compiled. Memory of a chip: Google Cloud's documentation of TPU versions.
 """
 
-import sys
 from math import prod
 from typing import Any, NamedTuple
 
@@ -88,7 +87,7 @@ def measure(quick: bool) -> dict[str, Any]:
     slices = [one for one in SLICES if one.model == "7B"] if quick else SLICES
     counts = {name: sum(prod(x.shape) for x in jax.tree.leaves(MODELS[name].shapes())) for name in MODELS}
     rows = [row for one in slices for row in measured(one)]
-    return {"environment": report.environment("python -m benchmarks.chips"), "parameters": counts, "rows": rows}
+    return {"environment": report.environment("chips"), "parameters": counts, "rows": rows}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -104,21 +103,15 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(
             [row["model"], row["slice"], cut, row["optimizer"], *sizes, f"{both / 1e9:.3f} GB, {share:.0%}", host]
         )
-    env = results["environment"]
     counts = ", ".join(f"{name}: {n / 1e9:.2f} billion" for name, n in results["parameters"].items())
     memory = ", ".join(f"{chip} {size / 1e9:.0f} GB" for chip, size in MEMORY.items())
     about = (
-        f"`{env['command']}`: shapes of Llama 2 ({counts} parameters, in float32), bytes for each chip ({memory}); "
-        "gradients and activations come on top. No block lies on two chips."
+        f"`python -m benchmarks chips`: float32 parameters of Llama 2 ({counts} parameters) and their optimizer state, "
+        f"bytes per chip ({memory}). Gradients and activations are not included. No block is split between two chips."
     )
     return about + "\n\n" + report.table(lines)
 
 
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    command = "python -m benchmarks.chips"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("chips", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,7 +1,7 @@
 """What moves between the chips of a slice in a whole training step, counted by a compiler; nothing runs.
 
-    python -m benchmarks.collectives            writes results/collectives.json, prints the tables; most of an hour
-    python -m benchmarks.collectives --quick    one mesh; writes no file
+    python -m benchmarks collectives            writes results/collectives.json, prints the tables; most of an hour
+    python -m benchmarks collectives --quick    one mesh; writes no file
 
 Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit` under FSDP and with a second axis.
 Counted in the program of one chip: the arrays that its collectives yield, by kind, and their bytes. (This compiler
@@ -12,7 +12,6 @@ alone.
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -237,7 +236,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for case in QUICK if quick else CASES:
         rows.append(measured(case))
         jax.clear_caches()
-    environment = report.environment("python -m benchmarks.collectives")
+    environment = report.environment("collectives")
     return {"environment": environment, "rows": rows, "embeddings": measured_embeddings()}
 
 
@@ -265,10 +264,11 @@ def markdown(results: dict[str, Any]) -> str:
         tables.append([row["table"], row["module"], _arrays(row["all"]), size])
     models = [f"width {m.width}, {m.hidden:,} hidden units and depth {m.layers}" for m in (SMALL, LARGE)]
     about = (
-        f"`{env['command']}` at {env['commit']}: what the compiler for TPU (jax {env['versions']['jax']}) says, "
-        f"nothing has run. A decoder of {models[0]} on {rows[0]['slice']}, of {models[1]} on larger slices, "
-        f"the vocabulary of {SMALL.vocabulary:,}. Arrays that collectives yield on one chip in a whole training step, "
-        "and their bytes; a reduce-scatter counts as the all-reduce of which a chip keeps a piece, as it is compiled."
+        f"`python -m benchmarks collectives` at {env['commit']}: counts of the compiler for TPU (jax "
+        f"{env['versions']['jax']}); nothing has run. The model is a decoder of {models[0]} on {rows[0]['slice']}, and "
+        f"of {models[1]} on larger slices, with a vocabulary of {SMALL.vocabulary:,}. Counted are the arrays that the "
+        "collectives of a training step return on one chip, and their bytes. A reduce-scatter counts as an all-reduce, "
+        "because this compiler writes it as one."
     )
     return "\n\n".join([about, report.table(lines), report.table(tables)])
 
@@ -281,9 +281,4 @@ def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
     if find_spec("libtpu") is None:
         return print("There is no compiler for TPU here: the extra `tpu` has one.")
-    command = "python -m benchmarks.collectives"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("collectives", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,7 +1,7 @@
 """What compilers for TPU and GPU make of a step of AdamW on one array, on a machine without either: nothing runs.
 
-    python -m benchmarks.compiled            writes results/compiled.json, prints the table
-    python -m benchmarks.compiled --quick    one chip and the kernel alone; writes no file
+    python -m benchmarks compiled            writes results/compiled.json, prints the table
+    python -m benchmarks compiled --quick    one chip and the kernel alone; writes no file
 
 For TPU it needs the extra `tpu`, for GPU the extra `cuda`; rows of chips whose compiler is not installed stay as they
 were. Counted from the compiled program, exactly:
@@ -13,7 +13,6 @@ were. Counted from the compiled program, exactly:
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,7 +202,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Everything; quick: the kernel for one chip."""
     rows = []
     with dumped() as folder:
-        results = {"environment": report.environment("python -m benchmarks.compiled")}
+        results = {"environment": report.environment("compiled")}
         for chip in ("v5e",) if quick else (*TOPOLOGIES, GPU):
             devices = devices_of(chip)
             for name in QUICK if quick else CASES:
@@ -257,9 +256,9 @@ def markdown(results: dict[str, Any]) -> str:
     env = results["environment"]
     compilers = ", ".join(f"{chip}: {row['compiler']}" for chip, row in next(iter(by_step.values())).items())
     about = (
-        f"`{env['command']}` at {env['commit']}: what compilers say ({compilers}), nothing has run. Bytes and "
-        "temporaries for one parameter; bundles of instructions of a kernel for TPU for 1024 parameters (in brackets "
-        "the cycles in which memory moves their bytes: the larger of the two bounds the step)."
+        f"`python -m benchmarks compiled` at {env['commit']}: counts of compilers ({compilers}); nothing has run. "
+        "Bytes moved and bytes of temporaries are per parameter. Bundles of instructions of a TPU kernel are per 1024 "
+        "parameters. In brackets: the cycles that memory needs to move their bytes. The larger number bounds the step."
     )
     return about + "\n\n" + report.table(lines)
 
@@ -275,9 +274,4 @@ def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
     if find_spec("libtpu") is None and not _has_cuda():  # neither is loaded yet: `dumped` sets flags before
         return print("There is no compiler for TPU or GPU here: the extras `tpu` and `cuda` have one each.")
-    command = "python -m benchmarks.compiled"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("compiled", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

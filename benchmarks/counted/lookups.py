@@ -1,7 +1,7 @@
 """What the compiler for TPU makes of a StableEmbed, by kernels and by XLA, on a machine without one: nothing runs.
 
-    python -m benchmarks.lookups            writes results/lookups.json, prints the table
-    python -m benchmarks.lookups --quick    one small table; writes no file
+    python -m benchmarks lookups            writes results/lookups.json, prints the table
+    python -m benchmarks lookups --quick    one small table; writes no file
 
 Needs the extra `tpu`. Counted from the compiled program are the bytes that it moves to and from the chip's memory, and
 those of memory that it needs beside inputs and results. What looks rows up reads one for each token, and what adds to
@@ -11,7 +11,6 @@ the SparseCore, and the compiler does not write such a program down: it has no c
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -91,7 +90,7 @@ def measured(chip: str, shape: Shape, what: str, way: str, device: Any) -> dict[
 def measure(quick: bool) -> dict[str, Any]:
     """Everything; quick: one small table, on one chip."""
     os.environ.update(QUIET)
-    results = {"environment": report.environment("python -m benchmarks.lookups"), "compiler": version("libtpu")}
+    results = {"environment": report.environment("lookups"), "compiler": version("libtpu")}
     cases = product(CHIPS[:1] if quick else CHIPS, QUICK if quick else SHAPES, (FORWARD, BOTH), WAYS)
     results["rows"] = [measured(*case, devices_of(case[0])[0]) for case in cases]
     return json.loads(json.dumps(results))
@@ -118,8 +117,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append([name, what, _gb(least_bytes(shape, what)), *counted])
     env = results["environment"]
     about = (
-        f"`{env['command']}` at {env['commit']}: what the compiler says (libtpu {results['compiler']}), nothing has "
-        "run. `StableEmbed` in float32 on one chip; GB moved to and from the chip's memory, and of temporaries."
+        f"`python -m benchmarks lookups` at {env['commit']}: counts of the compiler (libtpu {results['compiler']}); "
+        "nothing has run. `StableEmbed` in float32 on one chip: GB moved to and from its memory, and GB of temporaries."
     )
     return about + "\n\n" + report.table(lines)
 
@@ -135,9 +134,4 @@ def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results unless they are quick ones."""
     if find_spec("libtpu") is None:
         return print("There is no compiler for TPU here: the extra `tpu` has one.")
-    command = "python -m benchmarks.lookups"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("lookups", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state of a large model, by how it is stored: `python -m benchmarks.state`. Nothing allocated."""
+"""Bytes of optimizer state of a large model, by how it is stored: `python -m benchmarks state`. Nothing allocated."""
 
 from collections.abc import Callable
 from math import prod
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import flax_stable_embed as fse
+
+from ..harness import report
 
 # Gemma 2 2B (arXiv:2408.00118, table 1): a large vocabulary on a small model.
 VOCABULARY, WIDTH, LAYERS, HIDDEN = 256_000, 2304, 26, 9216
@@ -58,8 +60,9 @@ CHOICES: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def measure() -> list[dict[str, Any]]:
-    """Bytes of the state of every choice, of the embedding and of all."""
+def measure(quick: bool) -> dict[str, Any]:
+    """Returns the bytes of every choice's state, of the embedding and in all. Counting is quick in any case."""
+    del quick
     params = gemma_2_2b()
     rows = []
     for name, make in CHOICES.items():
@@ -69,26 +72,30 @@ def measure() -> list[dict[str, Any]]:
         found = [row.bytes for row in fse.describe(tx, params).rows if is_embedding(row.path, row.shape)]
         table = sum(found) if found else 8 * VOCABULARY * WIDTH
         rows.append({"choice": name, "embedding": table, "total": total})
-    return rows
-
-
-def markdown() -> str:
-    """The choices as a table."""
-    params = gemma_2_2b()
     count = sum(prod(x.shape) for x in jax.tree.leaves(params))
+    return {"environment": report.environment("state"), "parameters": count, "rows": rows}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Returns the choices as a table."""
+    count = results["parameters"]
     lines = [
         f"{count / 1e9:.2f} billion parameters, {VOCABULARY * WIDTH / 1e6:.0f} million of them in the embedding "
-        "(`python -m benchmarks.state`; shapes of Gemma 2 2B, nothing allocated):",
+        "(`python -m benchmarks state`; shapes of Gemma 2 2B, nothing allocated):",
         "",
         "| optimizer | embedding | everything else | state | bytes a parameter |",
         "| --- | --: | --: | --: | --: |",
     ]
-    for row in measure():
+    for row in results["rows"]:
         rest = row["total"] - row["embedding"]
         sizes = " | ".join(f"{size / 1e9:.2f} GB" for size in (row["embedding"], rest, row["total"]))
         lines.append(f"| {row['choice']} | {sizes} | {row['total'] / count:.2f} |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(markdown())
+FILE = report.RESULTS / "state.json"
+
+
+def main(arguments: list[str]) -> None:
+    """Counts, prints, and keeps the results unless they are quick ones."""
+    report.run("state", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

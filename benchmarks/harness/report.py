@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +20,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("flax-stable-embed", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "bitsandbytes", "torchao")
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Where and with what a run was made."""
+def environment(name: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns where, when and with which versions the benchmark of this name runs."""
     device = jax.devices()[0]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
-        "command": command,
+        "command": shlex.join(["python", "-m", "benchmarks", name, *options]),
         "device": _cpu_model() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "cpu": _cpu_model(),
@@ -75,19 +76,24 @@ def save(results: dict[str, Any], path: Path | None) -> Path:
     return path
 
 
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser for the options of the benchmark of this name."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"python -m benchmarks {name}", description=description, formatter_class=form)
+
+
 def run(
-    command: str,
+    name: str,
     description: str | None,
     arguments: list[str],
     measure: Callable[[bool], dict[str, Any]],
     markdown: Callable[[dict[str, Any]], str],
     keep: Callable[[dict[str, Any]], Any],
 ) -> None:
-    """A benchmark of its own: measures, `--quick` or not, prints, and keeps the results unless they are quick ones."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(command, description=description, formatter_class=form)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(arguments)
+    """Runs a benchmark whose only option is `--quick`: measures, prints, and keeps the results unless it is quick."""
+    options = parser(name, description)
+    options.add_argument("--quick", action="store_true", help="small sizes and few rounds; writes no file")
+    args = options.parse_args(arguments)
     results = measure(args.quick)
     print(markdown(results))
     if not args.quick:

@@ -1,7 +1,7 @@
 """What a training step of an embedding costs: of its table, dense and by rows, and of StableEmbed beside others.
 
-    python -m benchmarks.embedding               writes results/embedding.json, prints the tables
-    python -m benchmarks.embedding --quick       small tables and few rounds; writes no file
+    python -m benchmarks embedding               writes results/embedding.json, prints the tables
+    python -m benchmarks embedding --quick       small tables and few rounds; writes no file
 
 A step of a table looks up random ids, has a loss, differentiates it and updates table and moments of Adam, all donated.
 Sparse steps do that for the rows that were looked up. Everything runs in one process, contenders alternate (timing.py).
@@ -10,7 +10,6 @@ torch and bitsandbytes take part where they are installed.
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import cycle
@@ -225,7 +224,7 @@ def forward_backward(shape: Shape, budget_s: float, most_rounds: int) -> dict[st
 def measure(quick: bool) -> dict[str, Any]:
     """Everything; quick: small tables and few rounds."""
     shapes, budget_s, most = (QUICK, 0.5, 5) if quick else (SHAPES, 25.0, MOST_ROUNDS)
-    results = {"environment": report.environment("python -m benchmarks.embedding")}
+    results = {"environment": report.environment("embedding")}
     results["steps"] = [table_steps(shape, budget_s, most) for shape in shapes]
     results["growth"] = {"shapes": shapes[:2]} | growth(*shapes[:2], budget_s, most)
     modules = QUICK_FORWARD_BACKWARD if quick else FORWARD_BACKWARD
@@ -237,8 +236,8 @@ def markdown(results: dict[str, Any]) -> str:
     """Both tables."""
     env = results["environment"]
     about = (
-        f"`{env['command']}` at {env['commit']}, {env['device']}, {env['cores']} cores: median (quartiles) of a step, "
-        "and median ratios to others in the same round."
+        f"`python -m benchmarks embedding` at {env['commit']}, {env['device']}, {env['cores']} cores: median "
+        "(quartiles) of a step, and median ratios to others in the same round."
     )
     small, large = results["growth"]["shapes"]
     grown = (
@@ -283,9 +282,4 @@ FILE = report.RESULTS / "embedding.json"
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    command = "python -m benchmarks.embedding"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("embedding", __doc__, arguments, measure, markdown, lambda results: save(results, FILE))

@@ -1,7 +1,7 @@
 """The kernels on this machine's GPU: their answers, their time beside the memory's, and beside other optimizers'.
 
-    python -m benchmarks.gpu             writes results/gpu-<device>.json, prints the tables; some six minutes
-    python -m benchmarks.gpu --quick     tiny arrays and the reference, on any machine; writes no file
+    python -m benchmarks gpu             writes results/gpu-<device>.json, prints the tables; some six minutes
+    python -m benchmarks gpu --quick     tiny arrays and the reference, on any machine; writes no file
 
 It needs jax with CUDA, flax and optax; torch, torchao and bitsandbytes take part where they are installed. All run in
 one process and take turns (timing.py). A turn is several steps in a row, so that the host is ahead of the device; what
@@ -202,7 +202,7 @@ def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
 def measure(quick: bool) -> Tree:
     """Everything; unless it is quick, what there is after each part is kept."""
     rounds = 3 if quick else ROUNDS
-    results: Tree = {"environment": report.environment("python -m benchmarks.gpu")}
+    results: Tree = {"environment": report.environment("gpu")}
     parts = {
         "answers": lambda: answers(quick),
         "copy_gb_per_s": lambda: copy_gb_per_s(1 << 10 if quick else 1 << 29),
@@ -247,7 +247,7 @@ def _about(results: Tree) -> str:
         for dtype, found in apart.items()
     ]
     return (
-        f"### {env['device']}\n\n{', '.join(versions)}; `{env['command']}` at {env['commit']}, {env['date']}. "
+        f"### {env['device']}\n\n{', '.join(versions)}; `python -m benchmarks gpu` at {env['commit']}, {env['date']}. "
         f"Copying an array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was "
         "busy for a step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from "
         f"one state: of {sum(row['codes'] for row in rows):,} codes this share differs, by at most "
@@ -343,16 +343,12 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.55")  # torch and its peers need the rest
     if not {"--quick", "--help", "-h"} & {*arguments} and jax.default_backend() != "gpu":
         return print(
-            "There is no GPU here. `python -m benchmarks.compiled` says what its compiler makes of the kernels."
+            "There is no GPU here. `python -m benchmarks compiled` says what its compiler makes of the kernels."
         )
-    report.run("python -m benchmarks.gpu", __doc__, arguments, measure, markdown, keep)
+    report.run("gpu", __doc__, arguments, measure, markdown, keep)
 
 
 def keep(results: Tree) -> None:
     """Writes the results, under the name of the GPU."""
     device = re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
     report.save(results, report.RESULTS / f"gpu-{device}.json")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Whole models: how long a step takes to compile, many small parameters, and a training step, fp32 beside 8 bits.
 
-    python -m benchmarks.models             writes results/models.json, prints the tables; minutes
-    python -m benchmarks.models --quick     small models; writes no file
+    python -m benchmarks models             writes results/models.json, prints the tables; minutes
+    python -m benchmarks models --quick     small models; writes no file
 
 Compile times are of the same run, from tracing to the program, for this machine and for chips whose compilers are
 installed (extras `tpu` and `cuda`); chips without one keep the row they had.
@@ -9,7 +9,6 @@ installed (extras `tpu` and `cuda`); chips without one keep the row they had.
 
 import gc
 import json
-import sys
 from time import perf_counter
 from typing import Any
 
@@ -68,7 +67,7 @@ def measure(quick: bool) -> dict[str, Any]:
     if not quick and FILE.exists():
         times = json.loads(FILE.read_text())["compile"] | times
     return {
-        "environment": report.environment("python -m benchmarks.models"),
+        "environment": report.environment("models"),
         "compile": times,
         "training": training(quick, rounds, batch=1, context=128),
         "small": small_leaves(quick, rounds, SMALL),
@@ -90,15 +89,10 @@ def markdown(results: dict[str, Any]) -> str:
     for name, row in results["small"].items():
         title = f"{SMALL} vectors of 64 to 4096 elements: {name}"
         steps.append([title, report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
-    about = f"{env['device']}, {env['cores']} cores; `{env['command']}` at {env['commit']}, {env['date']}."
+    about = f"{env['device']}, {env['cores']} cores; `python -m benchmarks models` at {env['commit']}, {env['date']}."
     return f"{about}\n\n{report.table(lines)}\n\n{report.table(steps)}"
 
 
 def main(arguments: list[str]) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    command = "python -m benchmarks.models"
-    report.run(command, __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run("models", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,18 +1,17 @@
-"""State, temporaries and time of AdamW with 8-bit moments, beside `optax.adamw` and other libraries, on this machine.
+"""Times AdamW on one array at a time: this library next to `optax.adamw`, bitsandbytes and torchao, on this machine.
 
-    python -m benchmarks                         everything; writes benchmarks/results/<device>-<commit>.json
-    python -m benchmarks --quick                 small shapes and three rounds, to see that it runs; writes no file
-    python -m benchmarks --only gpt2_mlp         one shape or a few, by the names in shapes.py; writes no file
-    python -m benchmarks --table FILE            the tables in docs/performance.md, from a file of results
-    python -m benchmarks errors                  the table of round-trip errors, alone
-    python -m benchmarks readme                  writes the tables of the documentation, from the newest results
+    python -m benchmarks steps                         everything; writes results/<device>-<commit>.json
+    python -m benchmarks steps --quick                 small shapes and three rounds; writes no file
+    python -m benchmarks steps --only gpt2_mlp         one shape or several, by their names in shapes.py; writes no file
+    python -m benchmarks steps --table FILE            the tables of docs/performance.md, from a file of results
 
-Optimizers run one after the other in one process, round by round: see timing.py for the method.
+Optimizers take turns in one process, round by round; `harness/timing.py` explains the method. Results also have the
+bytes of state and of temporaries, and the errors of `python -m benchmarks errors`.
 """
 
-import argparse
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def markdown(results: dict[str, Any]) -> str:
         ms.append([*label, *(r.get("skip") or f"{report.spread(r['ms'])}, {r['ratio'][1]:.2f}x" for r in rows)])
         size.append([*label, *(r.get("skip") or _sizes(r) for r in rows)])
     return (
-        f"{machine}; `{env['command']}` at {env['commit']}, {env['date']}.\n\n"
+        f"{machine}; `python -m benchmarks steps` at {env['commit']}, {env['date']}.\n\n"
         "Milliseconds per step: median (quartiles), and the median ratio to `optax.adamw` in the same round.\n\n"
         f"{report.table(ms)}\n\nBytes per parameter: optimizer state + temporaries of one step.\n\n{report.table(size)}"
     )
@@ -146,38 +145,37 @@ def newest() -> dict[str, Any]:
     return max((r for r in found if "shapes" in r), key=lambda r: r["environment"]["date"])
 
 
-def main(arguments: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
-    parser.add_argument("what", nargs="?", choices=("all", "errors", "readme"), default="all", help="default: all")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="render a file of results and stop")
-    args = parser.parse_args(arguments)
-    if args.table:
-        return print(markdown(json.loads(args.table.read_text())))
-    if args.what == "readme":
-        from ..published import readme
-
-        return readme.write()
-    if args.what == "errors":
-        return print(errors.markdown(errors.measure()))
-
-    options = ["--quick"] * args.quick + (["--only", *args.only] if args.only else [])
-    env = report.environment(" ".join(["python -m benchmarks", *options]))
+def measure(names: Sequence[str], rounds: int, options: Sequence[str]) -> dict[str, Any]:
+    """Returns the rows of these shapes, and prints them as they come."""
+    env = report.environment("steps", options)
     env["copy_gb_per_s"] = timing.copy_gb_per_s()
     print(heading(env))
     results = {"environment": env, "shapes": []}
-    for name in args.only or (QUICK if args.quick else DEFAULT):
+    for name in names:
         shape = SHAPES[name]
-        rows = benchmark(shape, BUDGET_S, 3 if args.quick else MOST_ROUNDS)
+        rows = benchmark(shape, BUDGET_S, rounds)
         entry = {"name": name, "shape": shape.shape, "model": shape.model, "parameters": shape.size, "rows": rows}
         results["shapes"].append(entry)
         print(f"\n{text(entry)}", flush=True)
+    return results
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, and keeps the results of a full run."""
+    parser = report.parser("steps", __doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; writes no file")
+    parser.add_argument("--only", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of this file of results and stop")
+    args = parser.parse_args(arguments)
+    if args.table:
+        return print(markdown(json.loads(args.table.read_text())))
+    options = ["--quick"] * args.quick + (["--only", *args.only] if args.only else [])
+    names, rounds = args.only or (QUICK if args.quick else DEFAULT), 3 if args.quick else MOST_ROUNDS
+    results = measure(names, rounds, options)
     if not args.only:
         results["errors"] = errors.measure()
-        print("\nround trip through one byte, errors in percent: root mean square / median")
+        print("\nround trip through 8 bits, errors in percent: root mean square / median")
         print(errors.markdown(results["errors"]))
-    if args.out or not (args.only or args.quick):
-        print(f"\nwritten: {report.save(results, args.out).name}")
+    if args.out or not options:
+        print(f"\nWrote {report.save(results, args.out).name}.")

@@ -82,7 +82,7 @@ def _of_cpu(cpu: dict[str, Any]) -> Iterator[Row]:
 
 
 def _of_models(trained: list[dict[str, Any]], whole: dict[str, Any]) -> Iterator[Row]:
-    """Of whole trainings, on GPUs and here, and what `python -m benchmarks.models` found."""
+    """Of whole trainings, on GPUs and here, and what `python -m benchmarks models` found."""
     for results in trained:
         rows, device = results["training"], results["environment"]["device"]
         best = min(row["ratio"][1] for name, row in rows.items() if "8bit" in name)

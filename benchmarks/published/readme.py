@@ -18,7 +18,7 @@ from . import goals, pictures, roofline
 
 
 def quality() -> str:
-    """The ladder, the figure and, folded, the other tables of `python -m benchmarks.quality`."""
+    """The ladder, the figure and, folded, the other tables of `python -m benchmarks quality`."""
     results = json.loads(quality_report.FILE.read_text())
     figure = "![Losses by learning rate, and the ladder](../benchmarks/results/quality.png)"
     (_, ladder), *others = quality_report.tables(results).items()
@@ -43,7 +43,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/quality.md", "quality"): quality,
     ("docs/quality.md", "rounding"): of(rounding),
     ("docs/quality.md", "switch"): of(switch),
-    ("docs/rules.md", "state"): state.markdown,
+    ("docs/rules.md", "state"): of(state),
     ("docs/scaling.md", "collectives"): of(collectives),
     ("docs/scaling.md", "chips"): of(chips),
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(steps.newest()["errors"]),
@@ -77,3 +77,9 @@ def write() -> None:
     print(
         f"written: {roofline.FILE.relative_to(report.ROOT)} and pictures in {pictures.FOLDER.relative_to(report.ROOT)}"
     )
+
+
+def main(arguments: list[str]) -> None:
+    """Writes the generated parts and pictures."""
+    report.parser("readme", __doc__).parse_args(arguments)
+    write()

@@ -13,6 +13,8 @@ import numpy as np
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import CODECS
 
+from ..harness import report
+
 BLOCK_SIZES = (32, 64, 128, 256)
 SIZE = 1 << 18  # elements; another seed moves the figures of `normal` by less than 1%
 DATA = {
@@ -50,3 +52,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         data = row["data"] if row["signed"] else f"{row['data']}, squared"
         lines.append([data, "signed" if row["signed"] else "unsigned", f"`{row['codec']}`", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Measures and prints. The errors in the documentation come with the results of `steps`."""
+    report.parser("errors", __doc__).parse_args(arguments)
+    print(markdown(measure()))

@@ -1,13 +1,13 @@
 """Whether the default codec and rounding are earned: real trainings, from ordinary learning rates up to unstable ones.
 
-    python -m benchmarks.quality                 every run of the grid that is not there yet, then table and plot
-    python -m benchmarks.quality --hours 2       ends after two hours; the same command goes on later
-    python -m benchmarks.quality --seeds 5       more seeds than 3
-    python -m benchmarks.quality --only digits   the runs whose names match a regular expression
-    python -m benchmarks.quality --list          the names of the runs, with a mark at those that are done
-    python -m benchmarks.quality --collect       results/quality.json and .png from what is done; trains nothing
-    python -m benchmarks.quality --table         the Markdown of results/quality.json
-    python -m benchmarks.quality --plot          results/quality.png from results/quality.json
+    python -m benchmarks quality                 every run of the grid that is not there yet, then table and plot
+    python -m benchmarks quality --hours 2       ends after two hours; the same command goes on later
+    python -m benchmarks quality --seeds 5       more seeds than 3
+    python -m benchmarks quality --only digits   the runs whose names match a regular expression
+    python -m benchmarks quality --list          the names of the runs, with a mark at those that are done
+    python -m benchmarks quality --collect       results/quality.json and .png from what is done; trains nothing
+    python -m benchmarks quality --table         the Markdown of results/quality.json
+    python -m benchmarks quality --plot          results/quality.png from results/quality.json
 
 Two tasks. `language`: the model and the text of examples/language_model.py, made small. `digits`: a convolutional
 network on scikit-learn's handwritten digits (extras: examples, test), with noise on every pixel, so that the loss does
@@ -22,14 +22,12 @@ bitsandbytes' blocks, or the whole parameter ("tensor"): one scale for all its e
 blocks. For the last two, parameters are flattened before they reach the optimizer and updates shaped back.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
 import json
 import math
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -433,7 +431,7 @@ def _seconds_left(names: list[str], seconds: dict[str, list[float]]) -> float:
     return sum(means.get(name, max(means.values())) for name in names)
 
 
-def collect(runs: list[Run], field: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
+def collect(runs: list[Run], field: dict[str, Any], folder: Path, seeds: int) -> dict[str, Any]:
     """The finished ones of `runs` as one record for programs: without the losses of single batches."""
     rows = []
     for run in runs:
@@ -446,7 +444,7 @@ def collect(runs: list[Run], field: dict[str, Any], folder: Path, command: str) 
         row |= {"highest_loss": max((x for x in losses if x is not None), default=None), "seconds": record["seconds"]}
         rows.append(row)
     return {
-        "environment": report.environment(command),
+        "environment": report.environment("quality", ["--seeds", str(seeds)]),
         "planned": len(runs),
         "tasks": {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()},
         "questions": {title: [[label, cell.name] for label, cell in rows] for title, rows in QUESTIONS.items()},
@@ -459,8 +457,7 @@ def collect(runs: list[Run], field: dict[str, Any], folder: Path, command: str) 
 
 def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
     """Trains, collects and reports. `field` has the tasks by name; by default those for this machine."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__, formatter_class=form)
+    parser = report.parser("quality", __doc__)
     option = parser.add_argument
     option("--hours", type=float, default=math.inf, help="begin no run after so many")
     option("--seeds", type=int, default=SEEDS)
@@ -482,8 +479,7 @@ def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
             return
         if not args.collect:
             train_all(runs, field, args.runs, args.hours)
-        command = shlex.join(["python", "-m", "benchmarks.quality", "--seeds", str(args.seeds)])
-        results = collect(grid(field, args.seeds), field, args.runs, command)
+        results = collect(grid(field, args.seeds), field, args.runs, args.seeds)
         report.save(results, file)
         print(f"{len(results['runs'])} of {results['planned']} runs collected")
     results = json.loads(file.read_text())
@@ -492,7 +488,3 @@ def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
     if not args.table:
         quality_report.plot(results, args.results / "quality.png")
         print(f"plotted: {args.results / 'quality.png'}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -80,7 +80,7 @@ def about(results: dict[str, Any]) -> list[str]:
     counted = f"{done} runs" if done == results["planned"] else f"{done} of {results['planned']} runs"
     return [
         f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}, {env['device']}; "
-        f"`{env['command']}`, {env['date']}.",
+        f"`python -m benchmarks quality`, {env['date']}.",
         "By learning rate: the last validation loss, median over seeds, and how many of the runs were unstable where "
         f"some were: a loss not finite, or above {EXPLODED:g} times the first, or more than {FELL_BACK:.0%} of what "
         "was gained lost again by the end. `against` compares stable runs with the first line's of the same rate and "

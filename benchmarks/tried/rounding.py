@@ -1,7 +1,7 @@
 """What rounding does to slow means: Adam's updates beside those of fp32 moments, for gradients that only chance drives.
 
-    python -m benchmarks.rounding                writes results/rounding.json, prints the table
-    python -m benchmarks.rounding --quick        a tenth of the steps; writes no file
+    python -m benchmarks rounding                writes results/rounding.json, prints the table
+    python -m benchmarks rounding --quick        a tenth of the steps; writes no file
 
 Every element's gradient is drawn from N(0, 1), so that second moments should hover around 1 and updates around a fixed
 size; then from N(0, 1/30^2), so that they should fall. A step changes a second moment by 1 - b2 of itself or less, far
@@ -9,7 +9,6 @@ below the distance of two codes: rounded to the nearest, it moves when a large g
 with its block's scale. Losses of trainings, which are what counts, are in `quality.py`.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,7 @@ def measure(shorter: int = 1) -> dict[str, Any]:
         stored = _run(fse.scale_by_adam8bit(state_format=state_format), shorter)
         rows.append(_row(codec, rounding, stored, exact))
     steps = {"steps": STEPS // shorter, "after": AFTER // shorter, "shrunk": SHRUNK, "shape": SHAPE}
-    return {"environment": report.environment("python -m benchmarks.rounding"), **steps, "rows": rows}
+    return {"environment": report.environment("rounding"), **steps, "rows": rows}
 
 
 def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -78,7 +77,7 @@ def _rms(x: Any) -> float:
 def markdown(results: dict[str, Any]) -> str:
     """The rows as a table."""
     lines = [
-        f"`{results['environment']['command']}`, {' x '.join(map(str, results['shape']))} elements, "
+        f"`python -m benchmarks rounding`, {' x '.join(map(str, results['shape']))} elements, "
         f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} "
         f"of 1/{1 / results['shrunk']:.0f} of the size; beside Adam with fp32 moments:",
         "",
@@ -96,16 +95,11 @@ FILE = report.RESULTS / "rounding.json"
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
     """Measures, prints, and keeps the results unless they are quick ones."""
-    command = "python -m benchmarks.rounding"
     report.run(
-        command,
+        "rounding",
         __doc__,
         arguments,
         lambda quick: measure(10 if quick else 1),
         markdown,
         lambda results: save(results, FILE),
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,15 +1,13 @@
 """What it costs to change the optimizer's storage in the middle of a training: `fse.convert_state`.
 
-    python -m benchmarks.switch                  writes results/switch.json, prints the table; minutes
-    python -m benchmarks.switch --seeds 1        fewer seeds than 3; writes no file
+    python -m benchmarks switch                  writes results/switch.json, prints the table; minutes
+    python -m benchmarks switch --seeds 1        fewer seeds than 3; writes no file
 
 The language model of `quality.py` at fp32's best learning rate. Half of the steps with one storage, half with another;
 beside it the runs that never changed, from the same parameters on the same batches. *Begun anew* is what comes of zeros
 for moments at the switch, with the learning rate's schedule going on.
 """
 
-import argparse
-import sys
 from statistics import mean
 from typing import Any
 
@@ -81,7 +79,7 @@ def measure(task: Any, seeds: int) -> dict[str, Any]:
         zeros = trainer.anew("root", params, trainer.convert("fp32", "root", params, state))
         params, _ = trainer.train("root", seed, params, zeros, second)
         losses.setdefault("fp32, then root begun anew", []).append(trainer.loss(params))
-    return {"environment": report.environment("python -m benchmarks.switch"), "steps": task.steps, "losses": losses}
+    return {"environment": report.environment("switch"), "steps": task.steps, "losses": losses}
 
 
 def gaps(results: dict[str, Any], name: str) -> list[float]:
@@ -93,7 +91,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The losses as a table."""
     seeds = len(results["losses"]["fp32"])
     lines = [
-        f"`{results['environment']['command']}`: {results['steps']} steps, the switch in the middle, {seeds} seeds.",
+        f"`python -m benchmarks switch`: {results['steps']} steps, the switch in the middle, {seeds} seeds.",
         "",
         "| moments | validation loss | from fp32 throughout |",
         "| --- | --: | --: |",
@@ -109,15 +107,10 @@ FILE = report.RESULTS / "switch.json"
 
 def main(arguments: list[str], task: Any = None) -> None:
     """Trains, prints, and keeps the results if they have all seeds."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.switch", description=__doc__, formatter_class=form)
+    parser = report.parser("switch", __doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args(arguments)
     results = measure(task or quality.tasks()["language"], args.seeds)
     print(markdown(results))
     if args.seeds == SEEDS:
         report.save(results, FILE)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -37,9 +37,9 @@ def test_a_step_moves_what_it_must_and_needs_no_memory(topology, chip, name):
 
 
 def test_instructions_take_less_time_than_memory(topology):
-    """On v5e, of one kernel: `python -m benchmarks.compiled` counts those of the others."""
+    """On v5e, of one kernel: `python -m benchmarks compiled` counts those of the others."""
     del topology  # skips without a compiler
-    command = [sys.executable, "-m", "benchmarks.compiled", "--quick"]
+    command = [sys.executable, "-m", "benchmarks", "compiled", "--quick"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     issued, by_memory = out.splitlines()[-1].split("|")[-2].replace("(", "").replace(")", "").split()
     assert 10 < float(issued) <= 25 < float(by_memory)
