@@ -44,9 +44,20 @@ QUIET = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 
-# The chip's memory bandwidth (Google Cloud's documentation of TPU versions) by its clock, which is not published: what
-# its peak of operations says.
-BYTES_A_CYCLE = {"v5e": 819e9 / 1.5e9, "v6e": 1640e9 / 1.75e9}
+
+class Chip(NamedTuple):
+    """A TPU chip."""
+
+    bandwidth: float  # of its memory, bytes per second: Google Cloud's documentation of TPU versions
+    clock: float  # cycles per second: not published, but the peak of operations implies it
+
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Returns the bytes that memory moves in a cycle."""
+        return self.bandwidth / self.clock
+
+
+CHIPS = {"v5e": Chip(819e9, 1.5e9), "v6e": Chip(1640e9, 1.75e9)}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GPU = "H200"
 
@@ -221,14 +232,14 @@ def measured(case: Case, chip: str, device: Any, folder: Path) -> dict[str, Any]
         file.unlink()
     compiled = compiled_step(case, device)
     n, text = prod(case.shape), compiled.as_text()
-    per_parameter, width = memory_bytes(text) / n, BYTES_A_CYCLE.get(chip)
+    per_parameter = memory_bytes(text) / n
     return {
         "shape": case.shape,
         "bytes": per_parameter,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes / n,
         "kernels": kernels(text),
         "bundles": bundles_of_kernel(folder, case),
-        "cycles_of_memory": width and 1024 * per_parameter / width,
+        "cycles_of_memory": 1024 * per_parameter / CHIPS[chip].bytes_per_cycle if chip in CHIPS else None,
         "compiler": version("jax-cuda13-plugin" if chip == GPU else "libtpu"),
     }
 
