@@ -1,10 +1,11 @@
-"""Bytes on every chip of a slice: parameters and optimizer state of large models that are cut over it.
+"""Counts the bytes of parameters and optimizer state on every chip of a slice, for large models sharded over it.
 
     python -m benchmarks chips            writes results/chips.json, prints the table
     python -m benchmarks chips --quick    the smaller model; writes no file
 
-Shapes of Llama 2 (arXiv:2307.09288, table 1, and its released configurations) and their shardings; nothing is allocated
-and nothing compiled. Memory of a chip: Google Cloud's documentation of TPU versions.
+The counts follow from the shapes of Llama 2 (arXiv:2307.09288, table 1, and its released configurations) and from their
+shardings. No array is allocated, and nothing is compiled. The memory of a chip is taken from Google Cloud's
+documentation of TPU versions.
 """
 
 from math import prod
@@ -28,7 +29,7 @@ MEMORY = {"v5e": 16e9, "v5p": 95e9}
 
 
 class Slice(NamedTuple):
-    """A model on a slice, cut by a mesh."""
+    """A model on a slice, sharded over a mesh."""
 
     model: str
     slice: str
@@ -45,7 +46,7 @@ SLICES = (
 
 
 def optimizers(shards: int) -> dict[str, optax.GradientTransformation]:
-    """By name, for a mesh that cuts no axis more often."""
+    """Returns the optimizers by name, for a mesh that splits no axis into more than this number of shards."""
     state_format = fse.StateFormat(shards=shards)
     in_host = ((".*", fse.Rule(memory_kind="pinned_host")),)
     return {
@@ -56,16 +57,16 @@ def optimizers(shards: int) -> dict[str, optax.GradientTransformation]:
 
 
 def bytes_of_a_chip(shapes: Any, memory: str | None = None) -> int:
-    """Of arrays that are cut over chips, in this memory."""
+    """Returns the bytes that sharded arrays take on one chip, in this memory."""
     here = [x for x in jax.tree.leaves(shapes) if x.sharding.memory_kind == memory]
     return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def measured(one: Slice) -> list[dict[str, Any]]:
-    """A row for each optimizer."""
+    """Returns one row per optimizer."""
     model, mesh = MODELS[one.model], AbstractMesh(one.mesh, ("fsdp", "tensor"))
-    cut = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model.specs())
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), cut)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model.specs())
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), shardings)
     rows = []
     for name, tx in optimizers(max(one.mesh)).items():
         state = fse.abstract_state(tx, params)
@@ -83,7 +84,7 @@ def measured(one: Slice) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything; quick: the smaller model."""
+    """Returns the counts of all slices. A quick run has the smaller model."""
     slices = [one for one in SLICES if one.model == "7B"] if quick else SLICES
     counts = {name: sum(prod(x.shape) for x in jax.tree.leaves(MODELS[name].shapes())) for name in MODELS}
     rows = [row for one in slices for row in measured(one)]
@@ -91,17 +92,17 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table."""
-    head = ["model", "slice", "fsdp x tensor", "optimizer", "parameters", "state", "both, of the chip's memory", "host"]
+    """Returns the table."""
+    head = ["model", "slice", "fsdp x tensor", "optimizer", "parameters", "state", "both, share of memory", "host"]
     lines = [head, [*["---"] * 4, *["--:"] * 4]]
     for row in results["rows"]:
         both = row["parameters"] + row["state"]
         share = both / MEMORY[row["slice"].partition(":")[0]]
         sizes = [f"{row[key] / 1e9:.3f} GB" for key in ("parameters", "state")]
         host = f"{row['host'] / 1e9:.3f} GB" if row["host"] else ""
-        cut = " x ".join(map(str, row["mesh"]))
+        mesh = " x ".join(map(str, row["mesh"]))
         lines.append(
-            [row["model"], row["slice"], cut, row["optimizer"], *sizes, f"{both / 1e9:.3f} GB, {share:.0%}", host]
+            [row["model"], row["slice"], mesh, row["optimizer"], *sizes, f"{both / 1e9:.3f} GB, {share:.0%}", host]
         )
     counts = ", ".join(f"{name}: {n / 1e9:.2f} billion" for name, n in results["parameters"].items())
     memory = ", ".join(f"{chip} {size / 1e9:.0f} GB" for chip, size in MEMORY.items())
@@ -113,5 +114,5 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Counts, prints, and keeps the results of a full run."""
     report.run("chips", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,13 +1,13 @@
-"""What moves between the chips of a slice in a whole training step, counted by a compiler; nothing runs.
+"""Counts the communication between the chips of a slice in a training step, in the compiled program. Nothing runs.
 
-    python -m benchmarks collectives            writes results/collectives.json, prints the tables; most of an hour
+    python -m benchmarks collectives            writes results/collectives.json, prints the tables; about an hour
     python -m benchmarks collectives --quick    one mesh; writes no file
 
-Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit` under FSDP and with a second axis.
-Counted in the program of one chip: the arrays that its collectives yield, by kind, and their bytes. (This compiler
-writes a reduce-scatter as an all-reduce of which a chip keeps a piece; it counts as the all-reduce.) Those of the
-optimizer have a name from its scope, or that of the state. What is said of an embedding is of its output and gradients
-alone.
+Needs the extra `tpu`. A decoder is trained with `optax.adamw` and with `adamw8bit`, under FSDP and with a second mesh
+axis. The program of one chip tells the arrays that its collectives return, by kind, and their bytes. This compiler
+writes a reduce-scatter as an all-reduce and then slices its result, so it counts as an all-reduce. Collectives of the
+optimizer are told by their names: they carry its scope, or the name of the state. For embeddings only the output and
+the gradients are compiled.
 """
 
 import os
@@ -36,16 +36,16 @@ from . import compiled
 
 FILE = report.RESULTS / "collectives.json"
 SMALL, LARGE = Transformer(), Transformer(width=4096, hidden=11008, head=128, layers=1)
-TOKENS = 128  # of each sequence, of which every device has one
+TOKENS = 128  # per sequence; every device has one sequence
 SCOPE = "optimizer"
 
 BASELINE, BY_ROWS = "`optax.adamw`", "`optax.adamw`, gradients row by row in memory"
 UPDATE, FUSED = "`update`", "`fused_update`"
-KERNELS, FREE = "`fused_update`, `partition_specs`", "`fused_update`, blocks along axes that are not cut"
+KERNELS, FREE = "`fused_update`, `partition_specs`", "`fused_update`, blocks along axes that are not sharded"
 
 
 class Case(NamedTuple):
-    """A training step: on which slice, cut how, and by which optimizer."""
+    """A training step on a slice: its mesh, the type of its axes, and the optimizer."""
 
     slice: str
     mesh: tuple[int, int]  # fsdp x tensor
@@ -54,12 +54,12 @@ class Case(NamedTuple):
 
     @property
     def model(self) -> Transformer:
-        """The model that is trained on the slice."""
+        """Returns the model that is trained on the slice."""
         return SMALL if self.slice == "v5e:4x4" else LARGE
 
     @property
     def optimizer(self) -> Any:
-        """With the number of shards that someone with this mesh would promise."""
+        """Returns the optimizer, with the number of shards that a user of this mesh would set."""
         if self.step == BASELINE:
             return optax.adamw(1e-3)
         if self.step == BY_ROWS:
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def _by_rows(grads: Any, params: Any) -> Any:
-    """Gradients in the layout in which a kernel takes them."""
+    """Returns the gradients in the layout that a kernel takes."""
     del params
     return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), grads)
 
@@ -87,9 +87,9 @@ def _cases() -> list[Case]:
     ):
         for mesh, axes, step in product(meshes, ("Auto", "Explicit"), steps):
             if (step == FREE and mesh[1] > 1) or (step in (KERNELS, UPDATE) and axes == "Explicit"):
-                continue  # every axis is cut; types already say it, and both paths have the same arrays to step
+                continue  # every axis is sharded; array types carry the sharding; both paths step the same arrays
             if step == BY_ROWS and (mesh[1] == 1 or (axes == "Auto" and KERNELS not in steps)):
-                continue  # what stands beside kernels on a mesh of two axes
+                continue  # compared with kernels on a mesh of two axes only
             cases.append(Case(where, mesh, axes, step))
     return cases
 
@@ -99,7 +99,7 @@ QUICK = [case for case in CASES if case.slice == "v5e:4x4" and case.mesh == (4, 
 
 
 def mesh_of(case: Case) -> Mesh:
-    """The mesh of chips that nobody has."""
+    """Returns a mesh of chips to compile for. No chip has to be there."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices
@@ -108,7 +108,7 @@ def mesh_of(case: Case) -> Mesh:
 
 
 def compiled_step(case: Case, model: Transformer) -> Any:
-    """Gradients and the optimizer's step, parameters and state in place, as the compiler leaves them."""
+    """Compiles a training step: gradients, and the step of the optimizer with parameters and state in place."""
     tx, mesh = case.optimizer, mesh_of(case)
     specs, fused = model.specs(), case.step in (FUSED, KERNELS, FREE)
 
@@ -138,7 +138,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 class Moved(NamedTuple):
-    """What one collective yields on one device."""
+    """The arrays that one collective returns on one device."""
 
     kind: str
     bytes: tuple[int, ...]  # of each array
@@ -146,14 +146,14 @@ class Moved(NamedTuple):
 
 
 def collectives(text: str) -> list[Moved]:
-    """Every collective of a compiled program, once: the parts in which it is overlapped with work share a channel."""
+    """Returns each collective of a compiled program once. Parts of one that overlap with other work share a channel."""
     found = {}
     for name, result, kind, start, rest in COLLECTIVE.findall(text):
         sizes = [
             prod(int(n) for n in extents.split(",") if n) * compiled.SIZES[dtype]
             for dtype, extents in ARRAY.findall(result)
         ]
-        if start:  # operands, results and what the machine needs: both sides of a permutation are as large
+        if start:  # operands, results and auxiliary arrays; for a permutation, operand and result have the same size
             sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
         channel = re.search(r"channel_id=(\d+)", rest)
         of = re.search(r'op_name="([^"]*)"', rest)
@@ -163,7 +163,7 @@ def collectives(text: str) -> list[Moved]:
 
 
 def counted(moved: list[Moved]) -> dict[str, Any]:
-    """How many arrays of each kind, and the bytes of all."""
+    """Returns how many arrays each kind of collective returns, and the bytes of all of them."""
     kinds = Counter()
     for one in moved:
         kinds[one.kind] += len(one.bytes)
@@ -171,7 +171,7 @@ def counted(moved: list[Moved]) -> dict[str, Any]:
 
 
 def straddling(case: Case, model: Transformer) -> int | None:
-    """Of how many parameters a block lies on several chips, as `fse.describe` says."""
+    """Returns how many parameters have a block that is split between chips, according to `fse.describe`."""
     if case.step in (BASELINE, BY_ROWS):
         return None
     with jax.set_mesh(mesh_of(case)):
@@ -180,7 +180,7 @@ def straddling(case: Case, model: Transformer) -> int | None:
 
 
 def measured(case: Case, model: Transformer | None = None) -> dict[str, Any]:
-    """What is counted of one step, of the slice's model or of another one."""
+    """Returns the counts of one step, of the model of the slice by default."""
     model = model or case.model
     moved = collectives(compiled_step(case, model).as_text())
     optimizer = counted([one for one in moved if one.of_optimizer])
@@ -198,7 +198,7 @@ MODULES: dict[str, Callable[[], Any]] = {
 
 
 def compiled_embedding(module: Any, spec: P, mesh: Mesh) -> Any:
-    """Output and gradients of a module with its table cut so and the ids cut over "fsdp"."""
+    """Compiles output and gradients of a module. Its table is sharded as `spec` says, and the ids over "fsdp"."""
     ids = jax.ShapeDtypeStruct((16, TOKENS), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), ids)
 
@@ -218,11 +218,11 @@ def compiled_embedding(module: Any, spec: P, mesh: Mesh) -> Any:
 
 
 def measured_embeddings() -> list[dict[str, Any]]:
-    """What is counted of every module and way to cut its table."""
+    """Returns the counts of every module and every sharding of its table."""
     mesh, rows = mesh_of(QUICK[0]), []
-    for (cut, spec), (name, make) in product(TABLES.items(), MODULES.items()):
+    for (axes, spec), (name, make) in product(TABLES.items(), MODULES.items()):
         moved = collectives(compiled_embedding(make(), spec, mesh).as_text())
-        rows.append({"table": cut, "module": name, "all": counted(moved)})
+        rows.append({"table": axes, "module": name, "all": counted(moved)})
     return rows
 
 
@@ -230,7 +230,7 @@ def measured_embeddings() -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything; quick: one mesh."""
+    """Returns the counts of all steps. A quick run has one mesh."""
     os.environ.update(compiled.QUIET)
     rows = []
     for case in QUICK if quick else CASES:
@@ -241,24 +241,33 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def beyond(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """The share by which a step moves more bytes than `optax.adamw`'s on the same mesh."""
+    """Returns by which share a step moves more bytes than that of `optax.adamw` on the same mesh."""
     same = [r for r in rows if r["step"] == BASELINE and all(r[k] == row[k] for k in ("slice", "mesh", "axes"))]
     return row["all"]["bytes"] / same[0]["all"]["bytes"] - 1
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One table of training steps, one of embeddings."""
+    """Returns one table of training steps and one of embeddings."""
     rows, env = results["rows"], results["environment"]
-    head = ["slice", "fsdp x tensor", "axes", "step", "moved by all", "MB", "by the optimizer", "beside optax.adamw"]
+    head = [
+        "slice",
+        "fsdp x tensor",
+        "axes",
+        "step",
+        "all collectives",
+        "MB",
+        "optimizer",
+        "more than `optax.adamw`",
+    ]
     lines = [head, [*["---"] * 4, *["--:"] * 4]]
     for row in rows:
         ours = row["optimizer"]
         extra = beyond(row, rows)
-        more = [] if row["step"] == BASELINE else [_arrays(ours), "the same" if extra == 0 else f"{extra:+.3%}"]
-        cut = " x ".join(map(str, row["mesh"]))
-        where = [row["slice"], cut, row["axes"], row["step"]]
+        more = [] if row["step"] == BASELINE else [_arrays(ours), "none" if extra == 0 else f"{extra:+.3%}"]
+        mesh = " x ".join(map(str, row["mesh"]))
+        where = [row["slice"], mesh, row["axes"], row["step"]]
         lines.append([*where, _arrays(row["all"]), f"{row['all']['bytes'] / 1e6:,.1f}", *(more or ["", ""])])
-    tables = [["table cut by", "output and gradients", "moved", "MB"], ["---", "---", "--:", "--:"]]
+    tables = [["table sharded over", "output and gradients of", "collectives", "MB"], ["---", "---", "--:", "--:"]]
     for row in results["embeddings"]:
         size = f"{row['all']['bytes'] / 1e6:,.2f}"
         tables.append([row["table"], row["module"], _arrays(row["all"]), size])
@@ -278,7 +287,7 @@ def _arrays(entry: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Counts, prints, and keeps the results of a full run."""
     if find_spec("libtpu") is None:
-        return print("There is no compiler for TPU here: the extra `tpu` has one.")
+        return print("No compiler for TPU is installed. Install the extra `tpu`.")
     report.run("collectives", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,13 +1,13 @@
-"""What compilers for TPU and GPU make of a step of AdamW on one array, on a machine without either: nothing runs.
+"""Counts bytes and instructions of an AdamW step on one array, compiled for TPU and GPU. Nothing runs.
 
     python -m benchmarks compiled            writes results/compiled.json, prints the table
     python -m benchmarks compiled --quick    one chip and the kernel alone; writes no file
 
-For TPU it needs the extra `tpu`, for GPU the extra `cuda`; rows of chips whose compiler is not installed stay as they
-were. Counted from the compiled program, exactly:
-    bytes       that its operations read from and write to the chip's memory, a parameter
-    temporaries bytes of memory that it needs besides parameters, gradients and state, a parameter
-    bundles     instructions that a kernel for TPU issues for 1024 parameters, one a cycle if nothing is waited for
+Neither a TPU nor a GPU is needed, only their compilers: the extra `tpu` or the extra `cuda`. Rows of chips whose
+compiler is not installed stay as they were. The counts are exact and come from the compiled program:
+    bytes       that its operations read from and write to the memory of the chip, per parameter
+    temporaries bytes of memory that it needs besides parameters, gradients and state, per parameter
+    bundles     instructions that a kernel for TPU issues per 1024 parameters, one per cycle if it never waits
 """
 
 import json
@@ -32,7 +32,7 @@ from flax_stable_embed.ops.blockwise_step import pallas_tpu
 
 from ..harness import report
 
-# Quiet, offline, and at peace with other processes that load libtpu, which reads it when it is loaded.
+# Keeps libtpu quiet and offline, and lets several processes load it. It reads these variables when it is loaded.
 QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -63,7 +63,7 @@ GPU = "H200"
 
 
 class Case(NamedTuple):
-    """A step: of which optimizer, on which array."""
+    """A step of an optimizer on an array."""
 
     shape: tuple[int, ...] = (4096, 4096)
     codec: str | None = "root"  # None: optax.adamw
@@ -74,6 +74,7 @@ class Case(NamedTuple):
 
     @property
     def optimizer(self) -> Any:
+        """Returns the optimizer."""
         if self.codec is None:
             return optax.adamw(1e-3)
         state_format = fse.StateFormat(self.codec, self.rounding, block_axis=-1 if self.along_rows else None)
@@ -81,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def blocks(self) -> Blocks:
-        """Where the blocks of its moments lie."""
+        """Returns the blocks of its moments."""
         params = {"kernel": jax.ShapeDtypeStruct(self.shape, self.dtype)}
         absmax = jax.eval_shape(self.optimizer.init, params)[0].mu_absmax["kernel"].shape
         axis = next(k for k, (n, d) in enumerate(zip(absmax, self.shape)) if n != d)
@@ -102,7 +103,7 @@ QUICK = ("`adamw8bit`",)
 
 
 def compiled_step(case: Case, device: Any) -> Any:
-    """The step as the compiler leaves it: parameters and state in place, on one chip."""
+    """Compiles the step for one chip, with parameters and state updated in place."""
     tx, sharding = case.optimizer, jax.sharding.SingleDeviceSharding(device)
     params = {"kernel": jax.ShapeDtypeStruct(case.shape, case.dtype)}
     args = params, jax.eval_shape(tx.init, params), params
@@ -123,7 +124,7 @@ ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]\{([^}]*)\}")
 
 
 class Operation(NamedTuple):
-    """One of a compiled program, and the arrays in the chip's memory, not its scratch, that it writes and reads."""
+    """An operation of a compiled program, and the arrays in main memory (not in scratch) that it writes and reads."""
 
     name: str
     results: list["Stored"]
@@ -131,18 +132,19 @@ class Operation(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An array in the chip's memory."""
+    """An array in the main memory of a chip."""
 
     shape: tuple[int, ...]
     width: int
 
     @property
     def bytes(self) -> int:
+        """Returns its size."""
         return prod(self.shape) * self.width
 
 
 def operations(text: str) -> Iterator[Operation]:
-    """What a compiled program does, in turn."""
+    """Returns the operations of a compiled program, in their order."""
     entry = text[text.index("\nENTRY ") :]
     stored: dict[str, list[Stored]] = {}
     for line in entry.splitlines()[1:]:
@@ -162,12 +164,12 @@ def operations(text: str) -> Iterator[Operation]:
 
 
 def memory_bytes(text: str) -> int:
-    """Bytes that the operations of a compiled program read from and write to the chip's memory, not its scratch."""
+    """Returns the bytes that a compiled program reads from and writes to main memory (scratch does not count)."""
     return sum(x.bytes for operation in operations(text) for x in (*operation.results, *operation.operands))
 
 
 def devices_of(chip: str, count: int = 1) -> Any:
-    """Devices to compile for (of GPUs, how many); None where the compiler is not installed."""
+    """Returns devices to compile for (`count` of them for a GPU), or None if the compiler is not installed."""
     from jax.experimental import topologies
 
     if chip == GPU:
@@ -187,7 +189,7 @@ def _has_cuda() -> bool:
 
 @contextmanager
 def dumped() -> Iterator[Path]:
-    """A folder for what the compiler dumps of its kernels; before libtpu is loaded."""
+    """Makes the compiler dump its kernels into a folder. This must happen before libtpu is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_.*"
         os.environ.update(QUIET, LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} {flags}")
@@ -195,7 +197,7 @@ def dumped() -> Iterator[Path]:
 
 
 def bundles_of_kernel(folder: Path, case: Case) -> float | None:
-    """Instructions that the kernel issues for 1024 parameters: of each loop, times its turns."""
+    """Returns the instructions that the kernel issues per 1024 parameters: those of each loop, times its iterations."""
     files = list(folder.glob("*_8bit*final_bundles.txt"))
     files = [file for file in files if "schedule" not in file.name]
     if not files:
@@ -210,7 +212,7 @@ def bundles_of_kernel(folder: Path, case: Case) -> float | None:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything; quick: the kernel for one chip."""
+    """Returns the counts of all steps for all chips. A quick run has one kernel for one chip."""
     rows = []
     with dumped() as folder:
         results = {"environment": report.environment("compiled")}
@@ -227,7 +229,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def measured(case: Case, chip: str, device: Any, folder: Path) -> dict[str, Any]:
-    """What is counted of one step."""
+    """Returns the counts of one step."""
     for file in folder.iterdir():
         file.unlink()
     compiled = compiled_step(case, device)
@@ -245,12 +247,12 @@ def measured(case: Case, chip: str, device: Any, folder: Path) -> dict[str, Any]
 
 
 def kernels(text: str) -> int:
-    """How many kernels of Pallas a compiled program calls."""
+    """Returns how many Pallas kernels a compiled program calls."""
     return len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', text))
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table: a line for each step, columns for each chip."""
+    """Returns the table: one line per step, some columns per chip."""
     chips = list(dict.fromkeys(row["chip"] for row in results["rows"]))
     by_step: dict[str, dict[str, Any]] = {}
     for row in results["rows"]:
@@ -258,11 +260,11 @@ def markdown(results: dict[str, Any]) -> str:
     issue = [chip for chip in chips if chip in TOPOLOGIES]
     columns = [f"{chip}: {what}" for what in ("bytes", "temporaries") for chip in chips]
     columns += [f"{chip}: bundles" for chip in issue]
-    lines = [["a step", "array", *columns], ["---", "---", *["--:" for _ in columns]]]
+    lines = [["step", "array", *columns], ["---", "---", *["--:" for _ in columns]]]
     for name, rows in by_step.items():
         shape = " x ".join(f"{n:,}" for n in next(iter(rows.values()))["shape"])
         counted = [f"{rows[chip][what]:.2f}" for what in ("bytes", "temporaries") for chip in chips]
-        issued = ["" if rows[chip]["bundles"] is None else _beside(rows[chip]) for chip in issue]
+        issued = ["" if rows[chip]["bundles"] is None else _with_bound(rows[chip]) for chip in issue]
         lines.append([name, shape, *counted, *issued])
     env = results["environment"]
     compilers = ", ".join(f"{chip}: {row['compiler']}" for chip, row in next(iter(by_step.values())).items())
@@ -274,7 +276,7 @@ def markdown(results: dict[str, Any]) -> str:
     return about + "\n\n" + report.table(lines)
 
 
-def _beside(row: dict[str, Any]) -> str:
+def _with_bound(row: dict[str, Any]) -> str:
     return f"{row['bundles']:.1f}" + (f" ({row['cycles_of_memory']:.1f})" if row["cycles_of_memory"] else "")
 
 
@@ -282,7 +284,7 @@ FILE = report.RESULTS / "compiled.json"
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
-    if find_spec("libtpu") is None and not _has_cuda():  # neither is loaded yet: `dumped` sets flags before
-        return print("There is no compiler for TPU or GPU here: the extras `tpu` and `cuda` have one each.")
+    """Counts, prints, and keeps the results of a full run."""
+    if find_spec("libtpu") is None and not _has_cuda():  # `dumped` has to set flags before either is loaded
+        return print("No compiler for TPU or GPU is installed. Install the extra `tpu` or the extra `cuda`.")
     report.run("compiled", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -1,12 +1,12 @@
-"""What the compiler for TPU makes of a StableEmbed, by kernels and by XLA, on a machine without one: nothing runs.
+"""Counts the bytes that a StableEmbed moves, as kernels and as XLA compiles it for TPU. Nothing runs.
 
     python -m benchmarks lookups            writes results/lookups.json, prints the table
     python -m benchmarks lookups --quick    one small table; writes no file
 
-Needs the extra `tpu`. Counted from the compiled program are the bytes that it moves to and from the chip's memory, and
-those of memory that it needs beside inputs and results. What looks rows up reads one for each token, and what adds to
-rows of a table in place moves no others: these count, and not the whole table. XLA's program for v6e looks rows up on
-the SparseCore, and the compiler does not write such a program down: it has no count of bytes.
+Needs the extra `tpu`, but no TPU. The compiled program tells the bytes that it moves to and from the memory of the
+chip, and the bytes of temporaries. A lookup reads one row per token, and an addition to rows in place reads and writes
+only these rows, so they count instead of the full table. XLA's program for v6e looks rows up on the SparseCore. The
+compiler does not print such a program, so it has no count of bytes.
 """
 
 import json
@@ -35,7 +35,7 @@ BOTH, FORWARD, BACKWARD = "forward and backward", "forward", "backward"
 
 
 def compiled(shape: Shape, way: str, what: str, device: Any, dtype: Any = jnp.float32) -> Any:
-    """Output or gradients of all parameters, or both, as the compiler leaves them for one chip."""
+    """Compiles the output, the gradients of all parameters, or both, for one chip."""
     options, here = Options(1e-5, None, False, jnp.dtype(dtype)), jax.sharding.SingleDeviceSharding(device)
 
     def array(*extents: int, dtype: Any = jnp.float32) -> Any:
@@ -58,7 +58,7 @@ def compiled(shape: Shape, way: str, what: str, device: Any, dtype: Any = jnp.fl
 
 
 def moved_bytes(text: str, shape: Shape) -> int:
-    """Bytes to and from the chip's memory, with the rows of a table that an operation needs for the whole of it."""
+    """Returns the bytes moved to and from the memory of the chip. Of a table, only the rows that are needed count."""
     table = shape[:2]
 
     def moved(x: Stored, rows: int) -> int:
@@ -77,18 +77,18 @@ def moved_bytes(text: str, shape: Shape) -> int:
 
 
 def measured(chip: str, shape: Shape, what: str, way: str, device: Any) -> dict[str, Any]:
-    """What is counted of one program."""
+    """Returns the counts of one program."""
     program = compiled(shape, way, what, device)
     try:
         moved = moved_bytes(program.as_text(), shape)
-    except jax.errors.JaxRuntimeError:  # of the compiler, for programs that use the SparseCore
+    except jax.errors.JaxRuntimeError:  # the compiler cannot print a program that uses the SparseCore
         moved = None
     temporaries = program.memory_analysis().temp_size_in_bytes
     return {"chip": chip, "shape": shape, "what": what, "way": way, "bytes": moved, "temporaries": temporaries}
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything; quick: one small table, on one chip."""
+    """Returns the counts of all programs. A quick run has one small table on one chip."""
     os.environ.update(QUIET)
     results = {"environment": report.environment("lookups"), "compiler": version("libtpu")}
     cases = product(CHIPS[:1] if quick else CHIPS, QUICK if quick else SHAPES, (FORWARD, BOTH), WAYS)
@@ -97,17 +97,17 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def least_bytes(shape: Shape, what: str) -> int:
-    """That any program moves: a row for each token and its output, and gradients in and out."""
+    """Returns the bytes that any program has to move: a row and an output per token, and gradients in and out."""
     rows, table = 4 * shape.tokens * shape.features, 4 * shape.num_embeddings * shape.features
     return 2 * rows + (0 if what == FORWARD else rows + table + min(rows, table))
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table: a line for each program of both ways, columns for each chip."""
+    """Returns the table: one line per shape and computation, some columns per chip."""
     rows = {(row["chip"], *row["shape"], row["what"], row["way"]): row for row in results["rows"]}
     chips = list(dict.fromkeys(row["chip"] for row in results["rows"]))
     columns = [f"{chip}: {what}" for chip in chips for what in ("GB, XLA", "kernels", "temporaries, XLA", "kernels")]
-    lines = [["table, tokens", "", "least GB", *columns], ["---", "---", *["--:"] * (len(columns) + 1)]]
+    lines = [["table, tokens", "computation", "least GB", *columns], ["---", "---", *["--:"] * (len(columns) + 1)]]
     for *sizes, what in dict.fromkeys((*row["shape"], row["what"]) for row in results["rows"]):
         shape = Shape(*sizes)
         here = [rows[chip, *shape, what, way] for chip in chips for way in WAYS]
@@ -131,7 +131,7 @@ FILE = report.RESULTS / "lookups.json"
 
 
 def main(arguments: list[str]) -> None:
-    """Counts, prints, and keeps the results unless they are quick ones."""
+    """Counts, prints, and keeps the results of a full run."""
     if find_spec("libtpu") is None:
-        return print("There is no compiler for TPU here: the extra `tpu` has one.")
+        return print("No compiler for TPU is installed. Install the extra `tpu`.")
     report.run("lookups", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -91,7 +91,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
 
 
 def of_model(shapes: Any) -> dict[str, Any]:
-    """Returns what is counted of one model."""
+    """Returns the counts of one model."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     (table,) = [(path, x) for path, x in leaves if is_embedding(jax.tree_util.keystr(path, simple=True))]
     return {
@@ -155,5 +155,5 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Counts, prints, and keeps the results unless they are quick ones."""
+    """Counts, prints, and keeps the results of a full run."""
     report.run("state", __doc__, arguments, measure, tables, lambda results: report.save(results, FILE))

@@ -1,7 +1,7 @@
-"""The contenders: AdamW of optax, of this library, of bitsandbytes and of torchao, with the same hyper-parameters.
+"""Lists the contenders: AdamW of optax, this library, bitsandbytes and torchao, with the same hyper-parameters.
 
-A contender is a name, a path and `start(problem) -> Run`. All of them train one float32 parameter on one fixed
-gradient; `Run.step()` does one step and waits for its end.
+A contender has a name, a path and `start(problem) -> Run`. All of them train one float32 parameter on one fixed
+gradient. `Run.step()` runs one step and waits until it has ended.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ class Run(NamedTuple):
     """A contender that is compiled and ready."""
 
     step: Callable[[], None]
-    compile_s: float  # tracing and compilation; of the torch peers, the first step
+    compile_s: float  # tracing and compilation; for torch, bitsandbytes and torchao the first step
     state_bytes: int
-    temp_bytes: int | None  # None: its framework does not tell
+    temp_bytes: int | None  # None: its framework does not report them
     stored: str  # how the moments are stored
 
 
 class Contender(NamedTuple):
-    """One line of the tables. `skip` says why it cannot run here."""
+    """One line of the tables. `skip` is the reason why it cannot run here."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ class Contender(NamedTuple):
 
 
 class Problem:
-    """A parameter and its gradient. Contenders of one framework share both: only their states are their own."""
+    """A parameter and its gradient. Contenders of one framework share both, and have separate states."""
 
     def __init__(self, shape: Shape):
         rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ class Problem:
 
     @cached_property
     def torch_parameter(self) -> Any:
-        """The same for torch; its `grad` is the gradient."""
+        """Returns the parameter for torch, with the gradient as its `grad`."""
         import torch
 
         p, g = (torch.tensor(np.asarray(jax.tree.leaves(x)[0])) for x in (self.params, self.grads))
@@ -73,7 +73,7 @@ def _tree(path: str, leaf: Any) -> Any:
 
 
 def contenders() -> list[Contender]:
-    """All of them, the baseline first; those that cannot run here say why."""
+    """Returns all contenders, the baseline first. Those that cannot run here carry the reason."""
     ours = [
         Contender(f"fse.adamw8bit {codec}", path, partial(_start_jax, codec=codec, fused=path == "fused_update"))
         for codec in CODECS
@@ -87,7 +87,7 @@ def contenders() -> list[Contender]:
 
 
 def step_of(tx: Any, fused: bool) -> Callable:
-    """`(params, state, grads) -> (params, state)`: through updates, or parameters in place; not compiled yet."""
+    """Returns `(params, state, grads) -> (params, state)`, with parameters in place if `fused`. It is not jitted."""
 
     def step(params, state, grads):
         if fused:
@@ -114,7 +114,7 @@ def _start_jax(problem: Problem, codec: str | None, fused: bool) -> Run:
     compiled = jitted.lower(problem.params, state, problem.grads).compile()
     compile_s = perf_counter() - start
 
-    def one_step():  # through the jitted function, whose dispatch is quicker than that of `compiled`
+    def one_step():  # the jitted function is dispatched faster than `compiled`
         nonlocal state
         problem.params, state = jax.block_until_ready(jitted(problem.params, state, problem.grads))
 
@@ -154,7 +154,7 @@ def _start_torch(problem: Problem, peer: str) -> Run:
 
 
 def _tensors(state: dict[str, Any]) -> list[Any]:
-    """What the state keeps for this parameter: not the 256 code values (`qmap`), which parameters can share."""
+    """Returns the tensors of the state, without the 256 values of the code (`qmap`), which parameters can share."""
     import torch
 
     found = []

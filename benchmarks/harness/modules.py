@@ -1,4 +1,4 @@
-"""An embedding table and the Flax modules that `StableEmbed` replaces, for the benchmarks of embeddings."""
+"""Defines the Flax modules that `StableEmbed` replaces, and shapes of tables, for the benchmarks of embeddings."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 
 
 class Shape(NamedTuple):
-    """A table and how many ids a step looks up."""
+    """A table, and the number of ids that a step looks up."""
 
     num_embeddings: int
     features: int
@@ -14,12 +14,12 @@ class Shape(NamedTuple):
 
     @property
     def allowed_temporaries(self) -> float:
-        """Bytes: four arrays of looked-up rows, and a megabyte."""
+        """Returns the bytes that a sparse step may need: four arrays of looked-up rows, and a megabyte."""
         return 4 * self.tokens * self.features * 4 + 1e6
 
 
 class EmbedThenNorm(nn.Module):
-    """What stands in Flax for a StableEmbed."""
+    """An embedding followed by a LayerNorm: Flax's equivalent of `StableEmbed`."""
 
     num_embeddings: int
     features: int

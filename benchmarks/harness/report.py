@@ -1,4 +1,4 @@
-"""What a run leaves behind: the machine it ran on, a file of results, and tables made from them. No figure is typed."""
+"""Describes the machine of a run, writes files of results, and formats tables. No figure is typed by hand."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def environment(name: str, options: Sequence[str] = ()) -> dict[str, Any]:
         "platform": device.platform,
         "cpu": _cpu_model(),
         "cores": cores(),
-        "threads": f"JAX and torch compute with {cores()} threads each, one after the other",
+        "threads": f"JAX and torch take turns, with {cores()} threads each",
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
@@ -39,7 +39,7 @@ def environment(name: str, options: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """How many threads JAX computes with on CPU, and torch as well."""
+    """Returns the number of threads that JAX and torch use on CPU."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 
 
 def save(results: dict[str, Any], path: Path | None) -> Path:
-    """Writes the results, by default as `results/<device>-<commit or date>.json`."""
+    """Writes the results and returns the path, by default `results/<device>-<commit or date>.json`."""
     env = results["environment"]
     if path is None:
         name = f"{env['platform']} {env['device']} {env['commit'] or env['date'][:10]}"
@@ -90,7 +90,7 @@ def run(
     markdown: Callable[[dict[str, Any]], str],
     keep: Callable[[dict[str, Any]], Any],
 ) -> None:
-    """Runs a benchmark whose only option is `--quick`: measures, prints, and keeps the results unless it is quick."""
+    """Runs a benchmark whose only option is `--quick`: measures, prints, and keeps the results of a full run."""
     options = parser(name, description)
     options.add_argument("--quick", action="store_true", help="small sizes and few rounds; writes no file")
     args = options.parse_args(arguments)
@@ -101,11 +101,11 @@ def run(
 
 
 def spread(values: list[float]) -> str:
-    """Quartiles, the median first."""
+    """Formats quartiles, with the median first."""
     low, middle, high = (f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values)
     return f"{middle} ({low} to {high})"
 
 
 def table(lines: list[list[str]]) -> str:
-    """Lines of cells in Markdown."""
+    """Formats lines of cells as a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,6 +1,6 @@
-"""Parameters of real models, by name: the one list that benchmarks and tests take their shapes from.
+"""Lists parameters of real models by name. Benchmarks and tests take their shapes from here.
 
-Paths are Flax's. Default rules keep norms, biases and embeddings in fp32; `bits=8` asks for bytes by a rule.
+Paths are those of Flax. The default rules keep norms, biases and embeddings in fp32; `bits=8` sets a rule for 8 bits.
 """
 
 from math import prod
@@ -8,21 +8,22 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A parameter, and the model that has it."""
+    """A parameter of a model."""
 
     name: str
     shape: tuple[int, ...]
     model: str
     path: str
-    bits: int | None = None  # None leaves it to the default rules
+    bits: int | None = None  # None: the default rules decide
 
     @property
     def size(self) -> int:
+        """Returns the number of elements."""
         return prod(self.shape)
 
     @property
     def rules(self) -> tuple:
-        """The `rules` argument that gives `bits`."""
+        """Returns the `rules` argument that sets `bits`."""
         return () if self.bits is None else ((f"^{self.path}$", self.bits),)
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ SHAPES = {
 
 
 def tinyllama(layers: int = 22, width: int = 2048) -> dict[str, tuple[int, ...]]:
-    """The 201 parameters of TinyLlama 1.1B (arXiv:2401.02385), by path."""
+    """Returns the shapes of the 201 parameters of TinyLlama 1.1B (arXiv:2401.02385), by path."""
     inner, keys, vocabulary = 11 * width // 4, width // 8, 125 * width // 8
     kernels = {"wq": (width, width), "wk": (width, keys), "wv": (width, keys), "wo": (width, width)}
     kernels |= {"w1": (width, inner), "w2": (inner, width), "w3": (width, inner)}
@@ -59,7 +60,7 @@ def tinyllama(layers: int = 22, width: int = 2048) -> dict[str, tuple[int, ...]]
 
 
 def many_small(count: int) -> dict[str, tuple[int, ...]]:
-    """Vectors of 64 to 4096 elements, in steps of 64."""
+    """Returns the shapes of vectors of 64 to 4096 elements, in steps of 64."""
     return {f"leaf_{k}": (64 * (1 + k % 64),) for k in range(count)}
 
 

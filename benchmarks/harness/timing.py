@@ -1,8 +1,9 @@
-"""Times contenders side by side, in one process: every contender takes a turn in every round.
+"""Times contenders in turns, in one process: every contender has a turn in every round.
 
-Machines drift (clocks, neighbours), so contenders are compared within a round, never across runs: the order rotates
-from round to round, every second round runs backwards, and a ratio is taken between two turns of one round. A turn is
-one step, or as many as fill `TURN_S` after an untimed one, which brings caches and threads back to the contender.
+Machines drift, because clocks change and other processes run. So contenders are compared within a round and never
+across runs. The order rotates from round to round, every second round runs backwards, and a ratio is taken between two
+turns of one round. A turn is one step, or as many as fill `TURN_S` after an untimed one, which warms up caches and
+threads.
 """
 
 from collections.abc import Callable
@@ -13,18 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TURN_S = 0.02  # long against the clock and against a scheduler's slice of a few ms
-LEAST_ROUNDS, MOST_ROUNDS = 5, 41  # quartiles need a few samples; with more than 41 the medians do not move
+TURN_S = 0.02  # much longer than the resolution of the clock and than a scheduler's slice of a few ms
+LEAST_ROUNDS, MOST_ROUNDS = 5, 41  # quartiles need a few samples; more than 41 do not move the medians
 
 
 def alternate(
     steps: dict[Any, Callable[[], None]], budget_s: float, most_rounds: int = MOST_ROUNDS
 ) -> dict[Any, list[float]]:
-    """Seconds a step of every contender in every round, about `budget_s` seconds in all."""
+    """Returns the seconds per step of every contender in every round. All rounds take about `budget_s` seconds."""
     repeats, round_s = {}, 0.0
     for i, step in steps.items():
         seconds = _time(step, 1)
-        if seconds < TURN_S:  # the first call has costs of its own
+        if seconds < TURN_S:  # the first call has extra costs
             seconds = _time(step, 3)
         repeats[i] = max(1, round(TURN_S / seconds))
         round_s += seconds * (repeats[i] + (repeats[i] > 1))
@@ -51,12 +52,12 @@ def _time(step: Callable[[], None], repeats: int) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
+    """Returns lower quartile, median and upper quartile."""
     return quantiles(values, n=4, method="inclusive")
 
 
 def copy_gb_per_s(size: int = 1 << 26) -> float:
-    """What the memory gives: bytes read and written by `x + 1` in place, on `size` floats."""
+    """Returns the bandwidth of memory: bytes read and written per second by `x + 1` in place, on `size` floats."""
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jnp.zeros(size, jnp.float32)
     seconds = []

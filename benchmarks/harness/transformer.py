@@ -1,7 +1,7 @@
-"""A decoder as trainers cut it over a mesh: the shapes of its parameters, how each is cut, and its loss.
+"""Defines a decoder that is sharded over a mesh as trainers do it: its shapes, its shardings and its loss.
 
-The mesh's axis "fsdp" cuts the batch and one axis of every matrix, and "tensor" cuts heads, hidden units and the
-vocabulary: of size 1 it leaves plain FSDP. Runs under meshes of Auto and of Explicit axes.
+The mesh axis "fsdp" shards the batch and one axis of every matrix. The axis "tensor" shards heads, hidden units and the
+vocabulary; with size 1 it leaves plain FSDP. The loss works under meshes with Auto and with Explicit axes.
 """
 
 from typing import Any, NamedTuple
@@ -11,22 +11,22 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-IN, OUT = P("fsdp", "tensor"), P("tensor", "fsdp")  # of a matrix from the model's width, and of one to it
-LEAVES = ("out", "down", "embedding")  # those that are cut as OUT
+IN, OUT = P("fsdp", "tensor"), P("tensor", "fsdp")  # matrices that read from, or write to, the residual stream
+LEAVES = ("out", "down", "embedding")  # parameters that are sharded as OUT
 
 
 class Transformer(NamedTuple):
-    """Its sizes; that of hidden units is no power of two."""
+    """The sizes of the model. The number of hidden units is not a power of two."""
 
     width: int = 1024
     hidden: int = 2816
     head: int = 64
     layers: int = 4
     vocabulary: int = 32_000
-    keys: int | None = None  # features of keys and values: those of queries
+    keys: int | None = None  # features of keys and of values; None: as many as queries have
 
     def shapes(self) -> dict[str, Any]:
-        """Shapes of the parameters, under Flax's names."""
+        """Returns the shapes of the parameters, under the names that Flax uses."""
         square, few = (self.width, self.width), (self.width, self.keys or self.width)
         layer = {"query": square, "key": few, "value": few, "out": square}
         layer |= {"gate": (self.width, self.hidden), "up": (self.width, self.hidden), "down": (self.hidden, self.width)}
@@ -39,7 +39,7 @@ class Transformer(NamedTuple):
         return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), model, is_leaf=is_shape)
 
     def specs(self) -> dict[str, Any]:
-        """How each of them is cut."""
+        """Returns the partition spec of every parameter."""
 
         def spec(path, x):
             names = {key.key for key in path}
@@ -48,7 +48,7 @@ class Transformer(NamedTuple):
         return jax.tree_util.tree_map_with_path(spec, self.shapes())
 
     def loss(self, params: Any, ids: jax.Array) -> jax.Array:
-        """That of predicting each id from those before it, in bfloat16."""
+        """Returns the loss of predicting each id from the ids before it, computed in bfloat16."""
         x = _rows(params["embedder"]["embedding"], ids)
         for i in range(self.layers):
             layer = params[f"layer_{i}"]
@@ -77,7 +77,7 @@ def _placed(x, spec):
 
 
 def _linear(x, layer, spec):
-    """`x @ kernel`, the kernel gathered over "fsdp" where it is used."""
+    """Returns `x @ kernel`. The kernel is gathered over "fsdp" where it is used."""
     kernel = _placed(layer["kernel"].astype(jnp.bfloat16), P(*(None if name == "fsdp" else name for name in spec)))
     out = P("fsdp", None, "tensor" if spec == IN else None)
     y = jnp.einsum("btd,df->btf", x, kernel, **({"out_sharding": out} if _is_explicit() else {}))

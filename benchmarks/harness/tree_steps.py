@@ -1,7 +1,7 @@
-"""Steps of optimizers on whole trees of parameters, as contenders that run one after the other; see timing.py.
+"""Runs steps of optimizers on full pytrees of parameters, as contenders that take turns; see timing.py.
 
-A turn of a contender is several steps in a row on a GPU, so that the host is ahead of the device; what the device was
-busy for is read from the profiler.
+On a GPU a turn is several steps in a row, so that the host stays ahead of the device. The time that the device was busy
+is read from the profiler.
 """
 
 import functools
@@ -32,12 +32,12 @@ Tree = dict[str, Any]
 
 
 def steps() -> int:
-    """How many steps make a turn: on a GPU the host runs ahead."""
+    """Returns the number of steps in a turn. On a GPU it is large, so that the host stays ahead."""
     return 10 if jax.default_backend() == "gpu" else 1
 
 
 class Run(NamedTuple):
-    """A contender that is compiled and ready; `turn` does some steps and waits for the last."""
+    """A contender that is compiled and ready. `turn` runs some steps and waits for the last one."""
 
     turn: Callable[[], None]
     compile_s: float
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 class Holder:
-    """Parameters and gradients that contenders of one framework share: each updates the same parameters in place."""
+    """Parameters and gradients. Contenders of one framework share them and update the same parameters in place."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32):
         keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes))))
@@ -59,7 +59,7 @@ class Holder:
 
     @functools.cached_property
     def for_torch(self) -> list[Any]:
-        """Parameters of the same shapes, with gradients, on the GPU."""
+        """Returns torch parameters of the same shapes, with gradients, on the GPU."""
         import torch
 
         made = []
@@ -70,7 +70,7 @@ class Holder:
 
 
 def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
-    """A step of one transform under jit, parameters and state in place."""
+    """Compiles a step of one transform, with parameters and state in place."""
     state = jax.jit(tx.init)(holder.params)
     jitted = jax.jit(step_of(tx, fused), donate_argnums=(0, 1))
     began = perf_counter()
@@ -81,7 +81,7 @@ def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
     def turn() -> None:
         nonlocal state
         for _ in range(steps()):
-            holder.params, state = jitted(holder.params, state, holder.grads)  # dispatched quicker than `compiled`
+            holder.params, state = jitted(holder.params, state, holder.grads)  # dispatched faster than `compiled`
         jax.block_until_ready((holder.params, state))
 
     turn()
@@ -89,7 +89,7 @@ def start(holder: Holder, tx: Any, fused: bool = True) -> Run:
 
 
 def start_torch(holder: Holder, peer: str) -> Run:
-    """An optimizer of torch, torchao or bitsandbytes."""
+    """Prepares an optimizer of torch, torchao or bitsandbytes."""
     import torch
 
     if peer == "torch":
@@ -115,17 +115,17 @@ def start_torch(holder: Holder, peer: str) -> Run:
 
 
 def ours(codec: str = "root", rounding: str = "nearest", *, rules: Any = (), implementation: Any = None, **form: Any):
-    """AdamW of this library."""
+    """Returns AdamW of this library."""
     state_format = fse.StateFormat(codec, rounding, **form)
     return fse.adamw8bit(LEARNING_RATE, **ADAMW, rules=rules, state_format=state_format, implementation=implementation)
 
 
-EIGHT = ((".*", 8),)  # all arrays that are large enough, embeddings too: as other libraries do
+EIGHT = ((".*", 8),)  # 8 bits for all arrays that are large enough, also embeddings, as in other libraries
 FIELD: dict[str, Callable[[Holder], Run]] = {
     BASELINE: lambda holder: start(holder, optax.adamw(LEARNING_RATE, **ADAMW), fused=False),
     OURS: lambda holder: start(holder, ours(rules=EIGHT)),
     "`fse.adamw8bit`, `update`": lambda holder: start(holder, ours(rules=EIGHT), fused=False),
-    "the same, embeddings in fp32 (default rules)": lambda holder: start(holder, ours()),
+    "`fse.adamw8bit`, embeddings in fp32 (default rules)": lambda holder: start(holder, ours()),
     "`fse.adamw8bit`, `dynamic`": lambda holder: start(holder, ours("dynamic", rules=EIGHT)),
     "`fse.adamw8bit`, stochastic": lambda holder: start(holder, ours(rounding="stochastic", rules=EIGHT)),
     "`fse.adamw8bit`, `xla`": lambda holder: start(holder, ours(rules=EIGHT, implementation="xla")),
@@ -139,19 +139,19 @@ PEERS = ("torch", "torchao", "bitsandbytes")
 
 
 def field() -> dict[str, Callable[[Holder], Run]]:
-    """Those that can run here."""
+    """Returns the contenders that can run here."""
     gpu = jax.default_backend() == "gpu" and find_spec("torch") is not None
     there = {p: gpu and find_spec(p) is not None for p in PEERS}
     return {name: make for name, make in FIELD.items() if there.get(name.split()[0], True)}
 
 
 def compared(shapes: dict[str, tuple[int, ...]], contenders: dict[str, Callable[[Holder], Run]], rounds: int) -> Tree:
-    """One row for each contender."""
+    """Returns one row per contender."""
     holder, runs, rows = Holder(shapes), {}, {}
     for name, make in contenders.items():
         try:
             runs[name] = make(holder)
-        except Exception as error:  # a peer that its versions or this GPU do not suit is no reason to lose the rest
+        except Exception as error:  # one library that fails on this GPU must not lose the rest
             if "fse" in name or "optax" in name:
                 raise
             rows[name] = {"skip": f"{type(error).__name__}: {error}"[:200]}
@@ -175,7 +175,7 @@ def compared(shapes: dict[str, tuple[int, ...]], contenders: dict[str, Callable[
 
 
 def busy_ms(turn: Callable[[], None]) -> float | None:
-    """What the GPU was busy for in a step, by its profiler, the median of three turns; None where there is none."""
+    """Returns the milliseconds that the GPU was busy per step, the median of three turns, or None without a GPU."""
     if jax.default_backend() != "gpu":
         return None
     return median(_busy_ms(turn) for _ in range(3))
@@ -192,11 +192,11 @@ def _busy_ms(turn: Callable[[], None]) -> float:
         return sum(event.duration_ns for line in lines for event in line.events) / 1e6 / steps()
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------
+# --- full models -----------------------------------------------------------------------------------------------------
 
 
 def small_leaves(quick: bool, rounds: int, count: int = 2000) -> Tree:
-    """Many small parameters, all of them in bytes."""
+    """Returns the rows for many small parameters, all with 8-bit moments."""
     shapes = many_small(20 if quick else count)
     tx = ours(rules=EIGHT, min_size=0)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -207,7 +207,7 @@ def small_leaves(quick: bool, rounds: int, count: int = 2000) -> Tree:
 
 
 def training(quick: bool, rounds: int, batch: int = 8, context: int = 512) -> Tree:
-    """A whole step of the example's language model, fp32 beside 8 bits."""
+    """Returns the rows for a training step of the example's language model, in fp32 and in 8 bits."""
     from flax import nnx
 
     sys.path.insert(0, str(report.ROOT / "examples"))

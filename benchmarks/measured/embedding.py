@@ -1,11 +1,11 @@
-"""What a training step of an embedding costs: of its table, dense and by rows, and of StableEmbed beside others.
+"""Times training steps of an embedding: of its table, dense and by rows, and of StableEmbed next to other modules.
 
     python -m benchmarks embedding               writes results/embedding.json, prints the tables
     python -m benchmarks embedding --quick       small tables and few rounds; writes no file
 
-A step of a table looks up random ids, has a loss, differentiates it and updates table and moments of Adam, all donated.
-Sparse steps do that for the rows that were looked up. Everything runs in one process, contenders alternate (timing.py).
-torch and bitsandbytes take part where they are installed.
+A step of a table looks up random ids, computes a loss, differentiates it, and updates the table and the moments of
+Adam, which are donated. Sparse steps update only the rows that were looked up. All contenders take turns in one
+process (harness/timing.py). torch and bitsandbytes take part if they are installed.
 """
 
 import gc
@@ -63,7 +63,7 @@ class Running(NamedTuple):
 
 
 def start_jax(shape: Shape, kind: str) -> Running:
-    """One contender of JAX with a table and moments of its own."""
+    """Prepares one contender in JAX, with its own table and moments."""
     embed = fse.linen.Embed(shape.num_embeddings, shape.features, sparse=kind != DENSE)
 
     def loss_fn(params: Any, ids: Any, targets: Any) -> Any:
@@ -96,7 +96,7 @@ def start_jax(shape: Shape, kind: str) -> Running:
 
 
 def start_torch(shape: Shape) -> Running:
-    """torch's sparse embedding and the optimizer that is made for it."""
+    """Prepares torch's sparse embedding with the optimizer that is made for it."""
     import torch
 
     torch.set_num_threads(report.cores())
@@ -114,21 +114,21 @@ def start_torch(shape: Shape) -> Running:
 
 
 def _torch_tensors(ids: list[Any], floats: Any) -> tuple[Any, Any]:
-    """The same for torch: ids in turn without end, and numbers."""
+    """Returns ids and numbers for torch. The batches of ids repeat without end."""
     import torch
 
     return cycle([torch.tensor(np.asarray(i)) for i in ids]), torch.tensor(np.asarray(floats))
 
 
 def batches(shape: Shape) -> tuple[list[Any], Any]:
-    """Ids of sixteen batches, and targets."""
+    """Returns the ids of sixteen batches, and targets."""
     rng = np.random.default_rng(0)
     ids = [jnp.asarray(rng.integers(0, shape.num_embeddings, shape.tokens), jnp.int32) for _ in range(16)]
     return ids, jnp.asarray(rng.standard_normal((shape.tokens, shape.features)), jnp.float32)
 
 
 def table_steps(shape: Shape, budget_s: float, most_rounds: int) -> dict[str, Any]:
-    """Milliseconds, temporaries and ratios of one shape."""
+    """Returns milliseconds, temporaries and ratios for one shape."""
     runs = {kind: start_jax(shape, kind) for kind in (DENSE, ROWS, FUSED, IDS)}
     if find_spec("torch"):
         runs[TORCH] = start_torch(shape)
@@ -148,7 +148,7 @@ def table_steps(shape: Shape, budget_s: float, most_rounds: int) -> dict[str, An
 
 
 def growth(small: Shape, large: Shape, budget_s: float, most_rounds: int) -> dict[str, list[float]]:
-    """How much longer a step takes on the large table, of the two that are alternated."""
+    """Returns how much longer a step takes on the large table. Steps on both tables take turns."""
     runs = {(kind, shape): start_jax(shape, kind) for kind in (ROWS, FUSED) for shape in (small, large)}
     turns = alternate({key: run.step for key, run in runs.items()}, budget_s, most_rounds)
     return {kind: quartiles([b / a for a, b in zip(turns[kind, small], turns[kind, large])]) for kind in (ROWS, FUSED)}
@@ -158,7 +158,7 @@ def growth(small: Shape, large: Shape, budget_s: float, most_rounds: int) -> dic
 
 
 def start_module(shape: Shape, name: str) -> Running:
-    """Output and all gradients of a module."""
+    """Prepares a module: its output and all of its gradients."""
     ids, cotangent = batches(shape)
     by_rows = name.endswith("rows")
     if name.startswith("bitsandbytes"):
@@ -202,7 +202,7 @@ def _start_bitsandbytes(shape: Shape, ids: list[Any], cotangent: Any, sparse: bo
 
 
 def forward_backward(shape: Shape, budget_s: float, most_rounds: int) -> dict[str, Any]:
-    """Milliseconds of each module, and how many times faster ours is."""
+    """Returns the milliseconds of each module, and their ratios to `StableEmbed`."""
     names = [name for name in MODULES if "bitsandbytes" not in name or find_spec("bitsandbytes")]
     runs = {name: start_module(shape, name) for name in names}
     turns = alternate({name: run.step for name, run in runs.items()}, budget_s, most_rounds)
@@ -222,7 +222,7 @@ def forward_backward(shape: Shape, budget_s: float, most_rounds: int) -> dict[st
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything; quick: small tables and few rounds."""
+    """Returns all measurements. A quick run has small tables and few rounds."""
     shapes, budget_s, most = (QUICK, 0.5, 5) if quick else (SHAPES, 25.0, MOST_ROUNDS)
     results = {"environment": report.environment("embedding")}
     results["steps"] = [table_steps(shape, budget_s, most) for shape in shapes]
@@ -233,7 +233,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Both tables."""
+    """Returns both tables."""
     env = results["environment"]
     about = (
         f"`python -m benchmarks embedding` at {env['commit']}, {env['device']}, {env['cores']} cores: median "
@@ -245,16 +245,16 @@ def markdown(results: dict[str, Any]) -> str:
         f"(in place: {results['growth'][FUSED][1]:.2f})."
     )
     steps = _table("step of a table", results["steps"], STEPS, DENSE_AND_TORCH)
-    modules = _table("output and gradients of a module", results["modules"], MODULES, BESIDE_OURS)
+    modules = _table("output and gradients of a module", results["modules"], MODULES, RELATIVE)
     return "\n\n".join([about, steps, grown, modules])
 
 
-DENSE_AND_TORCH = {"dense takes": "times_faster_than_dense", "torch takes": "times_faster_than_torch"}
-BESIDE_OURS = {"beside ours": "beside_ours", "by rows": "beside_ours_by_rows"}
+DENSE_AND_TORCH = {"speedup over dense": "times_faster_than_dense", "speedup over torch": "times_faster_than_torch"}
+RELATIVE = {"time, relative to StableEmbed": "beside_ours", "and with `sparse=True`": "beside_ours_by_rows"}
 
 
 def _table(what: str, entries: list[dict[str, Any]], names: dict[str, str], ratios: dict[str, str]) -> str:
-    """A line for each contender and shape; `ratios` are columns, and the fields that they show."""
+    """Returns a table with one line per contender and shape. `ratios` maps columns to the fields that they show."""
     lines = [[what, "rows x features, ids", "ms", *ratios, "temporaries"], ["---", "---", *["--:"] * (len(ratios) + 2)]]
     for entry in entries:
         for name, row in entry["rows"].items():
@@ -281,5 +281,5 @@ FILE = report.RESULTS / "embedding.json"
 
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Measures, prints, and keeps the results of a full run."""
     report.run("embedding", __doc__, arguments, measure, markdown, lambda results: save(results, FILE))

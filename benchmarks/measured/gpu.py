@@ -1,13 +1,13 @@
-"""The kernels on this machine's GPU: their answers, their time beside the memory's, and beside other optimizers'.
+"""Runs the kernels on this machine's GPU: their answers, and their time next to memory's and other libraries'.
 
-    python -m benchmarks gpu             writes results/gpu-<device>.json, prints the tables; some six minutes
+    python -m benchmarks gpu             writes results/gpu-<device>.json, prints the tables; about six minutes
     python -m benchmarks gpu --quick     tiny arrays and the reference, on any machine; writes no file
 
-It needs jax with CUDA, flax and optax; torch, torchao and bitsandbytes take part where they are installed. All run in
-one process and take turns (timing.py). A turn is several steps in a row, so that the host is ahead of the device; what
-the device was busy for is read from the profiler beside it.
+Needs jax with CUDA, flax and optax. torch, torchao and bitsandbytes take part if they are installed. All contenders
+take turns in one process (harness/timing.py). A turn is several steps in a row, so that the host stays ahead of the
+device. The time that the device was busy is read from the profiler as well.
 
-Bytes of a step are those that it must read and write; what the memory can do is measured by copying an array.
+The bytes of a step are those that it must read and write. The bandwidth of memory is measured by copying an array.
 """
 
 import gc
@@ -55,11 +55,11 @@ from ..harness.tree_steps import (
 
 ROUNDS = 15
 
-# --- what is measured ------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def answers(quick: bool) -> list[Tree]:
-    """Kernel and reference side by side, each from the reference's state: how many codes differ, and the parameters."""
+    """Compares kernel and reference, step by step from the same state: how many codes differ, and by how much."""
     named = None if jax.default_backend() != "gpu" else "pallas_gpu"
     shapes = [(256, 384)] if quick else [(512, 384), (300, 130), (7, 64, 257), (4096,), (5000,)]
     settings = list(itertools.product(CODECS, ("nearest", "stochastic"), DTYPES))
@@ -91,7 +91,7 @@ def answers(quick: bool) -> list[Tree]:
             "parameters_apart": float(max(parameters_apart)),
         }
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers take most of the time
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time goes to compilers
         return list(pool.map(row, settings[:3] if quick else settings))
 
 
@@ -103,7 +103,7 @@ def _codes(state: Any) -> list[np.ndarray]:
 
 
 def copy_gb_per_s(size: int) -> float:
-    """Bytes read and written a second by the best of JAX's and torch's copies of an array of float32."""
+    """Returns the bytes that a copy of a float32 array reads and writes per second, by JAX or torch, the faster one."""
     x = jnp.zeros(size, jnp.float32)
     copy = jax.jit(jnp.copy)
     turns = {"jax": lambda: jax.block_until_ready([copy(x) for _ in range(steps())])}
@@ -132,7 +132,7 @@ ARRAYS: dict[str, tuple[tuple[int, ...], Any, Tree]] = {
 
 
 def arrays(quick: bool, rounds: int) -> Tree:
-    """One array: kernel and reference, and what share of the memory's speed each reaches."""
+    """Times kernel and reference on one array."""
     rows = {}
     for name, (shape, dtype, form) in ARRAYS.items():
         shape = tuple(min(n, 300) for n in shape) if quick else shape
@@ -148,7 +148,7 @@ def arrays(quick: bool, rounds: int) -> Tree:
     return rows
 
 
-# Of a StableEmbed: the dtype that it computes in, and whether some ids are more frequent than others, as words are.
+# The dtype that a StableEmbed computes in, and whether some ids are more frequent than others, as words are.
 LOOKUPS: dict[str, tuple[Any, bool]] = {
     "float32": (jnp.float32, False),
     "float32, ids by Zipf's law": (jnp.float32, True),
@@ -157,7 +157,7 @@ LOOKUPS: dict[str, tuple[Any, bool]] = {
 
 
 def stable_embed(quick: bool, rounds: int) -> Tree:
-    """StableEmbed beside `nn.Embed` and `nn.LayerNorm`: forward, and forward and backward."""
+    """Times StableEmbed, and `nn.Embed` with `nn.LayerNorm`: forward, and forward and backward."""
     vocabulary, width, tokens = (64, 32, 16) if quick else (32768, 4096, 65536)
     rows = {}
     for lookup, (dtype, frequent) in LOOKUPS.items():
@@ -171,7 +171,8 @@ def stable_embed(quick: bool, rounds: int) -> Tree:
             runs[f"{name}, forward"] = _turn_of(jax.jit(embed.apply), params, ids)
             runs[f"{name}, forward and backward"] = _turn_of(jax.jit(partial(_both, embed)), params, ids, dy)
         turns = alternate(runs, 2.0, rounds)
-        # Forward, rows are read and an output written; then its gradient is read, and each row, and the row's written.
+        # Forward reads rows and writes the output. Backward reads the output's gradient, then it reads every row and
+        # writes its gradient.
         of_output = jnp.dtype(dtype).itemsize
         least = {"forward": tokens * width * (4 + of_output)}
         least["forward and backward"] = least["forward"] + tokens * width * of_output + 2 * 4 * vocabulary * width
@@ -200,7 +201,7 @@ def _turn_of(f: Callable, *args: Any) -> Callable[[], None]:
 
 
 def measure(quick: bool) -> Tree:
-    """Everything; unless it is quick, what there is after each part is kept."""
+    """Runs all parts. A full run writes its results after each part."""
     rounds = 3 if quick else ROUNDS
     results: Tree = {"environment": report.environment("gpu")}
     parts = {
@@ -222,16 +223,16 @@ def measure(quick: bool) -> Tree:
     return results
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def everywhere() -> list[Tree]:
-    """The results of every GPU, by its name."""
+    """Returns the results of every GPU, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("gpu-*.json"))]
 
 
 def markdown(results: Tree) -> str:
-    """The tables of the parts that there are."""
+    """Returns the tables of the parts in the results."""
     tables = {"model": _of_model, "arrays": _of_arrays, "training": _of_training, "small": _of_small}
     tables |= {"stable_embed": _of_modules}
     parts = [_about(results)] + [make(results) for name, make in tables.items() if name in results]
@@ -248,20 +249,21 @@ def _about(results: Tree) -> str:
     ]
     return (
         f"### {env['device']}\n\n{', '.join(versions)}; `python -m benchmarks gpu` at {env['commit']}, {env['date']}. "
-        f"Copying an array moves {results['copy_gb_per_s']:,.0f} GB/s, read and written. Milliseconds that the GPU was "
-        "busy for a step, by its profiler, and (quartiles) those that passed. Kernel and reference, step for step from "
-        f"one state: of {sum(row['codes'] for row in rows):,} codes this share differs, by at most "
-        f"{max(row['most_apart'] for row in rows)}: {', '.join(shares)}."
+        f"A copy of an array reads and writes {results['copy_gb_per_s']:,.0f} GB/s. Times are milliseconds per step: "
+        "the time that the GPU was busy, from its profiler, and the elapsed time (quartiles). Kernel and reference "
+        "were compared step by step from the same state. These shares of "
+        f"{sum(row['codes'] for row in rows):,} codes differ, by at most {max(row['most_apart'] for row in rows)}: "
+        f"{', '.join(shares)}."
     )
 
 
 def share_of_copy(results: Tree, moved: float, ms: float) -> float:
-    """What share of the speed of a copy it is to move these bytes in as many milliseconds."""
+    """Returns the bandwidth of moving these bytes in this time, as a share of the bandwidth of a copy."""
     return moved / ms / 1e6 / results["copy_gb_per_s"]
 
 
 def moved_by_model(row: Tree) -> float:
-    """The bytes that a step of the whole model must read and write, with a row's state."""
+    """Returns the bytes that a step of the full model must read and write, with the state of this row."""
     return sum(map(prod, tinyllama().values())) * (12 + 2 * row["state_bytes_per_parameter"])
 
 
@@ -276,22 +278,39 @@ def _busy(row: Tree) -> str:
 def _of_model(results: Tree) -> str:
     rows = results["model"]
     base = rows[BASELINE]["device_ms"]
-    head = ["AdamW, TinyLlama 1.1B, 201 arrays", "state, bytes a parameter", "GPU busy, ms", "of `optax.adamw`"]
-    lines = [[*head, "of the copy's speed", "ms passed", "until the first step, s"], ["---", *["--:"] * 6]]
+    head = [
+        "AdamW, TinyLlama 1.1B, 201 arrays",
+        "state, bytes per parameter",
+        "GPU busy, ms",
+        "relative to `optax.adamw`",
+    ]
+    lines = [
+        [*head, "bandwidth, relative to a copy", "elapsed, ms", "compile or first step, s"],
+        ["---", *["--:"] * 6],
+    ]
     for name, row in rows.items():
         if "skip" in row:
             lines.append([name, row["skip"], *[""] * 5])
             continue
         moved, ms = moved_by_model(row), row["device_ms"]
-        beside = "" if ms is None else f"{ms / base:.2f}x"
+        ratio = "" if ms is None else f"{ms / base:.2f}x"
         state = f"{row['state_bytes_per_parameter']:.2f}"
         share = _share(results, moved, ms)
-        lines.append([name, state, _busy(row), beside, share, report.spread(row["ms"]), f"{row['first_s']:.1f}"])
+        lines.append([name, state, _busy(row), ratio, share, report.spread(row["ms"]), f"{row['first_s']:.1f}"])
     return report.table(lines)
 
 
 def _of_arrays(results: Tree) -> str:
-    lines = [["one array, AdamW in place", "array", "bytes a parameter", "ms", "of the copy's speed", "`xla`: ms"]]
+    lines = [
+        [
+            "one array, AdamW in place",
+            "shape",
+            "bytes moved per parameter",
+            "ms",
+            "bandwidth, relative to a copy",
+            "`xla`, ms",
+        ]
+    ]
     lines.append(["---", "---", *["--:"] * 4])
     for name, row in results["arrays"].items():
         shape, moved = " x ".join(f"{n:,}" for n in row["shape"]), row["bytes_per_parameter"] * prod(row["shape"])
@@ -304,16 +323,16 @@ def _of_training(results: Tree) -> str:
     rows = results["training"]
     first = next(iter(rows.values()))
     title = (
-        f"examples/language_model.py, {first['parameters'] / 1e6:.0f}M parameters, {first['tokens']:,} tokens a step"
+        f"examples/language_model.py, {first['parameters'] / 1e6:.0f}M parameters, {first['tokens']:,} tokens per step"
     )
-    lines = [[title, "GPU busy, ms", "ms passed", "of adamw"], ["---", *["--:"] * 3]]
+    lines = [[title, "GPU busy, ms", "elapsed, ms", "relative to adamw"], ["---", *["--:"] * 3]]
     for name, row in rows.items():
         lines.append([name, _busy(row), report.spread(row["ms"]), f"{row['ratio'][1]:.3f}x"])
     return report.table(lines)
 
 
 def _of_small(results: Tree) -> str:
-    lines = [["2000 vectors of 64 to 4096 elements", "GPU busy, ms", "ms passed", "of `optax.adamw`"]]
+    lines = [["2000 vectors of 64 to 4096 elements", "GPU busy, ms", "elapsed, ms", "relative to `optax.adamw`"]]
     lines.append(["---", *["--:"] * 3])
     for name, row in results["small"].items():
         lines.append([name, _busy(row), report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
@@ -324,7 +343,7 @@ def _of_modules(results: Tree) -> str:
     rows = results["stable_embed"]
     vocabulary, width, tokens = next(iter(rows.values()))["shape"]
     title = f"table {vocabulary:,} x {width:,}, {tokens:,} tokens"
-    lines = [[title, "GPU busy, ms", "of the copy's speed", "`nn.Embed`, `nn.LayerNorm`: GPU busy, ms", "ratio"]]
+    lines = [[title, "GPU busy, ms", "bandwidth, relative to a copy", "`nn.Embed`, `nn.LayerNorm`, ms", "ratio"]]
     lines.append(["---", *["--:"] * 4])
     for name, row in rows.items():
         module, _, what = name.partition(", ")
@@ -338,17 +357,15 @@ def _of_modules(results: Tree) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Measures, prints, and keeps the results of a full run."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.55")  # torch and its peers need the rest
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.55")  # torch and the libraries on it need the rest
     if not {"--quick", "--help", "-h"} & {*arguments} and jax.default_backend() != "gpu":
-        return print(
-            "There is no GPU here. `python -m benchmarks compiled` says what its compiler makes of the kernels."
-        )
+        return print("JAX finds no GPU on this machine. `python -m benchmarks compiled` needs none.")
     report.run("gpu", __doc__, arguments, measure, markdown, keep)
 
 
 def keep(results: Tree) -> None:
-    """Writes the results, under the name of the GPU."""
+    """Writes the results, named after the GPU."""
     device = re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
     report.save(results, report.RESULTS / f"gpu-{device}.json")

@@ -1,10 +1,10 @@
-"""Whole models: how long a step takes to compile, many small parameters, and a training step, fp32 beside 8 bits.
+"""Measures full models in fp32 and in 8 bits: the time to compile a step, many small parameters, and a training step.
 
-    python -m benchmarks models             writes results/models.json, prints the tables; minutes
+    python -m benchmarks models             writes results/models.json, prints the tables; about ten minutes
     python -m benchmarks models --quick     small models; writes no file
 
-Compile times are of the same run, from tracing to the program, for this machine and for chips whose compilers are
-installed (extras `tpu` and `cuda`); chips without one keep the row they had.
+Compile times are from tracing to the compiled program, for this machine and for chips whose compilers are installed
+(extras `tpu` and `cuda`). Chips without a compiler keep the row that they had.
 """
 
 import gc
@@ -23,13 +23,13 @@ from ..harness.shapes import tinyllama
 from ..harness.tree_steps import BASELINE, EIGHT, OURS, ours, small_leaves, training
 
 FILE = report.RESULTS / "models.json"
-CHIPS = ("v6e", compiled.GPU)  # with memory for it
-TIMES = 3  # that a program is compiled; the median counts
-SMALL = 200  # vectors: on CPU programs for thousands take XLA many minutes
+CHIPS = ("v6e", compiled.GPU)  # chips with enough memory for the model
+TIMES = 3  # a program is compiled so often, and the median counts
+SMALL = 200  # vectors; with thousands of them XLA compiles for many minutes on CPU
 
 
 def compile_times(quick: bool) -> dict[str, Any]:
-    """Seconds to trace and compile AdamW's step for the arrays of TinyLlama, by platform."""
+    """Returns the seconds to trace and compile a step of AdamW for the arrays of TinyLlama, by platform."""
     shapes, rows = tinyllama(1, 64) if quick else tinyllama(), {}
     places: dict[str, Any] = {jax.default_backend(): jax.devices()[0]}
     for chip in () if quick else CHIPS:
@@ -60,7 +60,7 @@ def _seconds(tx: Any, params: Any, fused: bool) -> float:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything."""
+    """Returns all measurements."""
     rounds = 3 if quick else 9
     with compiled.dumped():
         times = compile_times(quick)
@@ -75,14 +75,14 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables."""
+    """Returns the tables."""
     env = results["environment"]
     lines = [["AdamW, TinyLlama 1.1B, 201 arrays: seconds to trace and compile", BASELINE, OURS, "ratio"]]
     lines.append(["---", *["--:"] * 3])
     for name, row in results["compile"].items():
         base, own = row[BASELINE], row[OURS]
         lines.append([name, f"{base:.1f}", f"{own:.1f}", f"{own / base:.2f}x"])
-    steps = [["a step, ms", "ms", "ratio"], ["---", *["--:"] * 2]]
+    steps = [["step", "ms", "ratio"], ["---", *["--:"] * 2]]
     for name, row in results["training"].items():
         title = f"language_model.py, {row['parameters'] / 1e6:.0f}M parameters, {row['tokens']} tokens: {name}"
         steps.append([title, report.spread(row["ms"]), f"{row['ratio'][1]:.2f}x"])
@@ -94,5 +94,5 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Measures, prints, and keeps the results of a full run."""
     report.run("models", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))

@@ -21,11 +21,11 @@ from ..harness.shapes import DEFAULT, QUICK, SHAPES, Shape
 from ..harness.timing import MOST_ROUNDS, alternate, quartiles
 from ..tried import errors
 
-BUDGET_S = 8.0  # of steps for each shape; large ones take what LEAST_ROUNDS needs
+BUDGET_S = 8.0  # of steps per shape; large shapes take longer, because LEAST_ROUNDS are needed
 
 
 def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> list[dict[str, Any]]:
-    """One row for each contender; about `budget_s` seconds of steps, compilation not counted."""
+    """Returns one row per contender. Steps take about `budget_s` seconds, compilation not counted."""
     problem, field = Problem(shape), contenders()
     runs = {i: c.start(problem) for i, c in enumerate(field) if c.skip is None}
     turns = alternate({i: run.step for i, run in runs.items()}, budget_s, most_rounds)
@@ -42,7 +42,7 @@ def benchmark(shape: Shape, budget_s: float, most_rounds: int = MOST_ROUNDS) -> 
 def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[str, Any]:
     state = run.state_bytes / shape.size
     ms = quartiles([1e3 * t for t in turns])
-    # What no implementation can avoid: read gradient, parameter and state, write parameter and state.
+    # No implementation can avoid reading gradient, parameter and state, and writing parameter and state.
     moved = shape.size * (12 + 2 * state)
     return {
         "stored": run.stored,
@@ -58,25 +58,25 @@ def _row(shape: Shape, run: Run, turns: list[float], base: list[float]) -> dict[
 
 # --- for the terminal ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("", "", "state", "temporaries", "ms per step", "of optax.adamw", "GB/s", "compile s", "moments")
+COLUMNS = ("", "", "state", "temporaries", "ms per step", "relative to optax.adamw", "GB/s", "compile s", "moments")
 
 
 def heading(env: dict[str, Any]) -> str:
-    """The machine, in a few lines."""
+    """Describes the machine in a few lines."""
     versions = ", ".join(f"{p} {v}" for p, v in env["versions"].items() if v)
     return (
         f"{env['device']} ({env['platform']}), {env['cores']} cores of {env['cpu']}, {env['system']}\n"
         f"{versions}\n"
         f"commit {env['commit']}, {env['date']}; load before the run {env['load_before']}; {env['threads']}\n"
         "state and temporaries in bytes per parameter; times as median (lower to upper quartile)\n"
-        f"GB/s: what must be read and written, once; here `x + 1` in place runs at {env['copy_gb_per_s']:.1f}"
+        f"GB/s: bytes that must be read and written, per second; `x + 1` in place reaches {env['copy_gb_per_s']:.1f}"
     )
 
 
 def text(entry: dict[str, Any]) -> str:
-    """One shape as an aligned table."""
+    """Returns one shape as an aligned table."""
     lines = [COLUMNS, *(_cells(row) for row in entry["rows"])]
-    full = [line for line in lines if len(line) == len(COLUMNS)]  # not those of contenders that cannot run
+    full = [line for line in lines if len(line) == len(COLUMNS)]  # without contenders that cannot run
     widths = [max(len(line[i]) for line in (lines if i < 2 else full)) for i in range(len(COLUMNS))]
     rounds = next(row["rounds"] for row in entry["rows"] if "rounds" in row)
     title = (
@@ -107,14 +107,14 @@ def _dimensions(entry: dict[str, Any]) -> str:
 
 def _temporaries(row: dict[str, Any]) -> str:
     size = row["temp_bytes_per_parameter"]
-    return "not known" if size is None else f"{size:.3f}"
+    return "unknown" if size is None else f"{size:.3f}"
 
 
 # --- for the documentation -------------------------------------------------------------------------------------------
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Two tables, milliseconds and bytes: a line for each contender, a column for each shape."""
+    """Returns two tables, of milliseconds and of bytes, with one line per contender and one column per shape."""
     env, shapes = results["environment"], results["shapes"]
     timed = ("jax", "optax", "torch", "bitsandbytes", "torchao")
     versions = [f"{p} {env['versions'][p]}" for p in timed if env["versions"][p]]

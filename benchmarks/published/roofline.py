@@ -49,7 +49,7 @@ def bars(on_gpus: list[dict[str, Any]], counted: dict[str, Any]) -> list[Group]:
 
 
 def _measured(results: dict[str, Any]) -> list[Bar]:
-    """Returns the whole models that ran; memory has the speed of a copy."""
+    """Returns the steps of the model that ran. Memory has the speed of a copy."""
     rows = {name: row for name, row in results["model"].items() if row.get("device_ms")}
     speed = results["copy_gb_per_s"] * 1e6  # bytes per millisecond
     order = sorted(rows, key=lambda name: name != BASELINE)
@@ -75,7 +75,7 @@ def draw(on_gpus: list[dict[str, Any]], counted: dict[str, Any], path: Path = FI
     for ax, (title, rows) in zip(axes, groups):
         at, optax = range(len(rows)), rows[0].ms
         ax.barh(at, [bar.ms for bar in rows], color=[bar.color for bar in rows], height=0.7)
-        ax.set_yticks(at, [bar.name.replace("`", "").replace("the same", "fse.adamw8bit") for bar in rows], fontsize=8)
+        ax.set_yticks(at, [bar.name.replace("`", "") for bar in rows], fontsize=8)
         ax.invert_yaxis()
         ax.axvline(optax, color="0.4", linewidth=0.8, linestyle=":")
         for k, bar in enumerate(rows):

@@ -1,8 +1,8 @@
-"""What a round trip through one byte costs: quantize, dequantize, compare, for every codec and block size.
+"""Measures the error of a round trip through 8 bits: quantize, dequantize, compare, for every codec and block size.
 
-Signed data stands for a first moment, its squares for a second. Two errors, both relative: the root mean square error
-over the root mean square of the data, which the largest elements decide, and the median over all elements of
-|x' - x| / |x|, which says how the small ones fare.
+Signed data stands for a first moment, its squares for a second moment. There are two errors, both relative. The root
+mean square error over the root mean square of the data depends on the largest elements. The median of |x' - x| / |x|
+over all elements shows the small ones.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ DATA = {
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row for each kind of data, sign and codec; a pair of errors for each block size."""
+    """Returns one row per kind of data, sign and codec, with a pair of errors per block size."""
     rows = []
     for name, draw in DATA.items():
         x = draw(np.random.default_rng(0)).astype(np.float32)
@@ -44,7 +44,7 @@ def _round_trip(x: np.ndarray, signed: bool, codec: Any, block_size: int) -> lis
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: percent of root mean square / percent, median."""
+    """Returns the table. Errors are percent: root mean square / median."""
     head = ["data", "moment", "codec", *(f"blocks of {b}" for b in BLOCK_SIZES)]
     lines = [head, ["---"] * 3 + ["--:"] * len(BLOCK_SIZES)]
     for row in rows:

@@ -1,25 +1,26 @@
-"""Whether the default codec and rounding are earned: real trainings, from ordinary learning rates up to unstable ones.
+"""Tests whether the default codec and rounding are earned: trainings from ordinary learning rates up to unstable ones.
 
-    python -m benchmarks quality                 every run of the grid that is not there yet, then table and plot
-    python -m benchmarks quality --hours 2       ends after two hours; the same command goes on later
+    python -m benchmarks quality                 trains all runs of the grid that are missing, then table and plot
+    python -m benchmarks quality --hours 2       stops after two hours; the same command continues later
     python -m benchmarks quality --seeds 5       more seeds than 3
     python -m benchmarks quality --only digits   the runs whose names match a regular expression
-    python -m benchmarks quality --list          the names of the runs, with a mark at those that are done
-    python -m benchmarks quality --collect       results/quality.json and .png from what is done; trains nothing
-    python -m benchmarks quality --table         the Markdown of results/quality.json
-    python -m benchmarks quality --plot          results/quality.png from results/quality.json
+    python -m benchmarks quality --list          lists the names of the runs and marks the finished ones
+    python -m benchmarks quality --collect       results/quality.json and .png from the finished runs; trains nothing
+    python -m benchmarks quality --table         prints results/quality.json as Markdown
+    python -m benchmarks quality --plot          draws results/quality.png from results/quality.json
 
-Two tasks. `language`: the model and the text of examples/language_model.py, made small. `digits`: a convolutional
-network on scikit-learn's handwritten digits (extras: examples, test), with noise on every pixel, so that the loss does
-not end near zero, where all is chance; it is quick, and has more seeds to a cell. Seeds fix the first parameters and
-the batches, so that runs of one seed and one learning rate differ in the optimizer's storage alone.
+There are two tasks. `language` is a small version of the model and text of examples/language_model.py. `digits` is a
+convolutional network on scikit-learn's handwritten digits (extras: examples, test). Its pixels are noisy, so that the
+loss does not end near zero, where it would be mostly chance. It is quick and has more seeds per cell. Seeds fix the
+first parameters and the batches, so runs with the same seed and learning rate differ only in the storage of the
+optimizer.
 
-A run is a file of its own in runs/quality/, so the grid may be interrupted at any moment; all cells get their first
-seed before any gets its second, so what is done is balanced. See `quality_report.py` for what counts as unstable.
+Each run is a file in runs/quality/, so the grid may be interrupted at any moment. All cells get their first seed before
+any cell gets its second, so an unfinished grid is balanced. `quality_report.py` defines which runs are unstable.
 
-Scales. Blocks are the library's choice ("default"), or of 256 neighbours of the flattened parameter, which are
-bitsandbytes' blocks, or the whole parameter ("tensor"): one scale for all its elements, the paper's rung without
-blocks. For the last two, parameters are flattened before they reach the optimizer and updates shaped back.
+Blocks are the library's choice ("default"), or 256 neighbors of the flattened parameter as in bitsandbytes ("256"), or
+the full parameter ("tensor"): a single scale for all elements, as in the paper's experiments without blocks. For the
+last two, parameters are flattened before they reach the optimizer, and updates are reshaped afterwards.
 """
 
 import dataclasses
@@ -49,8 +50,9 @@ from . import quality_report
 ROOT = report.ROOT
 RUNS = ROOT / "runs" / "quality"
 SEEDS = 3
-CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.1, 0.1  # as in the example: global norm; decay of matrices; share of the steps
-VALIDATIONS = 5  # over a run, besides the one before the first step
+# As in the example: the largest global norm, the weight decay of matrices, and the share of steps that are warmup.
+CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.1, 0.1
+VALIDATIONS = 5  # during a run; one more comes before the first step
 NUDGE = 1e-6  # relative; a few units in the last place of float32
 
 
@@ -58,7 +60,7 @@ NUDGE = 1e-6  # relative; a few units in the last place of float32
 
 
 class Cell(NamedTuple):
-    """What a run stores its optimizer's state in, and what embeds its tokens; with a rate and a seed it is a run."""
+    """The storage of the optimizer state, and the embedding module. A cell, a learning rate and a seed make a run."""
 
     task: Literal["language", "digits"]
     codec: Literal["fp32", "root", "dynamic", "linear"]
@@ -66,27 +68,27 @@ class Cell(NamedTuple):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     embedding: Literal["stable", "embed"] = "stable"
     embedding_bits: Literal[32, 8] = 32
-    nudged: bool = False  # the first parameters differ by NUDGE: how far two runs part that should be one
+    nudged: bool = False  # the first parameters differ by NUDGE, which shows how far apart two equal runs drift
 
     @property
     def name(self) -> str:
-        """Short, and of no other cell: the fields that are not the default."""
+        """Returns a short, unique name: the fields that differ from the default."""
         own = [str(v) for v, default in zip(self[2:6], Cell._field_defaults.values()) if v != default]
         return "-".join([self.task, self.codec, *own, *["nudged"] * self.nudged])
 
 
 _lm, _digits = functools.partial(Cell, "language"), functools.partial(Cell, "digits")
-_paper = functools.partial(_lm, embedding="embed", embedding_bits=8)  # before the stable embedding all is in 8 bits
+_paper = functools.partial(_lm, embedding="embed", embedding_bits=8)  # the paper before the stable embedding
 
-# The questions, and the cells that answer them: (label, cell); the first cell of a question is its reference.
+# The questions, and the cells that answer them, as (label, cell). The first cell of a question is its reference.
 QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
     "The paper's ladder": (
         ("fp32, plain embedding", _lm("fp32", embedding="embed")),
-        ("linear, a scale a tensor, plain embedding", _paper("linear", "tensor")),
-        ("dynamic, a scale a tensor, plain embedding", _paper("dynamic", "tensor")),
+        ("linear, one scale per tensor, plain embedding", _paper("linear", "tensor")),
+        ("dynamic, one scale per tensor, plain embedding", _paper("dynamic", "tensor")),
         ("dynamic, blocks, plain embedding", _paper("dynamic")),
         ("dynamic, blocks, stable embedding", _lm("dynamic")),
-        ("root, a scale a tensor, plain embedding", _paper("root", "tensor")),
+        ("root, one scale per tensor, plain embedding", _paper("root", "tensor")),
         ("root, blocks, plain embedding", _paper("root")),
         ("root, blocks, stable embedding: the default", _lm("root")),
         ("fp32, stable embedding", _lm("fp32")),
@@ -154,38 +156,41 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Returns the name of the run."""
         return f"{self.cell.name}-rate{self.rate:g}-seed{self.seed}"
 
 
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-GRID = ("rates", "more_seeds")  # of a task's fields, those that say which runs there are
+GRID = ("rates", "more_seeds")  # the fields of a task that determine which runs exist
 
 
 @dataclass(frozen=True)
 class Language:
-    """The example's language model and text."""
+    """The language model and the text of the example."""
 
     steps: int = 300
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256, 1.0)  # the second is fp32's best, the last breaks it
+    # The second rate is the best for fp32. With the last, fp32 diverges.
+    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256, 1.0)
     width: int = 128
     layers: int = 2
     vocab: int = 2048
     context: int = 64
     batch_size: int = 8
     windows: int = 128  # of the held-out text
-    more_seeds: int = 1  # for each one asked for
-    text: tuple[Path, ...] = ()  # files in place of the standard library's
+    more_seeds: int = 1  # for each seed that was asked for
+    text: tuple[Path, ...] = ()  # files to use instead of the standard library's
     cache: Path = ROOT / "runs"
 
     @functools.cached_property
     def corpus(self) -> Any:
+        """Returns the token ids of the text."""
         return _example("corpus").load(self.cache, self.vocab, list(self.text))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that a run depends on, besides its cell, rate and seed."""
+        """Returns everything that a run depends on, except for its cell, rate and seed."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in own.items() if k not in (*GRID, "text", "cache")} | {"text": self.corpus.key}
 
@@ -201,7 +206,7 @@ class Language:
         return _example("corpus").batch(self.corpus.train, seed, step, batch_size=self.batch_size, length=length)
 
     def held_out(self) -> np.ndarray:
-        """In groups, which pass one at a time."""
+        """Returns the windows for validation, in groups that are evaluated one at a time."""
         text = self.corpus.validation
         windows = _example("corpus").evenly_spaced(text, windows=self.windows, length=self.context + 1)
         return windows.reshape(-1, self.batch_size, self.context + 1)
@@ -209,13 +214,13 @@ class Language:
 
 @dataclass(frozen=True)
 class Digits:
-    """A convolutional network on 1797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), made noisy."""
+    """A convolutional network on 1797 noisy handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998)."""
 
     steps: int = 300
-    rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2, 1e-1)  # the second is fp32's best
+    rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2, 1e-1)  # the second is the best for fp32
     width: int = 32
     batch_size: int = 64
-    held_out_images: int = 597  # so that 1200 are left to learn from
+    held_out_images: int = 597  # which leaves 1200 for training
     noise: float = 0.5  # standard deviation; ink is 1 and paper 0
     more_seeds: int = 3
 
@@ -254,7 +259,7 @@ class Digits:
 
 
 class ConvNet(nnx.Module):
-    """Two convolutions, a pooling, two dense layers."""
+    """A network of two convolutions, pooling, and two dense layers."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, width, (3, 3), rngs=rngs)
@@ -269,7 +274,7 @@ class ConvNet(nnx.Module):
 
 
 def _example(name: str) -> Any:
-    """A module of examples/, which hold scripts: they find one another by their folder."""
+    """Imports a module of examples/. These are scripts that find one another by their folder."""
     folder = str(ROOT / "examples")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -277,7 +282,7 @@ def _example(name: str) -> Any:
 
 
 def tasks() -> dict[str, Any]:
-    """The tasks for this machine: with an accelerator models are wider and train longer."""
+    """Returns the tasks for this machine. With an accelerator, models are wider and train longer."""
     if jax.default_backend() == "cpu":
         return {"language": Language(), "digits": Digits()}
     return {"language": Language(steps=1200, width=256, batch_size=32), "digits": Digits(steps=1200, width=64)}
@@ -287,13 +292,13 @@ def tasks() -> dict[str, Any]:
 
 
 def optimizer(cell: Cell, schedule: Callable, params: Any) -> optax.GradientTransformation:
-    """Clipping, then AdamW as the cell stores it."""
+    """Returns gradient clipping followed by AdamW, stored as the cell says."""
     mask = _example("language_model").decayed(params)
-    options = {"weight_decay": WEIGHT_DECAY, "mask": lambda _: mask}  # the mask of flat parameters is the same
+    options = {"weight_decay": WEIGHT_DECAY, "mask": lambda _: mask}  # the mask also applies to flattened parameters
     if cell.codec == "fp32":
         adamw = optax.adamw(schedule, **options)
     else:
-        # Longer than the parameter means one block.
+        # A block size of at least the length of the parameter makes it one block.
         size = {"default": None, "256": 256, "tensor": max(p.size for p in jax.tree.leaves(params))}[cell.blocks]
         form = fse.StateFormat(codec=cell.codec, rounding=cell.rounding, block_size=size)
         rules = (("embedding$", 8),) if cell.embedding_bits == 8 else ()
@@ -302,7 +307,7 @@ def optimizer(cell: Cell, schedule: Callable, params: Any) -> optax.GradientTran
 
 
 def flattened(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` on parameters without their shape, so that a block may be any run of neighbours."""
+    """Runs `tx` on flattened parameters, so that a block may be any run of neighbors."""
 
     def flat(tree):
         return jax.tree.map(jnp.ravel, tree)
@@ -315,7 +320,7 @@ def flattened(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def scheduled(task: Any, cell: Cell, rate: Any) -> optax.GradientTransformation:
-    """The cell's optimizer, its learning rate warmed up to `rate` and falling again."""
+    """Returns the optimizer of the cell, with a learning rate that warms up to `rate` and then decays."""
     shapes = jax.eval_shape(lambda: nnx.split(task.model(cell, 0))[1])
     warmup = max(1, round(WARMUP * task.steps))
     unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, task.steps, end_value=0.1)
@@ -323,7 +328,7 @@ def scheduled(task: Any, cell: Cell, rate: Any) -> optax.GradientTransformation:
 
 
 class Program(NamedTuple):
-    """What runs of one cell share: compiled once, for every rate and seed."""
+    """The functions that runs of one cell share. They are compiled once for all rates and seeds."""
 
     init: Callable  # params -> opt_state
     step: Callable  # params, opt_state, batch, rate -> params, opt_state, loss
@@ -331,7 +336,7 @@ class Program(NamedTuple):
 
 
 def program(task: Any, cell: Cell) -> Program:
-    """The compiled functions of a cell."""
+    """Compiles the functions of a cell."""
     graphdef, _ = nnx.split(task.model(cell, 0))
     tx = functools.partial(scheduled, task, cell)
 
@@ -349,7 +354,7 @@ def program(task: Any, cell: Cell) -> Program:
 
 
 def train(task: Any, run: Run, compiled: Program, held_out: Any) -> dict[str, Any]:
-    """The losses of one run: of every batch, and at a few points on the held-out data. The first NaN there ends it."""
+    """Trains one run and returns its losses: of every batch, and for validation. A validation loss of NaN ends it."""
     _, params = nnx.split(task.model(run.cell, run.seed))
     if run.cell.nudged:
         params = jax.tree.map(lambda p: p * (1 + NUDGE), params)
@@ -367,7 +372,7 @@ def train(task: Any, run: Run, compiled: Program, held_out: Any) -> dict[str, An
 
 
 def _number(x: Any) -> float | None:
-    """A loss as JSON has it: six digits; None where it is not finite."""
+    """Returns a loss for JSON: six digits, or None if it is not finite."""
     return float(f"{float(x):.6g}") if math.isfinite(x) else None
 
 
@@ -375,12 +380,12 @@ def _number(x: Any) -> float | None:
 
 
 def settings_of(task: Any, run: Run) -> dict[str, Any]:
-    """Everything that a run's result depends on."""
+    """Returns everything that the result of a run depends on."""
     return {**run.cell._asdict(), "rate": run.rate, "seed": run.seed, "sizes": task.settings}
 
 
 def grid(field: dict[str, Any], seeds: int, only: str = "") -> list[Run]:
-    """The runs in the order in which they are done: all cells with the first seed, then all with the second."""
+    """Returns the runs in the order of training: all cells with the first seed, then all with the second."""
     runs = []
     for turn in range(seeds):
         for cell in CELLS:
@@ -391,17 +396,17 @@ def grid(field: dict[str, Any], seeds: int, only: str = "") -> list[Run]:
 
 
 def finished(folder: Path, task: Any, run: Run) -> dict[str, Any] | None:
-    """The record of a run with these very settings, if there is one."""
+    """Returns the record of a run with exactly these settings, or None."""
     path = folder / f"{run.name}.json"
     record = json.loads(path.read_text()) if path.exists() else None
     return record if record and record["settings"] == settings_of(task, run) else None
 
 
 def train_all(runs: list[Run], field: dict[str, Any], folder: Path, hours: float) -> None:
-    """Trains those of `runs` that are not finished, until the time is over; says how long the rest will take."""
+    """Trains the unfinished runs until the time is over, and prints how long the rest will take."""
     folder.mkdir(parents=True, exist_ok=True)
     left = [run for run in runs if finished(folder, field[run.cell.task], run) is None]
-    print(f"{len(runs)} runs, {len(runs) - len(left)} of them done", flush=True)
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
     programs, held_out = {}, {name: task.held_out() for name, task in field.items()}
     began, seconds = time.monotonic(), {name: [] for name in field}
     for i, run in enumerate(left):
@@ -426,13 +431,13 @@ def train_all(runs: list[Run], field: dict[str, Any], folder: Path, hours: float
 
 
 def _seconds_left(names: list[str], seconds: dict[str, list[float]]) -> float:
-    """By the mean of each task's runs so far; a task that has not run yet counts as the slowest that has."""
+    """Estimates from the mean of each task's runs. A task without runs counts as the slowest task that has some."""
     means = {name: sum(s) / len(s) for name, s in seconds.items() if s}
     return sum(means.get(name, max(means.values())) for name in names)
 
 
 def collect(runs: list[Run], field: dict[str, Any], folder: Path, seeds: int) -> dict[str, Any]:
-    """The finished ones of `runs` as one record for programs: without the losses of single batches."""
+    """Returns the finished runs as one record, without the losses of single batches."""
     rows = []
     for run in runs:
         record = finished(folder, field[run.cell.task], run)
@@ -456,10 +461,10 @@ def collect(runs: list[Run], field: dict[str, Any], folder: Path, seeds: int) ->
 
 
 def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
-    """Trains, collects and reports. `field` has the tasks by name; by default those for this machine."""
+    """Trains, collects and reports. `field` has the tasks by name; the default is `tasks()`."""
     parser = report.parser("quality", __doc__)
     option = parser.add_argument
-    option("--hours", type=float, default=math.inf, help="begin no run after so many")
+    option("--hours", type=float, default=math.inf, help="start no run after so many hours")
     option("--seeds", type=int, default=SEEDS)
     option("--only", default="", metavar="PATTERN", help="train only runs whose names match")
     option("--list", action="store_true")

@@ -1,13 +1,12 @@
-"""What the trainings of `quality.py` say: which of them were unstable, one table for each question, one figure.
+"""Reports the trainings of `quality.py`: which runs were unstable, one table per question, one figure.
 
-Unstable is a run that diverges, whatever comes of it. One of these has happened:
+A run is unstable if it diverges, even if it recovers. One of these has happened:
 
 - *not finite*: a training or validation loss is NaN or infinite;
-- *exploded*: a training loss exceeds EXPLODED times the first one, that of a model that knows nothing;
-- *fell back*: the last validation loss gives back more than FELL_BACK of the most that the run had gained on the loss
-  before its first step.
+- *exploded*: a training loss exceeds EXPLODED times the first one, which is the loss of an untrained model;
+- *fell back*: more than FELL_BACK of the largest decrease of the validation loss is lost again at the end.
 
-So a run that merely learns little, at a rate too high or too low, is stable: its loss says so.
+A run that only learns little, because its rate is too high or too low, is stable. Its loss shows that.
 """
 
 import math
@@ -22,7 +21,7 @@ EXPLODED, FELL_BACK = 1.5, 0.2
 
 
 def unstable(losses: list[float | None], validation: list[list]) -> str:
-    """Why a run counts as unstable, by its training losses and its validation losses (step, loss); "" if it does not.
+    """Returns why a run is unstable, from its training losses and its validation losses (step, loss), else "".
 
     >>> unstable([8.3, 6.1, 5.0], [[0, 8.3], [3, 5.0]]), unstable([8.3, None], [[0, 8.3]])
     ('', 'not finite')
@@ -40,20 +39,20 @@ def unstable(losses: list[float | None], validation: list[list]) -> str:
 
 
 def final(run: dict[str, Any]) -> float:
-    """The last validation loss; infinite where it is not a number."""
+    """Returns the last validation loss, infinity if it is not finite."""
     loss = run["validation"][-1][1]
     return math.inf if loss is None else loss
 
 
 def of_cell(results: dict[str, Any], cell: str, rate: float | None = None) -> list[dict[str, Any]]:
-    """The runs of a cell, of one rate or of all."""
+    """Returns the runs of a cell, with one rate or with all."""
     return [run for run in results["runs"] if run["cell"] == cell and rate in (None, run["rate"])]
 
 
 def differences(results: dict[str, Any], cell: str, reference: str, rate: float | None = None) -> list[float]:
-    """Relative differences of the last validation loss from the run of the reference with the same rate and seed.
+    """Returns relative differences of the last validation loss from the reference's run with the same rate and seed.
 
-    Only pairs that are both stable.
+    Only pairs of stable runs count.
     """
     other = {(run["rate"], run["seed"]): run for run in of_cell(results, reference, rate) if not run["unstable"]}
     runs = [run for run in of_cell(results, cell, rate) if not run["unstable"]]
@@ -69,27 +68,27 @@ def _rates(results: dict[str, Any], cell: str) -> list[float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table for each question, with a line for each of its cells."""
+    """Returns one table per question, with one line per cell."""
     return "\n\n".join([*about(results), *tables(results).values()])
 
 
 def about(results: dict[str, Any]) -> list[str]:
-    """What was run, and how to read the tables."""
+    """Describes the runs, and how to read the tables."""
     env, done = results["environment"], len(results["runs"])
     seeds = {name: len({run["seed"] for run in results["runs"] if run["task"] == name}) for name in results["tasks"]}
     counted = f"{done} runs" if done == results["planned"] else f"{done} of {results['planned']} runs"
     return [
         f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}, {env['device']}; "
         f"`python -m benchmarks quality`, {env['date']}.",
-        "By learning rate: the last validation loss, median over seeds, and how many of the runs were unstable where "
-        f"some were: a loss not finite, or above {EXPLODED:g} times the first, or more than {FELL_BACK:.0%} of what "
-        "was gained lost again by the end. `against` compares stable runs with the first line's of the same rate and "
-        "seed, at its best rate and at all: the mean difference and its standard error.",
+        "For each learning rate: the last validation loss, median over seeds, and in brackets how many runs were "
+        f"unstable. A run is unstable if a loss is not finite, or above {EXPLODED:g} times the first, or if more than "
+        f"{FELL_BACK:.0%} of the gain is lost by the end. `against` compares stable runs with those of the first line "
+        "with the same rate and seed, at its best rate and at all rates: the mean difference and its standard error.",
     ]
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """The table of every question of which anything has run; the ladder is the first."""
+    """Returns the table of every question that has runs. The ladder comes first."""
     asked = {t: rows for t, rows in results["questions"].items() if any(of_cell(results, cell) for _, cell in rows)}
     return {title: _question(results, title, rows) for title, rows in asked.items()}
 
@@ -106,7 +105,7 @@ def _sizes(results: dict[str, Any], seeds: dict[str, int]) -> str:
 def _question(results: dict[str, Any], title: str, rows: list[list[str]]) -> str:
     rates, (against, reference) = _rates(results, rows[0][1]), rows[0]
     best = min(rates, key=lambda rate: median([*map(final, of_cell(results, reference, rate))] or [math.inf]))
-    compared = [f"against {against} at {best:g}", "at all"]
+    compared = [f"against {against} at {best:g}", "at all rates"]
     lines = [[title, *(f"{rate:g}" for rate in rates), "unstable", *compared], ["---", *["--:"] * (len(rates) + 3)]]
     for label, cell in rows:
         by_rate = [_at_rate(of_cell(results, cell, rate)) for rate in rates]
@@ -128,12 +127,12 @@ def _share(runs: list[dict[str, Any]]) -> str:
 
 
 def unstable_share(runs: list[dict[str, Any]]) -> float:
-    """How many of these runs were unstable."""
+    """Returns the share of these runs that was unstable."""
     return mean(bool(run["unstable"]) for run in runs)
 
 
 def spread_of(values: list[float]) -> str:
-    """The mean of relative differences, and its standard error where there is one."""
+    """Formats the mean of relative differences, with its standard error if there are several."""
     if len(values) < 2:
         return "" if not values else f"{values[0]:+.2%}"
     return f"{mean(values):+.2%} ± {stdev(values) / math.sqrt(len(values)):.2%}"
@@ -141,7 +140,7 @@ def spread_of(values: list[float]) -> str:
 
 # --- the figure ------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, which can be told apart with any kind of colour vision; markers say it again.
+# Okabe and Ito's palette, whose colors can be told apart with any kind of color vision. Markers differ as well.
 STYLES = {
     "fp32": ("#000000", "o", "-"),
     "root": ("#0072B2", "s", "-"),
@@ -155,7 +154,7 @@ SHADES = ("#b5d4ea", "#6baed6", "#2f7fbc", "#08519c", "#062a5a", "#000000")  # l
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss by learning rate and the difference from fp32 for both tasks, and the ladder between them."""
+    """Draws loss by learning rate and the difference from fp32 for both tasks, and the ladder between them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 13), layout="constrained")
@@ -175,12 +174,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def _offset(rate: float, i: int, n: int) -> float:
-    """Side by side on the logarithmic axis, so that error bars do not hide one another."""
+    """Returns a position next to others on the logarithmic axis, so that error bars do not hide one another."""
     return rate * 1.1 ** (i - (n - 1) / 2)
 
 
 def _losses(axes, results, task: str, labels, title: str) -> None:
-    """Median over seeds, with the lowest and the highest; a run far above the rest leaves at the top, as an arrow."""
+    """Draws the median over seeds with the lowest and the highest. An arrow at the top stands for a run far above."""
     rates = results["tasks"][task]["rates"]
     cells = {label: f"{task}-{label}" for label in labels}
     first = [run["validation"][0][1] for run in results["runs"] if run["task"] == task]
@@ -188,7 +187,7 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
         return
     top = 1.05 * max(first)
     for i, (label, cell) in enumerate(cells.items()):
-        colour, marker, line = STYLES[label]
+        color, marker, line = STYLES[label]
         points = [(r, [final(run) for run in of_cell(results, cell, r)]) for r in rates]
         points = [(_offset(r, i, len(cells)), losses) for r, losses in points if losses]
         if not points:
@@ -198,12 +197,12 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
         low = [m - min(min(g), top) for m, g in zip(middle, groups)]
         high = [min(max(g), top) - m for m, g in zip(middle, groups)]
         axes.errorbar(
-            x, middle, (low, high), color=colour, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
+            x, middle, (low, high), color=color, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
             linewidth=1.3,
         )  # fmt: skip
         gone = [a for a, g in zip(x, groups) if median(g) > top]
-        if gone:  # no clipping, and so no empty line: the layout would make room for it
-            axes.plot(gone, [top] * len(gone), color=colour, marker="^", markersize=9, linestyle="", clip_on=False)
+        if gone:  # not clipped; an empty line would change the layout
+            axes.plot(gone, [top] * len(gone), color=color, marker="^", markersize=9, linestyle="", clip_on=False)
     axes.axhline(median(first), color="0.6", linewidth=1, linestyle=":")
     axes.annotate(" before the first step", (0, median(first)), xycoords=("axes fraction", "data"), color="0.4",
                   fontsize=8, ha="left", va="top")  # fmt: skip
@@ -214,7 +213,7 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
 
 
 def _differences(axes, results, task: str, title: str) -> None:
-    """Mean over seeds, with the lowest and the highest; the grey band is what a nudge of the first parameters does."""
+    """Draws the mean over seeds with the lowest and the highest. The gray band is the effect of nudged parameters."""
     rates = results["tasks"][task]["rates"]
     reference = f"{task}-fp32"
     nudged = [differences(results, f"{reference}-nudged", reference, rate) for rate in rates]
@@ -224,7 +223,7 @@ def _differences(axes, results, task: str, title: str) -> None:
     axes.axhline(0, color="black", linewidth=1)
     labels = [label for label in STYLES if label.split(",")[0] not in ("fp32", "linear")]
     for i, label in enumerate(labels):
-        colour, marker, line = STYLES[label]
+        color, marker, line = STYLES[label]
         cell = f"{task}-{label.replace(', ', '-')}"
         points = [(_offset(r, i, len(labels)), differences(results, cell, reference, r)) for r in rates]
         points = [(x, [100 * v for v in values]) for x, values in points if values]
@@ -233,7 +232,7 @@ def _differences(axes, results, task: str, title: str) -> None:
             y = [mean(g) for g in groups]
             spread = [m - min(g) for m, g in zip(y, groups)], [max(g) - m for m, g in zip(y, groups)]
             axes.errorbar(
-                x, y, spread, color=colour, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
+                x, y, spread, color=color, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
                 linewidth=1.2,
             )  # fmt: skip
     _rate_axis(axes, rates)
@@ -243,7 +242,7 @@ def _differences(axes, results, task: str, title: str) -> None:
 
 
 def _legend(axes, ncols: int) -> None:
-    """Under the axes, where it hides nothing."""
+    """Puts the legend under the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "columnspacing": 1}
         axes.legend(frameon=False, fontsize=9, ncols=ncols, **place)
@@ -258,7 +257,7 @@ def _rate_axis(axes, rates: list[float]) -> None:
 
 
 def _ladder(share, losses, results) -> None:
-    """A line for each rung: how many runs were unstable, and the loss of every single one."""
+    """Draws one line per rung: the share of unstable runs, and the loss of every run."""
     from matplotlib.lines import Line2D
 
     title, rows = next(iter(results["questions"].items()))
@@ -270,8 +269,8 @@ def _ladder(share, losses, results) -> None:
     for y, (label, cell) in enumerate(rows):
         runs = of_cell(results, cell)
         value = 100 * unstable_share(runs)
-        colour = STYLES[label.split(",")[0]][0]
-        share.barh(y, value, color=colour, height=0.6)
+        color = STYLES[label.split(",")[0]][0]
+        share.barh(y, value, color=color, height=0.6)
         share.annotate(f"{value:.0f}%", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
         for i, rate in enumerate(rates):
             shade, height = SHADES[i % len(SHADES)], y + 0.65 * ((i + 0.5) / len(rates) - 0.5)

@@ -1,12 +1,13 @@
-"""What rounding does to slow means: Adam's updates beside those of fp32 moments, for gradients that only chance drives.
+"""Compares Adam's updates with rounded moments to those with fp32 moments, for random gradients.
 
     python -m benchmarks rounding                writes results/rounding.json, prints the table
     python -m benchmarks rounding --quick        a tenth of the steps; writes no file
 
-Every element's gradient is drawn from N(0, 1), so that second moments should hover around 1 and updates around a fixed
-size; then from N(0, 1/30^2), so that they should fall. A step changes a second moment by 1 - b2 of itself or less, far
-below the distance of two codes: rounded to the nearest, it moves when a large gradient comes, and hardly ever down but
-with its block's scale. Losses of trainings, which are what counts, are in `quality.py`.
+The gradient of every element is drawn from N(0, 1), so that second moments should stay near 1 and updates should keep
+their size. Then it is drawn from N(0, 1/30^2), so that second moments should fall. A step changes a second moment by
+1 - b2 of itself or less, which is far below the distance between two codes. With rounding to nearest a moment moves
+only when a large gradient comes, and hardly ever falls unless the scale of its block does. The losses of trainings,
+which matter most, are in `quality.py`.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ import flax_stable_embed as fse
 from ..harness import report
 
 SHAPE = (64, 256)
-STEPS, AFTER = 6000, 1000  # of unit size, and of SHRUNK
+STEPS, AFTER = 6000, 1000  # gradients of size 1, then of size SHRUNK
 SHRUNK = 1 / 30
 EXACT = fse.scale_by_adam8bit(rules=((".*", 32),))
 STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in ("nearest", "stochastic")]
 
 
 def measure(shorter: int = 1) -> dict[str, Any]:
-    """For fp32 and every storage: the size and the error of updates, and second moments once gradients shrank."""
+    """Returns size and error of updates, and second moments after gradients shrank, for fp32 and every storage."""
     exact = _run(EXACT, shorter)
     rows = [_row("fp32", "", exact, exact)]
     for codec, rounding in STORAGES:
@@ -40,7 +41,7 @@ def measure(shorter: int = 1) -> dict[str, Any]:
 
 
 def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Updates over the last tenth of the steps, every tenth one, and the second moment after gradients shrank."""
+    """Returns every tenth update in the last tenth of the steps, and the second moment after gradients shrank."""
     params = {"kernel": jnp.zeros(SHAPE)}
 
     @jax.jit
@@ -75,18 +76,18 @@ def _rms(x: Any) -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The rows as a table."""
+    """Returns the rows as a table."""
     lines = [
         f"`python -m benchmarks rounding`, {' x '.join(map(str, results['shape']))} elements, "
-        f"{results['steps']} steps of gradients from N(0, 1), then {results['after']} "
-        f"of 1/{1 / results['shrunk']:.0f} of the size; beside Adam with fp32 moments:",
+        f"{results['steps']} steps with gradients from N(0, 1), then {results['after']} with gradients "
+        f"1/{1 / results['shrunk']:.0f} as large, compared with Adam with fp32 moments:",
         "",
-        "| moments | size of updates | their error | second moment after gradients shrank |",
+        "| moments | size of updates | error of updates | second moment after gradients shrank |",
         "| --- | --: | --: | --: |",
     ]
     for row in results["rows"][1:]:
         name, after = f"{row['codec']}, {row['rounding']}", row["second_moment_after"]
-        lines.append(f"| {name} | {row['size'] - 1:+.1%} | {row['error']:.1%} | {after:.2f} times |")
+        lines.append(f"| {name} | {row['size'] - 1:+.1%} | {row['error']:.1%} | {after:.2f}x |")
     return "\n".join(lines)
 
 
@@ -94,7 +95,7 @@ FILE = report.RESULTS / "rounding.json"
 
 
 def main(arguments: list[str], save: Callable = report.save) -> None:
-    """Measures, prints, and keeps the results unless they are quick ones."""
+    """Measures, prints, and keeps the results of a full run."""
     report.run(
         "rounding",
         __doc__,

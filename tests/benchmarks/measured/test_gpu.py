@@ -20,4 +20,4 @@ def test_a_quick_run_fills_every_part(capsys):
 
 def test_a_machine_without_a_gpu_is_told_so(capsys):
     gpu.main([])
-    assert "There is no GPU here" in capsys.readouterr().out
+    assert "JAX finds no GPU" in capsys.readouterr().out

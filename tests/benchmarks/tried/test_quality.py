@@ -40,7 +40,7 @@ def test_a_second_invocation_trains_nothing_and_other_settings_train_again(two_c
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
     assert {path.suffix for path in before} == {".json"} and len(before) == 1 + 4
     quality.main(options, field)
-    assert "5 runs, 5 of them done" in capsys.readouterr().out
+    assert "5 runs, 5 of them finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == before
     longer = {**field, "digits": Digits(steps=7, width=8, rates=(1e-3,))}
     run = Run(Cell("digits", "root", rounding="stochastic"), 1e-3, 0)
@@ -75,7 +75,7 @@ def test_table_and_plot_render_what_is_there(two_cells, capsys):
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
     quality.main([*options, "--table"])
     table = capsys.readouterr().out
-    assert "5 of " in table and "| Codecs | 0.01 | unstable | against fp32 at 0.01 | at all |" in table
+    assert "5 of " in table and "| Codecs | 0.01 | unstable | against fp32 at 0.01 | at all rates |" in table
     assert not re.search("nan|inf|None", table)
 
 

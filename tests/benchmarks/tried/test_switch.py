@@ -23,4 +23,4 @@ def test_a_training_changes_its_storage_in_the_middle(tmp_path, capsys):
     assert all(
         abs(gap) < 0.02 for before, after in switch.SWITCHES for gap in switch.gaps(results, f"{before}, then {after}")
     )
-    assert results["losses"]["fp32, then root begun anew"] != results["losses"]["fp32, then root"]
+    assert results["losses"]["fp32, then root with moments reset"] != results["losses"]["fp32, then root"]
