@@ -37,12 +37,10 @@ dist: .venv/dist
 	$(call install,.venv/bare/bin/python) dist/*.whl
 	cd .venv/bare && JAX_PLATFORMS=cpu bin/python -I ../../.ci/smoke.py
 
-# What this machine can measure, then the tables of the documentation; each benchmark runs alone as `python -m benchmarks.NAME`.
-BENCHMARKS = benchmarks benchmarks.embedding benchmarks.models benchmarks.compiled benchmarks.collectives \
-	benchmarks.chips benchmarks.lookups benchmarks.gpu
+# Every benchmark that this machine can run, then the tables and pictures of the documentation.
+# `python -m benchmarks --list` names them, and `python -m benchmarks NAME` runs one.
 bench: .venv/examples
-	for name in $(BENCHMARKS); do $(BIN)/python -m $$name $(ARGS) || exit 1; done
-	$(if $(findstring quick,$(ARGS)),,$(BIN)/python -m benchmarks readme)
+	$(BIN)/python -m benchmarks all $(ARGS)
 
 # One stamp per set of extras: made anew when pyproject.toml changes.
 .venv/%: pyproject.toml

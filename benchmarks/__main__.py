@@ -1,59 +1,78 @@
-"""State, temporaries and time of AdamW with 8-bit moments, beside `optax.adamw` and other libraries, on this machine.
+"""Runs one benchmark, or all that `make bench` runs.
 
-    python -m benchmarks                         everything; writes benchmarks/results/<device>-<commit>.json
-    python -m benchmarks --quick                 small shapes and three rounds, to see that it runs; writes no file
-    python -m benchmarks --only gpt2_mlp         one shape or a few, by the names in shapes.py; writes no file
-    python -m benchmarks --table FILE            the tables in docs/performance.md, from a file of results
-    python -m benchmarks errors                  the table of round-trip errors, alone
-    python -m benchmarks readme                  writes the tables of the documentation, from the newest results
+    python -m benchmarks NAME [--quick] [options]     runs one, prints its tables and writes its results
+    python -m benchmarks NAME --help                  explains it and lists its options
+    python -m benchmarks all [--quick]                runs all that `make bench` runs
+    python -m benchmarks --list                       lists the names
 
-Optimizers run one after the other in one process, round by round: see timing.py for the method.
+Results are written to benchmarks/results/. With `--quick`, which most benchmarks have, sizes are small and rounds are
+few, to see that a benchmark runs. A quick run writes no file.
 """
 
-import argparse
-import json
+import subprocess
 import sys
-from pathlib import Path
+from importlib import import_module
+from typing import NamedTuple
 
-from . import errors, readme, report, timing
-from .shapes import DEFAULT, QUICK, SHAPES
 
-BUDGET_S = 8.0  # of steps for each shape; large ones take what LEAST_ROUNDS needs
+class Benchmark(NamedTuple):
+    """A benchmark, `benchmarks/FOLDER/NAME.py`. Its folder says how the numbers are obtained."""
+
+    folder: str
+    measures: str
+    takes: str
+    in_all: bool = True
+
+
+BENCHMARKS = {
+    "steps": Benchmark("measured", "AdamW on one array, next to optax, torchao, bitsandbytes: time, memory", "10 min"),
+    "embedding": Benchmark("measured", "steps of embedding tables and of StableEmbed: time, memory", "5 min"),
+    "models": Benchmark("measured", "whole models: compile times, a training step, many small arrays", "10 min"),
+    "gpu": Benchmark("measured", "kernels on a GPU, next to XLA and other libraries: time, answers", "6 min, a GPU"),
+    "compiled": Benchmark("counted", "AdamW compiled for TPU and GPU: bytes, instructions", "5 min, extra tpu or cuda"),
+    "collectives": Benchmark("counted", "a sharded training step compiled for TPU: communication", "1 h, extra tpu"),
+    "lookups": Benchmark("counted", "StableEmbed compiled for TPU: bytes moved, temporaries", "5 min, extra tpu"),
+    "chips": Benchmark("counted", "Llama 2 and its optimizer state on every chip of a slice: bytes", "1 min"),
+    "state": Benchmark("counted", "optimizer state of Gemma 2 2B by optimizer and rules: bytes", "10 s"),
+    "quality": Benchmark("tried", "trainings with every codec and rounding: loss, stability", "2 h", in_all=False),
+    "rounding": Benchmark("tried", "Adam's updates by rounding of its moments: size, error", "1 min", in_all=False),
+    "switch": Benchmark("tried", "trainings that change codecs halfway: loss", "20 min", in_all=False),
+    "errors": Benchmark("tried", "a round trip through 8 bits, by codec and block size: error", "1 min", in_all=False),
+    "readme": Benchmark("published", "nothing: writes tables and pictures of the documentation", "1 min", in_all=False),
+}
+
+
+def listing() -> str:
+    """Returns the benchmarks as an aligned table."""
+    lines = [("name", "obtained", "measures", "takes")]
+    lines += [(name, b.folder, b.measures, b.takes) for name, b in BENCHMARKS.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def run_all(options: list[str]) -> None:
+    """Runs each benchmark in a process of its own, because some set flags before a device or a compiler is loaded."""
+    names = [name for name, benchmark in BENCHMARKS.items() if benchmark.in_all]
+    for name in names if "--quick" in options else [*names, "readme"]:
+        print(f"\n=== {name}", flush=True)
+        own = [] if name == "readme" else options
+        if failed := subprocess.run([sys.executable, "-m", "benchmarks", name, *own]).returncode:
+            sys.exit(failed)
 
 
 def main(arguments: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
-    parser.add_argument("what", nargs="?", choices=("all", "errors", "readme"), default="all", help="default: all")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="render a file of results and stop")
-    args = parser.parse_args(arguments)
-    if args.table:
-        return print(report.markdown(json.loads(args.table.read_text())))
-    if args.what == "readme":
-        return readme.write()
-    if args.what == "errors":
-        return print(errors.markdown(errors.measure()))
-
-    options = ["--quick"] * args.quick + (["--only", *args.only] if args.only else [])
-    env = report.environment(" ".join(["python -m benchmarks", *options]))
-    env["copy_gb_per_s"] = timing.copy_gb_per_s()
-    print(report.heading(env))
-    results = {"environment": env, "shapes": []}
-    for name in args.only or (QUICK if args.quick else DEFAULT):
-        shape = SHAPES[name]
-        rows = timing.benchmark(shape, BUDGET_S, 3 if args.quick else timing.MOST_ROUNDS)
-        entry = {"name": name, "shape": shape.shape, "model": shape.model, "parameters": shape.size, "rows": rows}
-        results["shapes"].append(entry)
-        print(f"\n{report.text(entry)}", flush=True)
-    if not args.only:
-        results["errors"] = errors.measure()
-        print("\nround trip through one byte, errors in percent: root mean square / median")
-        print(errors.markdown(results["errors"]))
-    if args.out or not (args.only or args.quick):
-        print(f"\nwritten: {report.save(results, args.out).name}")
+    """Runs the benchmark that the first argument names, with the other arguments."""
+    name, *options = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(f"{__doc__}\n{listing()}")
+    elif name == "--list":
+        print(listing())
+    elif name == "all":
+        run_all(options)
+    elif name in BENCHMARKS:
+        import_module(f".{BENCHMARKS[name].folder}.{name}", __package__).main(options)
+    else:
+        sys.exit(f"There is no benchmark named {name!r}. The names are: all, {', '.join(BENCHMARKS)}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Text for the examples: find it, learn a tokenizer on it, keep the token ids.
+"""Prepares text for the examples: finds it, trains a tokenizer on it, keeps the token ids.
 
-Without files of your own the text is the source code and documentation of the Python that runs this: some
-ten megabytes that every machine has. A byte-level BPE tokenizer is trained on the training part; tokenizer
-and ids stay in a folder named after a hash of text and vocabulary size, so a second run starts at once.
+Without your own files the text is the source code and documentation of the Python that runs this: about ten megabytes
+that every machine has. A byte-level BPE tokenizer is trained on the training part. Tokenizer and ids are kept in a
+folder named after a hash of text and vocabulary size, so a second run starts at once.
 
     python examples/corpus.py --dir runs --vocab 4096 [--text FILE...]
 """
@@ -21,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 END = "<|end|>"  # between two documents
-HELD_OUT = 20  # one file in this many is for validation
+HELD_OUT = 20  # one file in 20 is for validation
 SUFFIXES = {".py", ".txt", ".rst"}
 SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages", "__pycache__"),  # not the standard library
-    *("test", "tests", "idle_test"),  # binary oddities and copies
+    *("test", "tests", "idle_test"),  # binary files and copies
     "encodings",  # tables of characters, not text
 }
 
@@ -39,10 +39,7 @@ class Corpus(NamedTuple):
 
 
 def load(folder: Path, vocab: int, text: list[Path] | None = None) -> Corpus:
-    """Returns the corpus, made first if `folder` does not hold it yet.
-
-    It is made in a process of its own, so that the memory it needs does not count as the training's.
-    """
+    """Returns the corpus. If `folder` does not have it yet, another process builds it, so that its memory is freed."""
     key = fingerprint(find_files(text), vocab)
     cache = folder / f"corpus-{key}"
     if not cache.exists():
@@ -52,21 +49,21 @@ def load(folder: Path, vocab: int, text: list[Path] | None = None) -> Corpus:
 
 
 def batch(ids: np.ndarray, seed: int, step: int, *, batch_size: int, length: int) -> np.ndarray:
-    """`batch_size` windows of `length` ids from random places: a function of (seed, step) alone."""
+    """Returns `batch_size` windows of `length` ids from random places, which depend only on seed and step."""
     starts = np.random.default_rng((seed, step)).integers(len(ids) - length + 1, size=batch_size)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
 
 
 def evenly_spaced(ids: np.ndarray, *, windows: int, length: int) -> np.ndarray:
-    """`windows` windows that cover all of `ids` evenly: the same tokens in every run."""
+    """Returns `windows` windows that are spread evenly over `ids`, the same in every run."""
     if len(ids) < length:
-        raise ValueError(f"The validation text has {len(ids)} tokens, a window {length}; give a longer `--text`.")
+        raise ValueError(f"The validation text has {len(ids)} tokens, a window needs {length}. Pass a longer `--text`.")
     starts = np.linspace(0, len(ids) - length, windows).astype(int)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
 
 
 def find_files(text: list[Path] | None = None) -> list[tuple[str, Path]]:
-    """(name, path) of every document: the given files, or the standard library's in alphabetical order."""
+    """Returns (name, path) of every document: the given files, or those of the standard library in their order."""
     if text:
         return [(path.name, path) for path in text]
     root = Path(sysconfig.get_path("stdlib"))
@@ -75,7 +72,7 @@ def find_files(text: list[Path] | None = None) -> list[tuple[str, Path]]:
 
 
 def fingerprint(files: list[tuple[str, Path]], vocab: int) -> str:
-    """A hash of the vocabulary size and of every document's name and content."""
+    """Returns a hash of the vocabulary size and of the name and content of every document."""
     digest = hashlib.sha256(f"vocabulary {vocab}".encode())
     for name, path in files:
         content = path.read_bytes()
@@ -85,16 +82,16 @@ def fingerprint(files: list[tuple[str, Path]], vocab: int) -> str:
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training and validation documents: every 20th file is held out; of few files, the end of each."""
+    """Splits documents for training and validation. Every 20th file is held out, or the end of each if they are few."""
     if len(documents) >= HELD_OUT:
         train = [text for i, text in enumerate(documents) if i % HELD_OUT != HELD_OUT - 1]
         return train, documents[HELD_OUT - 1 :: HELD_OUT]
-    cuts = [len(text) - len(text) // HELD_OUT for text in documents]
-    return [t[:cut] for t, cut in zip(documents, cuts)], [t[cut:] for t, cut in zip(documents, cuts)]
+    ends = [len(text) - len(text) // HELD_OUT for text in documents]
+    return [t[:end] for t, end in zip(documents, ends)], [t[end:] for t, end in zip(documents, ends)]
 
 
 def train_tokenizer(documents: list[str], vocab: int):
-    """A byte-level BPE tokenizer with the merges that serve these documents best."""
+    """Trains a byte-level BPE tokenizer on these documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -109,13 +106,13 @@ def train_tokenizer(documents: list[str], vocab: int):
 
 
 def tokenize(tokenizer, documents: list[str]) -> np.ndarray:
-    """All documents as one row of ids, each with the end token behind it."""
+    """Returns the ids of all documents in one array, with the end token after each document."""
     end = tokenizer.token_to_id(END)
     return np.concatenate([[*encoding.ids, end] for encoding in tokenizer.encode_batch(documents)]).astype(np.uint16)
 
 
 def build(folder: Path, vocab: int, text: list[Path] | None) -> Path:
-    """Trains the tokenizer and writes the ids; the folder appears complete or not at all."""
+    """Trains the tokenizer and writes the ids. The folder appears only when it is complete."""
     files = find_files(text)
     cache = folder / f"corpus-{fingerprint(files, vocab)}"
     documents = [path.read_text(encoding="utf-8", errors="replace") for _, path in files]
@@ -131,7 +128,7 @@ def build(folder: Path, vocab: int, text: list[Path] | None) -> Path:
         np.save(unfinished / f"{part}.npy", ids)
     try:
         os.rename(unfinished, cache)
-    except OSError:  # another process was faster, with the same text and so the same result
+    except OSError:  # another process was faster and wrote the same files
         shutil.rmtree(unfinished)
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     print(
@@ -142,11 +139,11 @@ def build(folder: Path, vocab: int, text: list[Path] | None) -> Path:
 
 
 def main() -> None:
-    """Makes the corpus and says how large it is."""
+    """Builds the corpus and prints its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder that keeps tokenizer and ids")
-    parser.add_argument("--vocab", type=int, default=4096, help="entries of the vocabulary")
-    parser.add_argument("--text", type=Path, nargs="+", help="files to learn from in place of the standard library")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder for tokenizer and ids")
+    parser.add_argument("--vocab", type=int, default=4096, help="size of the vocabulary")
+    parser.add_argument("--text", type=Path, nargs="+", help="files to learn from instead of the standard library")
     args = parser.parse_args()
     build(args.dir, args.vocab, args.text)
 

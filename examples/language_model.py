@@ -1,18 +1,18 @@
-"""A small language model with a stable embedding and 8-bit optimizer states, beside the same in fp32.
+"""Trains a small language model with a stable embedding and 8-bit optimizer state, and compares it with fp32.
 
-What it shows: a decoder-only transformer in NNX with `fse.nnx.StableEmbed` in place of `nnx.Embed` and
-`fse.adamw8bit` in place of `optax.adamw`; the rest is what it would be without them. The text is the source
+The model is a decoder-only transformer in NNX. It uses `fse.nnx.StableEmbed` instead of `nnx.Embed` and
+`fse.adamw8bit` instead of `optax.adamw`. Everything else is the same as without this library. The text is the source
 code of the running Python's standard library, so nothing is downloaded.
 
-    python examples/language_model.py                                       one run with 8-bit states
-    python examples/language_model.py --resume                              goes on where it was interrupted
+    python examples/language_model.py                                       one run with 8-bit state
+    python examples/language_model.py --resume                              continues an interrupted run
     python examples/language_model.py --compare                             fp32 and 8-bit, a table and a plot
     python examples/language_model.py --compare --seeds 3
-    python examples/language_model.py --compare --codec root linear --embedding-bits 8     see linear fail
+    python examples/language_model.py --compare --codec root linear --embedding-bits 8     shows that linear fails
     python examples/language_model.py --text mine.txt                       learns from your own text
 
-Everything that it writes is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and
-comparison.{md,png,json}; `python examples/report.py` prints the table again.
+All output is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and comparison.{md,png,json}.
+`python examples/report.py` prints the table again.
 """
 
 import argparse
@@ -39,14 +39,14 @@ import flax_stable_embed as fse
 EMBEDDINGS = {"embed": fse.nnx.Embed, "stable": fse.nnx.StableEmbed}
 CODECS = ["root", "dynamic", "linear"]
 HEAD_FEATURES = 64
-WEIGHT_DECAY = 0.1  # as GPT-3 and most since
-VALIDATION_WINDOWS, VALIDATION_GROUPS = 64, 8  # the groups pass one at a time, to need less memory
+WEIGHT_DECAY = 0.1  # as in GPT-3
+VALIDATION_WINDOWS, VALIDATION_GROUPS = 64, 8  # one group at a time, which needs less memory
 
 # --- model ---
 
 
 class Attention(nnx.Module):
-    """Causal self-attention, queries and keys turned by position (RoPE, arXiv:2104.09864)."""
+    """Causal self-attention with rotary positions (RoPE, arXiv:2104.09864)."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
 
 
 def rotate(x):
-    """Turns every pair of features by an angle that grows with the position, faster for the first pairs."""
+    """Rotates every pair of features by an angle that grows with the position, faster for the first pairs."""
     position = jnp.arange(x.shape[1])[:, None]
     angle = position / 10_000 ** jnp.linspace(0, 1, x.shape[-1] // 2, endpoint=False)[None]
     cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
@@ -68,7 +68,7 @@ def rotate(x):
 
 
 class Block(nnx.Module):
-    """Attention, then a two-layer network, each on the normalised stream and added to it."""
+    """Attention, then a two-layer network. Each reads the normalized residual stream and adds to it."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -82,7 +82,7 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Token ids in, logits for the next token out; the embedding's table serves at both ends."""
+    """Maps token ids to logits for the next token. The embedding table is also the output matrix."""
 
     def __init__(self, vocab: int, width: int, layers: int, *, embedding: str, rngs: nnx.Rngs):
         self.tokens = EMBEDDINGS[embedding](vocab, width, rngs=rngs)
@@ -100,7 +100,7 @@ class LanguageModel(nnx.Module):
 
 
 def make_optimizer(args) -> optax.GradientTransformation:
-    """AdamW with warmup and cosine decay behind gradient clipping: fp32, or with moments in 8 bits."""
+    """Returns AdamW with gradient clipping, warmup and cosine decay. Its moments are fp32 or 8-bit."""
     warmup, peak = max(1, args.steps // 10), args.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=0.1 * peak)
     clip = optax.clip_by_global_norm(1.0)
@@ -112,18 +112,18 @@ def make_optimizer(args) -> optax.GradientTransformation:
 
 
 def decayed(params):
-    """Weight decay is for matrices: norms and embeddings go without."""
+    """Returns the mask for weight decay: True for matrices, False for norms and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and not report.is_embedding(path), params)
 
 
 def loss_of(params, graphdef, windows):
-    """Mean cross-entropy of each window's tokens after the first, in nats."""
+    """Returns the mean cross-entropy of the tokens of each window after the first, in nats."""
     logits = nnx.merge(graphdef, params)(windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
 def make_steps(graphdef, tx):
-    """The two compiled functions: one training step, and the loss on the validation text."""
+    """Returns two jitted functions: one training step, and the loss on the validation text."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))  # parameters and state are updated in place
     def train_step(params, opt_state, windows):
@@ -142,7 +142,7 @@ def make_steps(graphdef, tx):
 
 
 def train(args) -> dict:
-    """One run, from its start or its last checkpoint to its end; returns its report."""
+    """Trains one run, from its start or its last checkpoint to its end, and returns its report."""
     text = corpus.load(args.dir, args.vocab, args.text)
     settings = settings_of(args, text.key)
     folder = RunFolder(args.dir / settings["name"], settings, resume=args.resume)
@@ -159,7 +159,7 @@ def train(args) -> dict:
     start, saved = folder.restore({"params": params, "opt_state": opt_state})
     params, opt_state = saved["params"], saved["opt_state"]
 
-    length = args.context + 1  # a window's last token is only a target
+    length = args.context + 1  # the last token of a window is only a target
     held_out = corpus.evenly_spaced(text.validation, windows=VALIDATION_WINDOWS, length=length)
     held_out = held_out.reshape(VALIDATION_GROUPS, -1, length)
     state_megabytes = sum(report.state_bytes(opt_state).values()) / 1e6
@@ -169,7 +169,7 @@ def train(args) -> dict:
     metrics = folder.open_metrics(after=start)
     bar = tqdm(initial=start, total=args.steps, desc=settings["name"], mininterval=0.5)
     for step in range(start + 1, args.steps + 1):
-        # The data are a function of (seed, step), so a checkpoint holds no place in the text.
+        # A batch depends only on seed and step, so a checkpoint does not store a position in the text.
         windows = corpus.batch(text.train, args.seed, step, batch_size=args.batch, length=length)
         began = time.perf_counter()
         params, opt_state, loss = train_step(params, opt_state, windows)
@@ -189,7 +189,7 @@ def train(args) -> dict:
 
 
 def settings_of(args, text_key: str) -> dict:
-    """Everything that the result of a run depends on, and the run's name."""
+    """Returns the name of the run and everything that its result depends on."""
     codec, embedding_bits = (args.codec[0], args.embedding_bits) if args.optimizer == "adamw8bit" else ("fp32", 32)
     embedding = args.embedding + ("" if embedding_bits == 32 else str(embedding_bits))
     same = ("embedding", "seed", "steps", "batch", "context", "vocab", "width", "layers", "learning_rate")
@@ -204,7 +204,7 @@ def settings_of(args, text_key: str) -> dict:
 
 
 def compare(args) -> list[dict]:
-    """fp32 and every 8-bit codec from the same seeds and data, each run in a process of its own."""
+    """Trains with fp32 and every 8-bit codec, from the same seeds and data, each run in its own process."""
     key = corpus.load(args.dir, args.vocab, args.text).key
     given = [argument for argument in sys.argv[1:] if argument != "--compare"]
     variants = [("adamw", "root"), *(("adamw8bit", codec) for codec in args.codec)]
@@ -213,7 +213,7 @@ def compare(args) -> list[dict]:
         for optimizer, codec in variants:
             own = ["--optimizer", optimizer, "--codec", codec, "--seed", str(seed), "--quiet"]
             if subprocess.run([sys.executable, __file__, *given, *own]).returncode:
-                sys.exit("The comparison was interrupted; with --resume it goes on.")
+                sys.exit("The comparison was interrupted. Run it with --resume to continue.")
             settings = settings_of(arguments().parse_args([*given, *own]), key)
             runs.append(report.read_run(args.dir / settings["name"]))
     return runs
@@ -223,38 +223,38 @@ def compare(args) -> list[dict]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options of the command line."""
+    """Returns the parser of the command line."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     option = parser.add_argument
     option("--optimizer", choices=["adamw", "adamw8bit"], default="adamw8bit")
     option("--embedding", choices=EMBEDDINGS, default="stable")
-    option("--codec", choices=CODECS, nargs="+", default=["root"], help="several for --compare")
-    option("--embedding-bits", type=int, choices=[8, 32], default=32, help="of the embedding's moments in adamw8bit")
-    option("--compare", action="store_true", help="fp32 AdamW and adamw8bit (of every codec), side by side")
-    option("--resume", action="store_true", help="go on after the last checkpoint")
+    option("--codec", choices=CODECS, nargs="+", default=["root"], help="several with --compare")
+    option("--embedding-bits", type=int, choices=[8, 32], default=32, help="for moments of the embedding")
+    option("--compare", action="store_true", help="compare fp32 AdamW with adamw8bit, for every codec")
+    option("--resume", action="store_true", help="continue after the last checkpoint")
     option("--text", type=Path, nargs="+", metavar="FILE", help="text to learn from")
-    option("--dir", type=Path, default=Path("runs"), help="folder for everything that is written")
+    option("--dir", type=Path, default=Path("runs"), help="folder for all output")
     option("--steps", type=int, default=350)
-    option("--batch", type=int, default=8, help="windows a step")
+    option("--batch", type=int, default=8, help="windows per step")
     option("--seed", type=int, default=0)
     option("--seeds", type=int, default=1, help="how many seeds to compare with")
-    option("--context", type=int, default=128, help="tokens a window")
+    option("--context", type=int, default=128, help="tokens per window")
     option("--vocab", type=int, default=4096)
     option("--width", type=int, default=256, help=f"features, a multiple of {HEAD_FEATURES}")
     option("--layers", type=int, default=3)
     option("--learning-rate", type=float, default=2e-3)
     option("--validate-every", type=int, default=50, metavar="STEPS")
     option("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    option("--quiet", action="store_true", help="no table at the end")
+    option("--quiet", action="store_true", help="print no table at the end")
     return parser
 
 
 def main() -> None:
-    """Trains once or compares, and reports."""
+    """Trains one run or a comparison, and reports."""
     args = arguments().parse_args()
     if len(args.codec) > 1 and not args.compare:
-        sys.exit("One run has one codec; several are for --compare.")
+        sys.exit("A run has one `--codec`. Several need --compare.")
     command = shlex.join(["python", "examples/language_model.py", *sys.argv[1:]])
     began = time.perf_counter()
     runs = compare(args) if args.compare else [train(args)]
@@ -269,4 +269,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("Interrupted; with --resume the run goes on after its last checkpoint.")
+        sys.exit("Interrupted. Run it with --resume to continue after the last checkpoint.")

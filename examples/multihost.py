@@ -1,15 +1,15 @@
-"""One training on any number of processes: parameters and 8-bit moments cut over a mesh of all their devices.
+"""Trains on any number of processes, with parameters and 8-bit moments sharded over a mesh of all their devices.
 
-What it shows: nothing in it knows how many processes there are, but for the line that joins them. A process may be
-killed at any moment, and the training goes on from its last checkpoint, on as many processes as there are then, with
-the losses that it would have had (moments are rounded at random by what is the same on every mesh).
+Only one line depends on the number of processes: the one that joins them. A process may be killed at any moment. The
+training then continues from its last checkpoint, on any number of processes, with the losses that it would have had.
+This holds because stochastic rounding draws the same numbers on every mesh.
 
     python examples/multihost.py                                          2 processes with 4 virtual CPU devices each
     python examples/multihost.py --kill-at 70                             the second one is killed before step 70 ...
-    python examples/multihost.py --resume --processes 4                   ... and the training goes on, with four
+    python examples/multihost.py --resume --processes 4                   ... and the training continues with four
 
-On a pod of TPUs or a cluster of GPUs every host runs `python examples/multihost.py --worker`, and the line marked below
-becomes `jax.distributed.initialize()`, which finds out by itself.
+On a TPU pod or a GPU cluster every host runs `python examples/multihost.py --worker`, and the line marked below becomes
+`jax.distributed.initialize()`, which finds its arguments by itself.
 """
 
 import argparse
@@ -23,15 +23,15 @@ import sys
 import time
 from pathlib import Path
 
-DEVICES = 8  # of all processes together
+DEVICES = 8  # in all processes together
 BATCH, FEATURES, HIDDEN = 256, 64, 1024
 
 
-# --- the training: what every process runs ---------------------------------------------------------------------------
+# --- the training, which every process runs--------------------------------------------------------------------------
 
 
 def train(args) -> None:
-    """The whole training, seen from one process."""
+    """Runs the training in one process."""
     import functools
 
     import jax
@@ -46,7 +46,7 @@ def train(args) -> None:
     jax.distributed.initialize(args.coordinator, args.processes, args.process)  # on a pod: jax.distributed.initialize()
     auto = (AxisType.Auto,) * 2
     mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), axis_types=auto)
-    cuts = {"up": P("data", "model"), "down": P("model", "data"), "out": P("data", None)}
+    specs = {"up": P("data", "model"), "down": P("model", "data"), "out": P("data", None)}
     shapes = {"up": (FEATURES, HIDDEN), "down": (HIDDEN, FEATURES), "out": (FEATURES, 1)}
 
     def initial(key):
@@ -57,7 +57,7 @@ def train(args) -> None:
         return (x + jax.nn.gelu(x @ params["up"]) @ params["down"]) @ params["out"]
 
     def batch(step):
-        """Inputs and targets of a step, which are a function of its number: every process makes its own part."""
+        """Returns inputs and targets, which depend only on the step. Every process makes its own part."""
         rng = np.random.default_rng(step)
         x = rng.standard_normal((BATCH, FEATURES), np.float32)
         y = np.sin(x[:, :1]) * x[:, 1:2]
@@ -74,12 +74,13 @@ def train(args) -> None:
         return params, state, loss
 
     tx = fse.adamw8bit(3e-3, state_format=fse.StateFormat(rounding="stochastic"))
-    params = jax.jit(initial, out_shardings={k: NamedSharding(mesh, cut) for k, cut in cuts.items()})(jax.random.key(0))
-    state = jax.tree.map(on_mesh, tx.init(params))  # counts too, which are made on one device
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
+    state = jax.tree.map(on_mesh, tx.init(params))  # the step count is made on one device
     checkpoints = ocp.CheckpointManager(args.dir.absolute() / "checkpoints")
     start = checkpoints.latest_step() or 0
     if start:
-        tree = {"params": params, "state": state}  # says how it is cut here, whatever it was cut like when it was saved
+        tree = {"params": params, "state": state}  # restored with these shardings, whatever they were when it was saved
         saved = checkpoints.restore(start, args=ocp.args.StandardRestore(tree))
         params, state = saved["params"], saved["state"]
 
@@ -92,7 +93,7 @@ def train(args) -> None:
             losses.add(step, float(loss))
         if step % args.checkpoint_every == 0:
             checkpoints.save(step, args=ocp.args.StandardSave({"params": params, "state": state}))
-            checkpoints.wait_until_finished()  # the next step writes into the arrays that are being saved
+            checkpoints.wait_until_finished()  # the next step overwrites the arrays that are being saved
     checkpoints.close()
     if losses:
         moments = [x for name in ("mu", "nu") for x in getattr(state[0], name).values()]
@@ -104,7 +105,7 @@ def train(args) -> None:
 
 
 class Losses:
-    """The losses of all steps, a line each; those after the checkpoint are done again."""
+    """The losses of all steps, one per line. Steps after the checkpoint run again."""
 
     def __init__(self, folder: Path, start: int):
         self.path = folder / "losses.jsonl"
@@ -114,17 +115,17 @@ class Losses:
         self.path.write_text("".join(kept))
 
     def add(self, step: int, loss: float) -> None:
-        """One more."""
+        """Appends a loss."""
         self.last = loss
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "loss": loss}) + "\n")
 
 
-# --- many processes on this machine, in the place of many hosts ------------------------------------------------------
+# --- many processes on this machine, instead of many hosts ----- ------------------------------------------------------
 
 
 def launch(args) -> int:
-    """Starts the processes and waits for them; if one dies, the others are stopped."""
+    """Starts the processes and waits for them. If one dies, the others are stopped."""
     if not args.resume:
         shutil.rmtree(args.dir / "checkpoints", ignore_errors=True)
         (args.dir / "losses.jsonl").unlink(missing_ok=True)
@@ -142,15 +143,15 @@ def launch(args) -> int:
         time.sleep(0.05)
     died = any(ends)
     for worker in workers:
-        worker.kill()  # those that still wait for one that died
+        worker.kill()  # it may still wait for a process that died
         worker.wait()
     if died:
-        print("A process died; with --resume the training goes on after its last checkpoint.", file=sys.stderr)
+        print("A process died. Run it with --resume to continue after the last checkpoint.", file=sys.stderr)
     return int(died)
 
 
 def main() -> int:
-    """The launcher, or one of its workers."""
+    """Runs the launcher or one of its workers."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     option = parser.add_argument
@@ -158,9 +159,9 @@ def main() -> int:
     option("--steps", type=int, default=100)
     option("--checkpoint-every", type=int, default=20, metavar="STEPS")
     option("--dir", type=Path, default=Path("runs/multihost"), help="folder for losses and checkpoints")
-    option("--resume", action="store_true", help="go on after the last checkpoint")
+    option("--resume", action="store_true", help="continue after the last checkpoint")
     option("--kill-at", type=int, metavar="STEP", help="the second process is killed before this step")
-    option("--worker", action="store_true", help="be one of the processes")
+    option("--worker", action="store_true", help="run as one of the processes")
     option("--coordinator", help="address of the first process")
     option("--process", type=int, help="number of this process")
     args = parser.parse_args()

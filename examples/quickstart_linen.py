@@ -1,8 +1,8 @@
-"""A stable embedding and 8-bit AdamW in a Linen model: a small transformer learns to write this very file.
+"""Trains with a stable embedding and 8-bit AdamW in a Linen model: a small transformer learns to write this very file.
 
     python examples/quickstart_linen.py
 
-Takes seconds on CPU. The two lines that name `fse` in place of Flax and optax are all there is to it.
+Takes seconds on CPU. Only the two lines with `fse` differ from a script with Flax and optax alone.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 100
 
 
 class Block(nn.Module):
-    """Attention to what came before, then a two-layer network."""
+    """Causal attention, then a two-layer network."""
 
     @nn.compact
     def __call__(self, x, mask):
@@ -29,11 +29,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, logits for the next byte out."""
+    """Maps bytes to logits for the next byte."""
 
     @nn.compact
     def __call__(self, ids):
-        tokens = fse.linen.StableEmbed(BYTES, WIDTH, name="tokens")  # in place of nn.Embed
+        tokens = fse.linen.StableEmbed(BYTES, WIDTH, name="tokens")  # instead of nn.Embed
         positions = fse.linen.Embed(CONTEXT, WIDTH, name="positions")
         x = tokens(ids) + positions(np.arange(CONTEXT))[None]
         for _ in range(2):
@@ -42,14 +42,14 @@ class LanguageModel(nn.Module):
 
 
 model = LanguageModel()
-tx = fse.adamw8bit(3e-3, b2=0.99)  # in place of optax.adamw
+tx = fse.adamw8bit(3e-3, b2=0.99)  # instead of optax.adamw
 params = model.init(jax.random.key(0), TEXT[None, :CONTEXT])["params"]
 state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 
 @jax.jit
 def train_step(state, windows):
-    """One step: a new state and the loss of the old one."""
+    """Returns a new state, and the loss of the old one."""
 
     def loss_of(params):
         logits = state.apply_fn({"params": params}, windows[:, :-1])

@@ -1,8 +1,8 @@
-"""A stable embedding and 8-bit AdamW in an NNX model: a small transformer learns to write this very file.
+"""Trains with a stable embedding and 8-bit AdamW in an NNX model: a small transformer learns to write this very file.
 
     python examples/quickstart_nnx.py
 
-Takes seconds on CPU. The two lines that name `fse` in place of Flax and optax are all there is to it.
+Takes seconds on CPU. Only the two lines with `fse` differ from a script with Flax and optax alone.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ BYTES, WIDTH, CONTEXT, STEPS = 256, 128, 64, 100
 
 
 class Block(nnx.Module):
-    """Attention to what came before, then a two-layer network."""
+    """Causal attention, then a two-layer network."""
 
     def __init__(self, *, rngs):
         self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
@@ -32,10 +32,10 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Bytes in, logits for the next byte out."""
+    """Maps bytes to logits for the next byte."""
 
     def __init__(self, *, rngs):
-        self.tokens = fse.nnx.StableEmbed(BYTES, WIDTH, rngs=rngs)  # in place of nnx.Embed
+        self.tokens = fse.nnx.StableEmbed(BYTES, WIDTH, rngs=rngs)  # instead of nnx.Embed
         self.positions = fse.nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs=rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
@@ -48,13 +48,13 @@ class LanguageModel(nnx.Module):
 
 
 model = LanguageModel(rngs=nnx.Rngs(0))
-tx = fse.adamw8bit(3e-3, b2=0.99)  # in place of optax.adamw
+tx = fse.adamw8bit(3e-3, b2=0.99)  # instead of optax.adamw
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
 @nnx.jit
 def train_step(model, optimizer, windows):
-    """One step, in place as NNX does it."""
+    """Runs one step, which updates model and optimizer in place."""
 
     def loss_of(model):
         logits = model(windows[:, :-1])

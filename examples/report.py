@@ -1,18 +1,18 @@
-"""What is left of a training run: its state in bytes by class, one table, one plot, one summary for programs.
+"""Reports training runs: the bytes of their state, one table, one plot, and one summary as JSON.
 
-    python examples/report.py                       prints the table of the last comparison again, as Markdown
-    python examples/report.py runs/comparison.json --publish NAME     and puts it into the README or the page of docs/
-                                                                      that has marks of NAME, and the plot into
-                                                                      examples/results/
+    python examples/report.py                                       prints the table of the last comparison as Markdown
+    python examples/report.py runs/comparison.json --publish NAME   also publishes it under this name
 
-Imported, it is the part of `language_model.py` that measures and draws.
+Publishing writes the table into the page (README.md or a page of docs/) that has the marks <!-- NAME: ... --> and
+<!-- /NAME -->, and copies plot and summary into examples/results/. `language_model.py` imports this module to measure
+and to draw.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import resource
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,24 +22,25 @@ import jax
 import numpy as np
 import run_folder
 
-RESULTS = Path(__file__).with_name("results")  # what the README and docs/ show, .png and .json by name
-LIMIT = 0.002  # validation loss of a compared run may differ by this part of the reference's
-SMOOTHED_OVER = 15  # steps: the standard deviation of the weights behind the smoothed curve
-STATE_CLASSES = {
-    "embeddings": "state: embeddings",
+RESULTS = Path(__file__).with_name("results")  # published comparisons, a .png and a .json each
+LIMIT = 0.002  # largest relative difference between the validation losses of a run and of the reference
+SMOOTHED_OVER = 15  # standard deviation of the weights behind the smoothed curve, in steps
+CURVE_STEPS = 10  # training losses are averaged over so many steps in the curve that a summary keeps
+STATE_CLASSES = {  # in the order of the table
     "codes": "state: 8-bit codes",
-    "scales": "state: scales of the codes (absmax)",
-    "others": "state: everything else, fp32",
+    "scales": "state: scales of the codes",
+    "others": "state: other fp32 arrays",
+    "embeddings": "state: embeddings",
 }
-# Okabe and Ito's palette: blue, vermillion, green, purple can be told apart with any kind of colour vision.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
+# Okabe and Ito's palette: blue, vermillion, green, purple can be told apart with any kind of color vision.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
 
 
 # --- numbers of one run ---
 
 
 def state_bytes(opt_state) -> dict[str, int]:
-    """Bytes of an optimizer state by class, told from path and dtype alone: any optax state will do."""
+    """Returns the bytes of an optimizer state by class. Paths and dtypes tell the classes, so any optax state works."""
     classes = dict.fromkeys(STATE_CLASSES, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         if is_embedding(path):
@@ -54,7 +55,7 @@ def state_bytes(opt_state) -> dict[str, int]:
 
 
 def digest(tree) -> str:
-    """A hash of every bit of every array: two runs that agree here are the same run."""
+    """Returns a hash of every bit of every array. Two runs with the same hash are the same run."""
     hasher = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         hasher.update(np.asarray(leaf).tobytes())
@@ -62,25 +63,28 @@ def digest(tree) -> str:
 
 
 def step_bytes(compiled) -> int:
-    """What a compiled step holds while it runs: its arguments, its temporaries, and results of their own."""
+    """Returns the bytes that a compiled step holds while it runs: arguments, temporaries, and results not in place."""
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at once, code and compiler included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+def curve(metrics: list[dict]) -> dict[str, list]:
+    """Returns the training loss as a curve: the mean loss of every `CURVE_STEPS` steps, and the last of these steps."""
+    parts = [metrics[i : i + CURVE_STEPS] for i in range(0, len(metrics), CURVE_STEPS)]
+    return {
+        "steps": [part[-1]["step"] for part in parts],
+        "loss": [round(mean(line["loss"] for line in part), 4) for part in parts],
+    }
 
 
 def is_embedding(path) -> bool:
-    """Whether a leaf of a tree belongs to an embedding's table."""
+    """Returns whether a leaf of a pytree belongs to an embedding table."""
     return "'embedding'" in jax.tree_util.keystr(path)
 
 
 def write_run(folder: Path, settings: dict, params, opt_state, compiled_step) -> dict:
-    """The report of a finished run, also kept in its folder."""
+    """Writes the report of a finished run into its folder and returns it."""
     metrics = run_folder.read_metrics(folder / "metrics.jsonl")
     sizes = [(is_embedding(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     codec = settings["codec"]
@@ -91,9 +95,9 @@ def write_run(folder: Path, settings: dict, params, opt_state, compiled_step) ->
         "embedding_parameters": sum(size for embedding, size in sizes if embedding),
         "first_loss": metrics[0]["loss"],
         "validation_loss": metrics[-1]["validation_loss"],
+        "curve": curve(metrics),
         "state_bytes": state_bytes(opt_state),
         "step_bytes": step_bytes(compiled_step),
-        "peak_memory_bytes": peak_memory_bytes(),
         "median_ms": median(line["ms"] for line in metrics),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -105,20 +109,20 @@ def write_run(folder: Path, settings: dict, params, opt_state, compiled_step) ->
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run has reached its end."""
+    """Returns whether a run has reached its end."""
     return (folder / "run.json").exists()
 
 
 def read_run(folder: Path) -> dict:
-    """The report that a finished run left."""
+    """Returns the report of a finished run."""
     return json.loads((folder / "run.json").read_text())
 
 
-# --- several runs side by side ---
+# --- several runs ---
 
 
 def by_label(runs: list[dict]) -> dict[str, list[dict]]:
-    """The runs of every optimizer, which differ in their seeds only, in the order they were made."""
+    """Groups runs by optimizer and codec, in the order in which they ran. Runs of a group differ in their seeds."""
     groups = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
@@ -126,12 +130,12 @@ def by_label(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def validation_loss(runs: list[dict]) -> float:
-    """The mean over the seeds."""
+    """Returns the mean over the seeds."""
     return mean(run["validation_loss"] for run in runs)
 
 
-def summarise(runs: list[dict], command: str) -> dict:
-    """The comparison for programs: every run, and how far each group's mean is from the first group's."""
+def summarize(runs: list[dict], command: str) -> dict:
+    """Returns the comparison as data: every run, and how far the mean loss of each group is from the first group's."""
     (reference, *_), *others = groups = list(by_label(runs).values())
     reference_loss = validation_loss(groups[0])
     first_loss = mean(run["first_loss"] for run in groups[0])
@@ -151,7 +155,7 @@ def summarise(runs: list[dict], command: str) -> dict:
 
 
 def markdown(summary: dict) -> str:
-    """The table: one column an optimizer, one row a measure, padded so that it reads well as text too."""
+    """Returns the table: one column per optimizer, one row per measure, padded so that it reads well as text."""
     groups = by_label(summary["runs"])
     rows = [["", *groups]]
 
@@ -167,15 +171,14 @@ def markdown(summary: dict) -> str:
         return f"{count / 1e6:.3f} MB" if count else "-"
 
     seeds = len(next(iter(groups.values())))
-    row(f"validation loss, nats a token{f' (mean of {seeds} seeds)' if seeds > 1 else ''}", loss)
-    row("first training loss", lambda g: f"{mean(run['first_loss'] for run in g):.4f}")
+    row("optimizer state outside embeddings, bytes per parameter", lambda g: f"{bytes_per_parameter(g[0]):.2f}")
     for key, name in STATE_CLASSES.items():
         row(name, lambda g, key=key: megabytes(g[0]["state_bytes"][key]))
-    row("state: all", lambda g: megabytes(sum(g[0]["state_bytes"].values())))
-    row("state: bytes a parameter outside embeddings", lambda g: f"{bytes_a_parameter(g[0]):.2f}")
+    row("state: total", lambda g: megabytes(sum(g[0]["state_bytes"].values())))
+    row(f"validation loss, nats per token{f' (mean of {seeds} seeds)' if seeds > 1 else ''}", loss)
+    row("first training loss", lambda g: f"{mean(run['first_loss'] for run in g):.4f}")
     row("memory of a compiled step", lambda g: f"{g[0]['step_bytes'] / 1e6:.1f} MB")
-    row("peak memory of the process", lambda g: f"{max(run['peak_memory_bytes'] for run in g) / 1e6:.0f} MB")
-    row("one step, median", lambda g: f"{median(run['median_ms'] for run in g):.0f} ms")
+    row("median time per step", lambda g: f"{median(run['median_ms'] for run in g):.0f} ms")
 
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -185,24 +188,25 @@ def markdown(summary: dict) -> str:
     )
 
 
-def bytes_a_parameter(run: dict) -> float:
-    """State bytes of everything but embeddings, by the parameters that they belong to."""
+def bytes_per_parameter(run: dict) -> float:
+    """Returns the bytes of state per parameter, embeddings and their state left out."""
     held = sum(run["state_bytes"].values()) - run["state_bytes"]["embeddings"]
     return held / (run["parameters"] - run["embedding_parameters"])
 
 
 def verdict(summary: dict) -> str:
-    """The comparison in sentences."""
-    lines = [f"{summary['reference']} fell {summary['reference_fell_by']:.0%} below its first loss."]
+    """Returns the comparison in sentences."""
+    reference = summary["reference"]
+    lines = [f"The validation loss of {reference} ended {summary['reference_fell_by']:.0%} below its first loss."]
     for label, difference in summary["differences"].items():
         judged = "within" if difference["within_limit"] else "NOT within"
         relative = f"{difference['relative_difference']:+.3%}"
-        lines.append(f"{label}: validation loss {relative}, {judged} {summary['limit']:.1%} of {summary['reference']}.")
+        lines.append(f"That of {label} differs by {relative}, {judged} the limit of {summary['limit']:.1%}.")
     return "\n".join(lines)
 
 
 def plot(runs: list[dict], metrics: list[list[dict]], path: Path) -> None:
-    """Loss curves and, where groups are compared, how far each one's validation loss is from the first's."""
+    """Draws loss curves and, for several groups, how far the validation loss of each is from the first group's."""
     from matplotlib.figure import Figure
 
     groups = [[metrics[runs.index(run)] for run in group] for group in by_label(runs).values()]
@@ -210,14 +214,14 @@ def plot(runs: list[dict], metrics: list[list[dict]], path: Path) -> None:
     figure = Figure(figsize=(8, 6 if compared else 4.5), layout="constrained")
     curves = figure.add_subplot(4, 1, (1, 3)) if compared else figure.add_subplot()
     for i, (label, group) in enumerate(zip(by_label(runs), groups)):
-        style = {"color": COLOURS[i % len(COLOURS)], "zorder": 3 + i}
+        style = {"color": COLORS[i % len(COLORS)], "zorder": 3 + i}
         steps = [line["step"] for line in group[0]]
         losses = np.mean([[line["loss"] for line in lines] for lines in group], axis=0)
         curves.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
         curves.plot(steps, smooth(losses), label=f"{label}, training", linewidth=1.2 if i else 3.5, **style)
         curves.plot(*validation_points(group), label=f"{label}, validation", linestyle="", **marker(i), **style)
     reference = [line["loss"] for lines in groups[0] for line in lines]
-    curves.set_ylim(min(reference) - 0.2, max(reference) + 0.2)  # a run that diverges leaves the picture
+    curves.set_ylim(min(reference) - 0.2, max(reference) + 0.2)  # a run that diverges leaves the plot
     curves.set_ylabel("loss, nats per token")
     seeds = f", mean of {len(groups[0])} seeds" if len(groups[0]) > 1 else ""
     curves.set_title(f"Language model with {runs[0]['parameters'] / 1e6:.1f} million parameters{seeds}")
@@ -233,25 +237,25 @@ def plot(runs: list[dict], metrics: list[list[dict]], path: Path) -> None:
 
 
 def plot_differences(axes, groups: list[list[list[dict]]], reference: str) -> None:
-    """Every group's validation losses in percent from the first group's, and the limit as a grey band."""
+    """Draws how far validation losses are from the first group's, in percent, and the limit as a gray band."""
     steps, losses = validation_points(groups[0])
     axes.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.92", label=f"±{LIMIT:.1%}")
-    axes.axhline(0, color=COLOURS[0], linewidth=2)
+    axes.axhline(0, color=COLORS[0], linewidth=2)
     for i, group in enumerate(groups[1:], start=1):
         difference = 100 * (np.array(validation_points(group)[1]) / losses - 1)
-        axes.plot(steps, difference, color=COLOURS[i % len(COLOURS)], **marker(i))
+        axes.plot(steps, difference, color=COLORS[i % len(COLORS)], **marker(i))
     axes.set_ylim(-250 * LIMIT, 250 * LIMIT)
     axes.set_ylabel(f"validation loss,\n% from {reference}")
     axes.legend(frameon=False, loc="upper right")
 
 
 def marker(i: int) -> dict:
-    """The first group's points are large, so that those that cover them leave a rim."""
+    """Returns the style of points. Those of the first group are larger, so that points on top of them leave a rim."""
     return {"marker": "os^D"[i % 4], "markersize": 5 if i else 9, "markeredgecolor": "white"}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """At every point the height of a straight line fitted to its neighbourhood: unbiased also at both ends."""
+    """Smooths a curve: fits a straight line around each point, which is unbiased at both ends too."""
     steps = np.arange(len(values))
     distance = steps[None] - steps[:, None]
     bell = np.exp(-0.5 * (distance / SMOOTHED_OVER) ** 2)
@@ -261,7 +265,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def validation_points(runs: list[list[dict]]) -> tuple[list[int], list[float]]:
-    """Steps and losses where validation ran, the mean over runs."""
+    """Returns the steps at which validation ran, and the mean losses over the runs."""
     points = {}
     for line in (line for run in runs for line in run if "validation_loss" in line):
         points.setdefault(line["step"], []).append(line["validation_loss"])
@@ -269,8 +273,8 @@ def validation_points(runs: list[list[dict]]) -> tuple[list[int], list[float]]:
 
 
 def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
-    """Summary, table and plot of runs in `folder`, written beside them; the table is also printed."""
-    summary = summarise(runs, command)
+    """Writes summary, table and plot of runs into `folder`, and prints the table."""
+    summary = summarize(runs, command)
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / f"{name}.md").write_text(markdown(summary) + "\n")
     metrics = [run_folder.read_metrics(folder / run["name"] / "metrics.jsonl") for run in runs]
@@ -280,26 +284,26 @@ def write(runs: list[dict], folder: Path, name: str, command: str) -> None:
 
 
 def published(summary: dict) -> str:
-    """Table, command and verdict as they stand in the documentation."""
+    """Returns table, command and verdict for the documentation."""
     run = summary["runs"][0]
     where = f"{run['cores']} cores of {run['device']}, JAX {run['jax']}"
     return f"{markdown(summary)}\n\n`{summary['command']}`, on {where}. {verdict(summary)}"
 
 
 def publish(comparison: Path, name: str) -> None:
-    """Puts a comparison into the page that has its marks, and its plot and summary beside the examples."""
-    root, end = RESULTS.parents[1], f"<!-- /{name} -->"
-    pages = [page for page in (root / "README.md", *root.glob("docs/*.md")) if end in page.read_text()]
+    """Writes a comparison into the page that has its marks, and its plot and summary into examples/results/."""
+    root = RESULTS.parents[1]
+    marks = re.compile(rf"^(<!-- {name}: [^\n]*-->\n).*?^(<!-- /{name} -->)", re.DOTALL | re.MULTILINE)
+    pages = [page for page in (root / "README.md", *root.glob("docs/**/*.md")) if marks.search(page.read_text())]
     if len(pages) != 1:
-        sys.exit(f"One page must have marks <!-- {name}: ... --> and {end}, not {len(pages)}.")
-    before, opening, rest = pages[0].read_text().partition(f"<!-- {name}: ")
-    how, closing, rest = rest.partition("-->")
-    after = rest.partition(end)[2]
+        sys.exit(f"One page must have the marks <!-- {name}: ... --> and <!-- /{name} -->, not {len(pages)}.")
     text = published(json.loads(comparison.read_text()))
-    pages[0].write_text(f"{before}{opening}{how}{closing}\n{text}\n{end}{after}")
+    pages[0].write_text(marks.sub(lambda found: f"{found[1]}{text}\n{found[2]}", pages[0].read_text()))
     RESULTS.mkdir(exist_ok=True)
     for suffix in (".json", ".png"):
-        shutil.copyfile(comparison.with_suffix(suffix), (RESULTS / name).with_suffix(suffix))
+        target = (RESULTS / name).with_suffix(suffix)
+        if comparison.with_suffix(suffix).resolve() != target.resolve():  # a published comparison may be rendered again
+            shutil.copyfile(comparison.with_suffix(suffix), target)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a training run keeps on disk, and how it goes on after an interruption, bit for bit.
+"""Keeps a training run on disk, so that it continues after an interruption bit for bit.
 
-A run's folder holds `settings.json`, `metrics.jsonl` (a line a step), `checkpoints/` (orbax; each one appears
-complete or not at all) and at the end `run.json`, its report. A run may be killed at any moment: it goes on after
-its last checkpoint, and the lines of the steps that are then done again are dropped first.
+The folder of a run has `settings.json`, `metrics.jsonl` (one line per step), `checkpoints/` (by orbax; a checkpoint
+appears only when it is complete) and at the end `run.json`, its report. A run may be killed at any moment. It then
+continues after its last checkpoint: metrics of later steps are dropped, and these steps run again.
 """
 
 import json
@@ -17,7 +17,7 @@ KEPT_CHECKPOINTS = 2
 
 
 class RunFolder:
-    """The folder of one run: what it was left with if the run is resumed, else emptied."""
+    """The folder of one run. It keeps its content if the run is resumed, and is emptied otherwise."""
 
     def __init__(self, path: Path, settings: dict, *, resume: bool):
         self.path, self.settings = path, settings
@@ -34,27 +34,27 @@ class RunFolder:
         self.checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
 
     def refuse_other_settings(self) -> None:
-        """Ends the program if the run began with other settings than it has now."""
+        """Ends the program if the run started with other settings than it has now."""
         before = json.loads((self.path / "settings.json").read_text())
         pairs = ((name, before.get(name), new) for name, new in self.settings.items())
         changed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
         if changed:
-            sys.exit(f"{self.path} holds a run with other settings ({changed}): without --resume it starts anew.")
+            sys.exit(f"{self.path} has a run with other settings ({changed}). Without --resume it starts again.")
 
     def restore(self, tree):
-        """The last saved step and its tree, or 0 and `tree` itself where nothing was saved."""
+        """Returns the last saved step and its pytree, or 0 and `tree` if nothing was saved."""
         step = self.checkpoints.latest_step()
         if step is None:
             return 0, tree
-        print(f"{self.settings['name']}: goes on after step {step}")
+        print(f"{self.settings['name']}: continues after step {step}")
         return step, self.checkpoints.restore(step, args=ocp.args.StandardRestore(tree))
 
     def save(self, step: int, tree) -> None:
-        """A checkpoint; older ones than the last few are removed."""
+        """Saves a checkpoint and removes old ones."""
         self.checkpoints.save(step, args=ocp.args.StandardSave(tree))
 
     def open_metrics(self, *, after: int):
-        """The metrics file, open for the lines after step `after`."""
+        """Opens the metrics file for the lines after step `after`. Later lines are dropped."""
         path = self.path / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= after]
         write(path, *kept)
@@ -62,13 +62,13 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file; a last one that was cut off by a kill is left out."""
+    """Returns the lines of a metrics file, without a last line that is incomplete because the run was killed."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write(path: Path, *lines: dict) -> None:
-    """Writes JSON, a value a line, so that the file is the old or the new one at any moment."""
+    """Writes one JSON value per line. At any moment the file is either the old or the new one."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(unfinished, path)

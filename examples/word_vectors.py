@@ -1,15 +1,16 @@
-"""Word vectors: some hundred thousand words and phrases of Python's standard library, in a minute on CPU.
+"""Trains word vectors: several hundred thousand words and phrases of Python's standard library, in a minute on CPU.
 
     python examples/word_vectors.py [--steps 8000] [--text FILE...]
 
-Skip-gram with negative sampling: the vector of a word, or of a phrase of two words, predicts the words around it. A
-step looks up some thousand rows of two large tables. `sparse=True` and two names make it touch only those:
+The method is skip-gram with negative sampling: the vector of a word, or of a phrase of two words, predicts the words
+around it. A step looks up some thousand rows of two large tables. `sparse=True` and two functions make it update only
+these rows:
 
-    fse.row_value_and_grad  in place of nnx.value_and_grad: the gradient has the looked-up rows alone
-    fse.row_sparse          around the optimizer: it updates those rows, and the rows of its moments
+    fse.row_value_and_grad  replaces nnx.value_and_grad: the gradient has only the rows that were looked up
+    fse.row_sparse          wraps the optimizer: it updates only these rows, and these rows of its moments
 
-With dense gradients every step would read and write both tables and all of their moments; the last line says how long
-the training would have taken.
+With dense gradients every step would read and write both tables and all of their moments. The last line says how long
+that training would take.
 """
 
 import argparse
@@ -32,12 +33,12 @@ import flax_stable_embed as fse
 
 WIDTH, BATCH, NEGATIVES, WINDOW, RATE = 128, 1024, 64, 5, 3e-3
 WORD = re.compile(r"[^\W\d]\w*")
-OFTEN = 1e-4  # words with a larger share of the text are left out more, the larger it is
+OFTEN = 1e-4  # words with a larger share of the text are sampled less
 SHOWN = "encode", "socket", "float", "lock", "directory", "TestCase", "os path", "re compile", "raise TypeError"
 
 
 class Text(NamedTuple):
-    """Words as numbers. `phrases[i]` is the number of the phrase that begins at word i, -1 if it is rare."""
+    """Words as numbers. `phrases[i]` is the number of the phrase that starts at word i, or -1 if it is rare."""
 
     names: list[str]  # of words, then of phrases
     counts: np.ndarray  # of the words
@@ -46,7 +47,7 @@ class Text(NamedTuple):
 
 
 def read(files: list[Path] | None) -> Text:
-    """The documents one after the other, their words and the phrases that they have at least twice."""
+    """Reads the documents: their words, and the phrases that occur at least twice."""
     documents = [WORD.findall(path.read_text(errors="replace")) for _, path in corpus.find_files(files)]
     text = [word for words in documents for word in words]
     counted = Counter(text).most_common()
@@ -61,7 +62,7 @@ def read(files: list[Path] | None) -> Text:
 
 
 class Sampler:
-    """Batches of (centre, context, negatives), a function of the step alone."""
+    """Draws batches of (center, context, negatives), which depend only on the step."""
 
     def __init__(self, text: Text):
         self.text = text
@@ -87,22 +88,22 @@ class Sampler:
 
 
 class SkipGram(nnx.Module):
-    """One table for what predicts, words and phrases, and one for what is predicted."""
+    """Two tables: words and phrases that predict, and words that are predicted."""
 
     def __init__(self, num_names: int, num_words: int, *, sparse: bool, rngs: nnx.Rngs):
-        self.centres = fse.nnx.Embed(num_names, WIDTH, sparse=sparse, rngs=rngs)
+        self.centers = fse.nnx.Embed(num_names, WIDTH, sparse=sparse, rngs=rngs)
         self.contexts = fse.nnx.Embed(num_words, WIDTH, sparse=sparse, rngs=rngs)
 
-    def __call__(self, centre, context, negatives):
-        """The loss: the context should be likely after the centre, words that were drawn at random should not."""
-        h = self.centres(centre)
+    def __call__(self, center, context, negatives):
+        """Returns the loss: the context should be likely for the center, and random words should not."""
+        h = self.centers(center)
         likely = jnp.einsum("bd,bd->b", h, self.contexts(context))
         unlikely = jnp.einsum("bd,nd->bn", h, self.contexts(negatives))
         return jnp.mean(jax.nn.softplus(-likely)) + 5 * jnp.mean(jax.nn.softplus(unlikely))
 
 
 def trainer(text: Text, *, sparse: bool):
-    """The model, and a function that makes one step and returns the loss before it."""
+    """Returns the model, and a function that runs one step and returns the loss before it."""
     model = SkipGram(len(text.names), len(text.counts), sparse=sparse, rngs=nnx.Rngs(0))
     adam = optax.adam(RATE)
     optimizer = nnx.Optimizer(model, fse.row_sparse(adam) if sparse else adam, wrt=nnx.Param)
@@ -117,9 +118,9 @@ def trainer(text: Text, *, sparse: bool):
     return model, lambda batch: step(model, optimizer, batch)
 
 
-def neighbours(model: SkipGram, text: Text, name: str, k: int = 6) -> list[str]:
-    """The most similar of what is not rare, by the cosine of their vectors."""
-    table = model.centres.embedding[...]
+def neighbors(model: SkipGram, text: Text, name: str, k: int = 6) -> list[str]:
+    """Returns the most similar frequent names, by the cosine of their vectors."""
+    table = model.centers.embedding[...]
     frequent = table[: min(len(table), 3 * len(text.counts))]
     unit = frequent / jnp.linalg.norm(frequent, axis=-1, keepdims=True)
     i = text.names.index(name)
@@ -128,7 +129,7 @@ def neighbours(model: SkipGram, text: Text, name: str, k: int = 6) -> list[str]:
 
 
 def timed(step, batches) -> float:
-    """Seconds a step, the first of them not counted."""
+    """Returns the seconds per step, without the first one."""
     step(batches[0])
     start = perf_counter()
     for batch in batches[1:]:
@@ -137,10 +138,10 @@ def timed(step, batches) -> float:
 
 
 def main() -> None:
-    """Trains, prints neighbours, compares with a dense step."""
+    """Trains, prints neighbors, and compares with a dense step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--text", type=Path, nargs="+", help="files to learn from in place of the standard library")
+    parser.add_argument("--text", type=Path, nargs="+", help="files to learn from instead of the standard library")
     args = parser.parse_args()
 
     text = read(args.text)
@@ -160,7 +161,7 @@ def main() -> None:
     print()
     for name in SHOWN:
         if name in text.names:
-            print(f"{name:>16}: {', '.join(neighbours(model, text, name))}")
+            print(f"{name:>16}: {', '.join(neighbors(model, text, name))}")
     batches = [sample(i) for i in range(4)]
     sparse_ms = 1e3 * timed(step, batches)
     del model, step

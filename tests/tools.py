@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
-from benchmarks import collectives
+from benchmarks.counted import collectives
 from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.compiled import QUIET
+from benchmarks.counted.compiled import QUIET
 
 os.environ.update(QUIET)  # read when libtpu is loaded
 

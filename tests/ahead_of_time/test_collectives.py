@@ -6,8 +6,8 @@ from math import prod
 import jax
 import pytest
 
-from benchmarks import collectives as counted
-from benchmarks.transformer import Transformer
+from benchmarks.counted import collectives as counted
+from benchmarks.harness.transformer import Transformer
 from tests.tools import assert_an_embedding_adds_nothing
 
 SMALL = Transformer(layers=1, vocabulary=1024)

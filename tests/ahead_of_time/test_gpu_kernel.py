@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from benchmarks import compiled as counted
+from benchmarks.counted import compiled as counted
 from tests import cases
 
 SMALL = fse.StateFormat(min_size=0)

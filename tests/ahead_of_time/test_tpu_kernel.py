@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from benchmarks import compiled as counted
+from benchmarks.counted import compiled as counted
 from tests import cases
 
 SMALL = fse.StateFormat(min_size=0)
@@ -37,9 +37,9 @@ def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(topology, chip, n
 
 
 def test_the_kernel_is_limited_by_memory_not_by_instructions(topology):
-    """This counts one kernel on v5e. `python -m benchmarks.compiled` counts all of them."""
+    """This counts one kernel on v5e. `python -m benchmarks compiled` counts all of them."""
     del topology  # skips without a compiler
-    command = [sys.executable, "-m", "benchmarks.compiled", "--quick"]
+    command = [sys.executable, "-m", "benchmarks", "compiled", "--quick"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     issued, by_memory = out.splitlines()[-1].split("|")[-2].replace("(", "").replace(")", "").split()
     assert 10 < float(issued) <= 25 < float(by_memory)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from benchmarks import compiled as counted
-from benchmarks import lookups
+from benchmarks.counted import compiled as counted
+from benchmarks.counted import lookups
 from flax_stable_embed.ops.embedding.normalised_rows import api as operation
 
 SHAPE = lookups.Shape(2048, 8192, 8192)  # rows and outputs are larger than the scratch memory of a chip

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from benchmarks import compiled as counted
+from benchmarks.counted import compiled as counted
 
 HOST = ((".*", fse.Rule(memory_kind="pinned_host")),)
 RNG = np.random.default_rng(0)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiled, gpu
-from benchmarks.steps import BASELINE, OURS
+from benchmarks.counted import compiled
+from benchmarks.harness.tree_steps import BASELINE, OURS
+from benchmarks.measured import gpu
 from tests.cases import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]

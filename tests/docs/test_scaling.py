@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chips, collectives
+from benchmarks.counted import chips, collectives
 from tests.tools import assert_an_embedding_adds_nothing
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -1,4 +1,4 @@
-"""The main job at a tiny size: what it prints and writes, and that a killed run goes on bit for bit."""
+"""The language model runs at a tiny size, prints and writes its reports, and continues bit for bit when killed."""
 
 import argparse as some_module_with_a_text
 import importlib
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     kill_when(command(tmp_path / "killed", *options, "--resume"), is_saving)
     assert "run.json" not in entries(killed)
 
-    assert "goes on after step" in finish(command(tmp_path / "killed", *options, "--resume"))
+    assert "continues after step" in finish(command(tmp_path / "killed", *options, "--resume"))
     assert losses_of(killed) == losses_of(whole)
     digests = [json.loads((run / "run.json").read_text())["digest"] for run in (whole, killed)]
     assert digests[0] == digests[1]  # of every bit of the parameters and of the optimizer's state
@@ -189,6 +189,10 @@ def test_a_batch_depends_on_seed_and_step_alone(corpus):
 def test_a_comparison_is_published_between_the_markers_of_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- language_model: how -->\nold\n<!-- /language_model -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(
+        'includes from "<!-- language_model: how -->"\nto "<!-- /language_model -->"\n'
+    )
     run = {
         "label": "adamw, fp32",
         "validation_loss": 4.0,
@@ -197,7 +201,6 @@ def test_a_comparison_is_published_between_the_markers_of_the_readme(tmp_path):
         "parameters": 20,
         "embedding_parameters": 10,
         "step_bytes": 1000,
-        "peak_memory_bytes": 10**8,
         "median_ms": 12.0,
         "cores": 2,
         "device": "cpu",
@@ -213,10 +216,10 @@ report.RESULTS = folder / "examples" / "results"
 report.RESULTS.parent.mkdir()
 run = json.loads(sys.argv[1])
 better = run | {{"label": "adamw8bit, root", "validation_loss": 4.002}}
-(folder / "comparison.json").write_text(json.dumps(report.summarise([run, better], "make train")))
+(folder / "comparison.json").write_text(json.dumps(report.summarize([run, better], "make train")))
 (folder / "comparison.png").touch()
 report.publish(folder / "comparison.json", "language_model")
-report.publish(folder / "comparison.json", "language_model")
+report.publish(report.RESULTS / "language_model.json", "language_model")
 """
     finish([sys.executable, "-c", code, json.dumps(run)])
     text = readme.read_text()

@@ -1,4 +1,4 @@
-"""A training on several processes, one of which is killed, goes on with another number of them to the same losses."""
+"""A training on several processes continues with another number of them when one is killed, to the same losses."""
 
 import json
 import re
@@ -18,7 +18,7 @@ def losses(folder):
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_training_goes_on_with_other_processes_to_the_same_losses(tmp_path):
+def test_a_killed_training_continues_on_other_processes_to_the_same_losses(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)
     assert done.returncode == 0, done.stderr
@@ -26,10 +26,10 @@ def test_a_killed_training_goes_on_with_other_processes_to_the_same_losses(tmp_p
     total, each = (
         int(n.replace(",", "")) for n in re.search(r"([\d,]+) bytes, ([\d,]+) of them", done.stdout).groups()
     )
-    assert each < total / 7.9  # a piece of every moment on each of the 8 devices
+    assert each < total / 7.9  # each of the 8 devices has a shard of every moment
 
     killed = run(broken, "--kill-at", "13")
-    assert killed.returncode == 1 and "A process died; with --resume" in killed.stderr
+    assert killed.returncode == 1 and "A process died. Run it with --resume" in killed.stderr
     assert sorted(path.name for path in (broken / "checkpoints").iterdir() if path.name.isdigit()) == ["10", "5"]
     resumed = run(broken, "--resume", "--processes", "4")
     assert resumed.returncode == 0, resumed.stderr

@@ -1,0 +1,1 @@
+"""Benchmarks that count bytes, instructions and collectives exactly. Nothing runs."""

@@ -1,0 +1,1 @@
+"""Shared by all benchmarks: timing, contenders, models and shapes, results and tables."""

@@ -1,0 +1,1 @@
+"""Benchmarks that time steps on this machine."""

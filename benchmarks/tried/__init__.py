@@ -1,0 +1,1 @@
+"""Experiments on quality: trainings with each codec and rounding, and errors of the formats."""
