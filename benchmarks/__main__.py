@@ -3,7 +3,7 @@
     python -m benchmarks                         everything; writes benchmarks/results/<device>-<commit>.json
     python -m benchmarks --quick                 small shapes and three rounds, to see that it runs; writes no file
     python -m benchmarks --only gpt2_mlp         one shape or a few, by the names in shapes.py; writes no file
-    python -m benchmarks --table FILE            the tables in docs/performance.md, from a file of results
+    python -m benchmarks --table FILE            the tables in docs/results.md, from a file of results
     python -m benchmarks errors                  the table of round-trip errors, alone
     python -m benchmarks readme                  writes the tables of the documentation, from the newest results
 

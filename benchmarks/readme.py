@@ -58,19 +58,19 @@ def of(module: Any) -> Callable[[], str]:
 
 
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
-    ("README.md", "goals"): lambda: goals.markdown(newest()),
-    ("docs/performance.md", "gpu"): lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
-    ("docs/performance.md", "compiled"): of(compiled),
-    ("docs/performance.md", "lookups"): of(lookups),
-    ("docs/performance.md", "models"): of(models),
-    ("docs/performance.md", "benchmarks"): lambda: report.markdown(newest()),
-    ("docs/embeddings.md", "embedding"): of(embedding),
+    ("docs/performance.md", "goals"): lambda: goals.markdown(newest()),
+    ("docs/results.md", "gpu"): lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
+    ("docs/results.md", "compiled"): of(compiled),
+    ("docs/results.md", "lookups"): of(lookups),
+    ("docs/results.md", "models"): of(models),
+    ("docs/results.md", "benchmarks"): lambda: report.markdown(newest()),
+    ("docs/results.md", "embedding"): of(embedding),
     ("docs/quality.md", "quality"): quality,
     ("docs/quality.md", "rounding"): of(rounding),
     ("docs/quality.md", "switch"): of(switch),
     ("docs/rules.md", "state"): state.markdown,
-    ("docs/scaling.md", "collectives"): of(collectives),
-    ("docs/scaling.md", "chips"): of(chips),
+    ("docs/results.md", "collectives"): of(collectives),
+    ("docs/results.md", "chips"): of(chips),
     ("flax_stable_embed/ops/blockwise/README.md", "errors"): lambda: errors.markdown(newest()["errors"]),
 }
 
