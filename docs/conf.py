@@ -27,7 +27,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 
 autodoc_member_order = "bysource"
-# Descriptions of arguments say what they may be; types would be long unions.
+# Descriptions of arguments name their types; annotations would be long unions.
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # shows a list of names and does not look for their types
