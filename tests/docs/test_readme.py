@@ -75,15 +75,18 @@ def test_figures_of_kernels_equal_the_counts_and_measurements():
     of_kernels = [row for row in rows if row["step"] == "`adamw8bit`"]
     (moved,) = {f"{row['bytes']:.2f}" for row in of_kernels}
     (base,) = {f"{row['bytes']:.0f}" for row in rows if "optax" in row["step"] and row["chip"].startswith("v")}
-    text, page = (" ".join(t.split()) for t in (README, (ROOT / "docs" / "performance.md").read_text()))
+    pages = ("README.md", "docs/performance.md", "docs/faq.md")
+    text, page, answers = (" ".join((ROOT / name).read_text().split()) for name in pages)
     assert f"moves {moved} bytes per parameter, where fp32 AdamW moves {base}" in text
     assert f"moves {moved} bytes per parameter, where `optax.adamw` moves {base}" in page
+    assert f"counts {moved} instead of {base} bytes per parameter" in answers
     ratios = {}
     for results in gpu.everywhere():
         busy = {name: row["device_ms"] for name, row in results["model"].items() if "device_ms" in row}
         ratios[results["environment"]["device"].split()[1]] = f"{busy[OURS] / busy[BASELINE]:.2f}"
         assert busy["bitsandbytes `AdamW8bit`"] > 3 * busy[OURS]
     assert f"takes {ratios['H100']} of `optax.adamw`'s time on an H100 and {ratios['H200']} on an H200" in text
+    assert f"{ratios['H100']} of it on an H100 and {ratios['H200']} of it on an H200" in answers
     assert f"takes {ratios['H100']} of `optax.adamw`'s time; on the H200 it takes {ratios['H200']}" in page
 
 
