@@ -1,24 +1,36 @@
 """Configures the site that `make docs` builds."""
 
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for markdown_docstrings.py
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for markdown_docstrings.py
+PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 
 project = "flax_stable_embed"
+copyright = "2026, the flax_stable_embed authors, Apache-2.0"
 release = metadata.version("flax-stable-embed")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx_copybutton",
     "markdown_docstrings",
 ]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_theme_options = {  # links from each page to its source in the repository
+    "source_repository": PROJECT["urls"]["Repository"],
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
