@@ -40,6 +40,11 @@ def test_the_first_screen_has_its_parts_in_order():
     assert len(README.split("```python")[0].split()) <= 150
 
 
+def test_the_first_sentence_says_how_much_memory_is_saved():
+    """Adam: two codes of one byte, and two scales of four bytes per block of 256, instead of 8 bytes."""
+    assert f"by up to {8 / (2 + 2 * 4 / 256):.1f}x at the same loss" in README.split("\n\n")[1]
+
+
 def test_commands_for_a_checkout_say_how_long_they_take():
     assert re.search(r"make train +# about \d+ minutes", README) and re.search(
         r"make test +# about \d+ minutes", README
