@@ -1,6 +1,7 @@
-"""Docstrings are Markdown, as editors and notebooks show them: here they become what autodoc reads.
+"""Converts docstrings from Markdown, which editors show, to reStructuredText.
 
-Formulas between dollars, indented equations, names between backticks, which link to the reference where it has them.
+Converts formulas between dollar signs, indented equations, and names between backticks.
+A name that has an entry in the reference becomes a link to it.
 """
 
 import importlib
@@ -9,18 +10,27 @@ import re
 from typing import Any
 
 PACKAGE = "flax_stable_embed"
-MODULES = (PACKAGE, f"{PACKAGE}.linen", f"{PACKAGE}.nnx", f"{PACKAGE}.ops", f"{PACKAGE}.interop.bitsandbytes")
+MODULES = (
+    PACKAGE,
+    f"{PACKAGE}.linen",
+    f"{PACKAGE}.nnx",
+    f"{PACKAGE}.ops",
+    f"{PACKAGE}.interop.bitsandbytes",
+)
 
 
 def public(name: str) -> bool:
-    """Whether a full name is one of ours: a function or class in the table of contents of a public module."""
+    """Returns whether a full name is a function or class of a public module."""
     module, _, attribute = name.rpartition(".")
-    value = getattr(importlib.import_module(module), attribute, None) if module in MODULES else None
-    return getattr(value, "__module__", "").startswith(PACKAGE) and not inspect.ismodule(value)
+    if module not in MODULES:
+        return False
+    value = getattr(importlib.import_module(module), attribute, None)
+    ours = getattr(value, "__module__", "").startswith(PACKAGE)
+    return ours and not inspect.ismodule(value)
 
 
 def link(name: str, module: str) -> str:
-    """What stands between backticks, as a link if it is a public name, seen from `module`."""
+    """Converts text between backticks, to a link if `module` can see such a name."""
     full = re.sub(r"^fse\.", f"{PACKAGE}.", name)
     for candidate in (full, f"{module}.{name}", f"{PACKAGE}.{name}"):
         if re.fullmatch(r"[\w.]+", name) and public(candidate):
@@ -29,31 +39,31 @@ def link(name: str, module: str) -> str:
 
 
 def inline(text: str, module: str) -> str:
-    """One stretch of prose."""
-    pieces = re.split(r"(`[^`]+`|\$[^$]+\$)", text)
-    for i, piece in enumerate(pieces):
+    """Converts one paragraph of prose."""
+    parts = re.split(r"(`[^`]+`|\$[^$]+\$)", text)
+    for i, part in enumerate(parts):
         if i % 2 == 0:
-            pieces[i] = re.sub(r"\||(?<!\*)\*(?!\*)", r"\\\g<0>", piece)
-        elif piece.startswith("$"):
-            pieces[i] = f":math:`{' '.join(piece[1:-1].split())}`"
+            parts[i] = re.sub(r"\||(?<!\*)\*(?!\*)", r"\\\g<0>", part)
+        elif part.startswith("$"):
+            parts[i] = f":math:`{' '.join(part[1:-1].split())}`"
         else:
-            pieces[i] = link(" ".join(piece[1:-1].split()), module)
-    return "".join(pieces)
+            parts[i] = link(" ".join(part[1:-1].split()), module)
+    return "".join(parts)
 
 
 def formula(found: re.Match) -> str:
-    """A formula on lines of its own."""
+    """Converts a formula on lines of its own."""
     return f"\n{found[1]}.. math:: {' '.join(found[2].split())}\n"
 
 
 def convert(text: str, module: str) -> str:
-    """A docstring as reStructuredText, but for its sections, which napoleon reads."""
+    """Converts a docstring, except for its sections, which napoleon reads."""
     text = re.sub(r"^( *)\$\$(.*?)\$\$$", formula, text, flags=re.MULTILINE | re.DOTALL)
     paragraphs = re.split(r"\n{2,}", text)
     for i, paragraph in enumerate(paragraphs):
         if paragraph.lstrip().startswith((">>>", ".. math::")):
             continue
-        if paragraph.startswith("    "):  # an equation or a table, as it stands
+        if paragraph.startswith("    "):  # an equation or a table: kept as it is
             paragraphs[i] = f"::\n\n{paragraph}"
         else:
             paragraphs[i] = inline(paragraph, module)
@@ -61,7 +71,7 @@ def convert(text: str, module: str) -> str:
 
 
 class Named:
-    """A default value by its name: `float32`, not `<class 'jax.numpy.float32'>`."""
+    """Shows a default value by its name: `float32`, not `<class '...float32'>`."""
 
     def __init__(self, value: Any):
         self.name = getattr(value, "__name__", None) or repr(value)
@@ -71,18 +81,21 @@ class Named:
 
 
 def signature_of_module(cls: type) -> str:
-    """The arguments of a Flax module, whose class hides them (NNX) or adds its own (Linen)."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    kept = [p.replace(annotation=p.empty) for p in parameters if p.name not in ("self", "parent", "name")]
-    named = [p if p.default is p.empty else p.replace(default=Named(p.default)) for p in kept]
-    return str(inspect.Signature(named))
+    """Returns the arguments of a Flax module, without those that Flax adds."""
+    shown = []
+    for p in inspect.signature(cls.__init__).parameters.values():
+        if p.name not in ("self", "parent", "name"):
+            default = p.empty if p.default is p.empty else Named(p.default)
+            shown.append(p.replace(annotation=p.empty, default=default))
+    return str(inspect.Signature(shown))
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Text runs before napoleon does."""
+    """Registers both conversions; that of the text runs before napoleon."""
 
     def text(app, what, name, obj, options, lines):
-        module = max((m for m in MODULES if name.startswith(f"{m}.")), key=len, default=PACKAGE)
+        prefixes = [m for m in MODULES if name.startswith(f"{m}.")]
+        module = max(prefixes, key=len, default=PACKAGE)
         lines[:] = convert("\n".join(lines), module).split("\n")
 
     def signature(app, what, name, obj, options, signature, returns):

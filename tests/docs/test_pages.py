@@ -1,7 +1,6 @@
-"""The pages of docs/: their code runs, the reference has every public name, and figures are those of the results."""
+"""Tests of docs/: code runs, the reference has every public name, and figures equal those of the results."""
 
 import ast
-import doctest
 import functools
 import inspect
 import json
@@ -15,9 +14,10 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
-from benchmarks.measured import steps
+from benchmarks.measured import embedding, steps
 from benchmarks.published import pictures, readme
 from benchmarks.tried import errors, quality_report, rounding, switch
+from tests.docs.tools import code_of, run, too_long
 from tests.tools import public_names
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ ELSEWHERE = {"frameworks", "scaling"}  # their code runs in tests/frameworks/tes
 
 
 def in_the_reference():
-    """Full names of what autodoc is told to document."""
+    """Yields the full names that the pages of the reference document."""
     for page in (DOCS / "reference").glob("*.md"):
         module = ""
         for directive, name in re.findall(
@@ -43,26 +43,6 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted(in_the_reference()) == sorted(name for name, _ in public_names())
 
 
-def code_of(page):
-    """What a page runs, piece by piece, with the number of its first line: fenced python, and cells of notebooks."""
-    text = page.read_text()
-    for found in re.finditer(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        yield found[1], text.count("\n", 0, found.start(1))
-
-
-def run(page):
-    """Runs a page from top to bottom; where a piece begins with >>>, what it prints must be what is there."""
-    names = {"__name__": page.stem}
-    for code, line in code_of(page):
-        if code.startswith(">>>"):
-            test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
-            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-            assert doctest.DocTestRunner(optionflags=flags).run(test, clear_globs=False).failed == 0
-            names = test.globs
-        else:
-            exec(compile("\n" * line + code, str(page), "exec"), names)
-
-
 def pages():
     """Notebooks run in every build of the site as well."""
     for page in PAGES:
@@ -73,15 +53,23 @@ def pages():
 
 @pytest.mark.parametrize("page", list(pages()))
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    """A page runs from top to bottom."""
     monkeypatch.chdir(tmp_path)
-    run(page)
+    names = {"__name__": page.stem}
+    for code, line in code_of(page):
+        names = run(code, line, page, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_code_of_a_page_fits_the_column_of_the_site(page):
+    assert not [line for code, _ in code_of(page) for line in too_long(code)]
 
 
 # --- tables of names ---
 
 
 def rows_of_the_tables():
-    """What stands there and here, of the pages for those who come from elsewhere."""
+    """Yields the rows of the tables on the pages for users of other libraries: the name there and the name here."""
     for page in ("bitsandbytes.md", "optax.md"):
         table = (DOCS / page).read_text().split("| there | here |\n|---|---|\n")[1].split("\n\n")[0]
         for line in table.split("\n"):
@@ -90,7 +78,7 @@ def rows_of_the_tables():
 
 
 def named(node):
-    """What a dotted name in code is, or the method of an optimizer or class; None for a name of the reader's."""
+    """Returns the object that a dotted name in code refers to; None for a name that the reader would define."""
     if isinstance(node, ast.Attribute):
         owner = named(node.value)
         return None if owner is None else getattr(owner, node.attr)
@@ -98,8 +86,8 @@ def named(node):
 
 
 @pytest.mark.parametrize(("there", "here"), list(rows_of_the_tables()), ids=lambda x: x if len(x) < 40 else x[:40])
-def test_every_row_of_a_table_of_names_names_what_there_is(there, here):
-    """Every name exists and takes the arguments that the row gives it; rules and formats can be made."""
+def test_every_name_in_a_table_of_names_exists(there, here):
+    """Every name accepts the arguments in its row; rules and formats can be made."""
     codes = [code for code in re.findall(r"`([^`]+)`", here) if "fse." in code or "optax." in code or "rules=" in code]
     assert codes, here
     for code in codes:
@@ -128,14 +116,14 @@ def test_generated_figures_are_up_to_date(page):
 
 
 @pytest.mark.parametrize(("name", "page"), [("language_model", "README.md"), ("linear", "docs/quality.md")])
-def test_tables_of_the_language_model_are_those_of_its_results(name, page):
+def test_tables_of_the_language_model_equal_its_results(name, page):
     command = [sys.executable, "examples/report.py", f"examples/results/{name}.json"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert text.strip() in (ROOT / page).read_text(), f"run `python examples/report.py FILE --publish {name}`"
 
 
 @pytest.mark.slow
-def test_round_trip_errors_in_the_docs_are_those_of_the_code():
+def test_round_trip_errors_in_the_docs_equal_those_of_the_code():
     for measured, written in zip(errors.measure(), steps.newest()["errors"], strict=True):
         assert (measured["data"], measured["codec"]) == (written["data"], written["codec"])
         for size, pair in written["errors"].items():
@@ -148,7 +136,7 @@ def test_every_link_within_the_repository_leads_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_what_is_said_of_the_grid_is_what_it_shows():
+def test_the_summary_of_the_grid_agrees_with_its_results():
     results = json.loads(quality_report.FILE.read_text())
     assert len(results["runs"]) == results["planned"]
 
@@ -191,7 +179,7 @@ def test_what_is_said_of_the_grid_is_what_it_shows():
         assert statistics.mean(gain) < -0.08
 
 
-def test_what_is_said_of_rounding_and_of_switches_is_what_they_show():
+def test_the_summaries_of_rounding_and_of_switches_agree_with_their_results():
     rows = {(row["codec"], row["rounding"]): row for row in json.loads(rounding.FILE.read_text())["rows"]}
     assert rows["root", "nearest"]["size"] < min(row["size"] for key, row in rows.items() if key != ("root", "nearest"))
     for codec in ("root", "dynamic"):
@@ -200,24 +188,32 @@ def test_what_is_said_of_rounding_and_of_switches_is_what_they_show():
         assert abs(stochastic["size"] - 1) < 0.01
     results = json.loads(switch.FILE.read_text())
     most = max(abs(gap) for pair in switch.SWITCHES for gap in switch.gaps(results, "{}, then {}".format(*pair)))
-    assert min(switch.gaps(results, "fp32, then root with moments reset")) > 5 * most
+    assert min(switch.gaps(results, "fp32, then root begun anew")) > 5 * most
 
 
-def test_what_is_said_of_the_pictures_of_the_format_is_what_they_show():
+def test_the_description_of_the_pictures_of_the_format_agrees_with_them():
     smallest = {
-        (codec, signed): pictures.magnitudes(codec, signed)[0] for codec in pictures.COLORS for signed in (0, 1)
+        (codec, signed): pictures.magnitudes(codec, signed)[0] for codec in pictures.COLOURS for signed in (0, 1)
     }
     assert smallest["dynamic", 1] < smallest["root", 1] < smallest["linear", 1]
     assert smallest["root", 0] < smallest["dynamic", 0] < smallest["linear", 0]
     for signed in (False, True):
-        found = {codec: pictures.largest(pictures.relative_errors(codec, signed)) for codec in pictures.COLORS}
+        found = {codec: pictures.largest(pictures.relative_errors(codec, signed)) for codec in pictures.COLOURS}
         assert all(x[-1] < 0.01 for x in found.values())  # near the scale alike
         lost = {codec: (x >= 1).sum() for codec, x in found.items()}
         assert lost["linear"] > max(lost["root"], lost["dynamic"])  # loses everything first
 
 
+def test_ratios_on_the_page_of_embeddings_equal_the_results():
+    results = json.loads(embedding.FILE.read_text())
+    steps = {tuple(step["shape"]): step["rows"] for step in results["steps"]}
+    small, large = (steps[rows, 512, 256]["dense"]["ms"][1] for rows in (50_304, 503_040))
+    text = " ".join((DOCS / "embeddings.md").read_text().split())
+    assert f"takes {results['growth']['rows'][1]:.2f} times as long" in text
+    assert f"takes {large / small:.0f} times as long" in text
+
+
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_a_picture_can_be_drawn_and_is_there(name, tmp_path):
     pictures.PICTURES[name]().savefig(tmp_path / name, dpi=20)
-    page = "format.md" if name in pictures.FORMAT else "../README.md"
-    assert (pictures.FOLDER / name).exists() and (f"images/{name}" in (DOCS / page).read_text())
+    assert (pictures.FOLDER / name).exists() and f"images/{name}" in (DOCS / "format.md").read_text()

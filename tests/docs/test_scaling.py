@@ -1,4 +1,4 @@
-"""The code of docs/scaling.md runs from top to bottom, and its tables say what its words do."""
+"""Tests of docs/scaling.md: its code runs from top to bottom, and the results support its text."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_the_optimizer_moves_nothing_where_every_chip_has_whole_blocks():
 
 
 def where(row, step):
-    """The row of another step on the same mesh."""
+    """Returns the rows of another step on the same mesh."""
     return [r for r in rows() if r["step"] == step and all(r[key] == row[key] for key in ("slice", "mesh", "axes"))]
 
 
@@ -56,7 +56,7 @@ def test_where_blocks_straddle_scales_are_combined_and_other_blocks_end_it():
         assert free["straddling"] == 0
 
 
-def test_an_embedding_adds_nothing():
+def test_an_embedding_adds_no_communication():
     assert_an_embedding_adds_nothing(json.loads(collectives.FILE.read_text())["embeddings"])
 
 
@@ -67,6 +67,17 @@ def of_chips():
 def test_no_block_of_the_large_models_lies_on_two_chips():
     assert len(of_chips()) == 3 * len(chips.SLICES)
     assert not any(row["straddling"] for row in of_chips())
+
+
+def test_bytes_of_a_large_model_on_the_page_equal_the_results():
+    rows = [row for row in of_chips() if (row["model"], row["slice"], row["mesh"]) == ("7B", "v5e:4x4", [16, 1])]
+    ours, optax = (
+        f"{row['state'] / 1e9:.3f} GB"
+        for name in ("`adamw8bit`", "`optax.adamw`")
+        for row in rows
+        if row["optimizer"] == name
+    )
+    assert f"takes {ours} per chip, where `optax.adamw` takes {optax}" in " ".join(PAGE.read_text().split())
 
 
 @pytest.mark.slow
