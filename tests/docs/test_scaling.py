@@ -17,7 +17,7 @@ def test_the_code_of_the_page_runs(capsys):
     exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "scaling"})
     printed = capsys.readouterr().out
     assert "['down']" in printed
-    assert "straddles devices: down: axis 1 of 4096 is cut 256 ways, 16 on a device" in printed
+    assert "straddles devices: down: axis 1 of 4096 is sharded over 256 devices, 16 on each" in printed
 
 
 def test_every_link_of_the_page_leads_somewhere():

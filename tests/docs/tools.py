@@ -28,8 +28,5 @@ def run(code: str, line: int, page: Path, names: dict[str, Any]) -> dict[str, An
 
 
 def too_long(code: str) -> list[str]:
-    """Returns the lines of a block that do not fit the column of the site. Printed output may be longer."""
-    lines = code.split("\n")
-    if code.startswith(">>>"):
-        lines = [line for line in lines if line.startswith((">>>", "..."))]
-    return [line for line in lines if len(line) > 88]
+    """Returns the lines of a block that do not fit the column of the site."""
+    return [line for line in code.split("\n") if len(line) > 88]
