@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
-from flax_stable_embed.ops.blockwise_step import reference as xla
+from flax_stable_embed.ops.blockwise_step import cpu
 from flax_stable_embed.ops.blockwise_step.api import step_blockwise
+from flax_stable_embed.ops.blockwise_step.reference import plain
 from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step, UpdateRule, update_rule
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -50,7 +51,7 @@ def run(function, step, operands, steps=3):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of 1024 elements, so that small arrays take many, with remainders on every axis."""
-    monkeypatch.setattr(xla, "PIECE", 1 << 10)
+    monkeypatch.setattr(cpu, "PIECE", 1 << 10)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -66,8 +67,8 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_pieces):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
-    out, codes, absmax = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    want_out, want_codes, want_absmax = run(jax.jit(xla.plain, static_argnums=0), step, operands)
+    out, codes, absmax = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    want_out, want_codes, want_absmax = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip((*codes, *absmax), (*want_codes, *want_absmax)):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_allclose(out, want_out, rtol=2e-7, atol=2e-7)  # one rounding: of p + u, contracted or not
@@ -80,8 +81,8 @@ def test_chunks_with_what_is_not_finite_are_the_reference(numbers, fused, small_
     step = a_step((64, 96), fused=fused)
     operands = operands_of(step, (64, 96))
     operands = operands._replace(g=operands.g.at[3, 5].set(numbers).at[40, 7:90].set(-numbers))
-    found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(xla.plain, static_argnums=0), step, operands)))):
+    found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(plain, static_argnums=0), step, operands)))):
         np.testing.assert_allclose(got, want, rtol=2e-7, atol=2e-7 if got.ndim == 2 and got.dtype == np.float32 else 0)
 
 
@@ -91,8 +92,8 @@ def test_chunks_with_what_is_not_finite_are_the_reference(numbers, fused, small_
 def test_chunks_give_the_bits_of_the_reference_for_gradients_of_16_bits(shape, dtype):
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)._replace(g=operands_of(step, shape, seed=1, dtype=dtype).g)
-    _, *found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    _, *wanted = run(jax.jit(xla.plain, static_argnums=0), step, operands)
+    _, *found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    _, *wanted = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip(*map(jax.tree.leaves, (found, wanted))):
         np.testing.assert_array_equal(got, want)
 
@@ -102,8 +103,8 @@ def test_chunks_give_the_bits_of_the_reference_for_gradients_of_16_bits(shape, d
 def test_every_codec_runs_in_chunks(codec, small_pieces):
     shape = (96, 128)
     step = a_step(shape, codec=codec)
-    got = run(jax.jit(xla.chunked, static_argnums=0), step, operands_of(step, shape))
-    want = run(jax.jit(xla.plain, static_argnums=0), step, operands_of(step, shape))
+    got = run(jax.jit(cpu.chunked, static_argnums=0), step, operands_of(step, shape))
+    want = run(jax.jit(plain, static_argnums=0), step, operands_of(step, shape))
     for a, b in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(want[1:])):
         np.testing.assert_array_equal(a, b)
 
