@@ -7,10 +7,8 @@ Splitting a non-minor axis is free on TPU (a bitcast under the tiled layout), sp
 
 from typing import NamedTuple
 
-SMALLEST, LARGEST = (
-    32,
-    256,
-)  # 4 / size bytes of scale per byte of code: 12.5% at 32, 1.6% at 256 (bitsandbytes' size)
+# A scale adds 4 / size bytes to each byte of code: 12.5% at 32, 1.6% at 256 (bitsandbytes' size).
+SMALLEST, LARGEST = 32, 256
 
 
 class Blocks(NamedTuple):

@@ -107,11 +107,7 @@ def _linear(signed: bool) -> Code:
 
 
 _DECADES = 7
-
-
 _TENTH = 13421773 * 8  # float32(0.1) in units of 2^-30
-
-
 _SPAN = 15099494  # float32(1 - float32(0.1)), the length of a decade, in units of 2^-24
 
 
@@ -162,8 +158,6 @@ def _dynamic(signed: bool) -> Code:
 
 
 Codec = Literal["root", "dynamic", "linear"]
-
-
 CODECS: dict[str, Callable[[bool], Code]] = {"root": _root, "dynamic": _dynamic, "linear": _linear}
 
 

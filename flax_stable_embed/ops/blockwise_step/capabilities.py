@@ -9,17 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..blockwise.blocks import Blocks
 
 Name = Literal["pallas_tpu", "pallas_gpu"]
-
-
 Spec = PartitionSpec | NamedSharding
-
-
 PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-
-
 LANES, ROWS = 128, 32  # of a register of bytes on TPU
-
-
 DTYPES: dict[Name, set[str]] = {
     "pallas_tpu": {"float32", "bfloat16"},
     "pallas_gpu": {"float32", "bfloat16", "float16"},

@@ -49,11 +49,7 @@ class Kernel:
 
 
 _step_by_kernel = Primitive("step_by_kernel")
-
-
 _step_by_kernel.multiple_results = True
-
-
 _step_by_kernel.def_abstract_eval(lambda *avals, kernel: kernel.outputs(*avals))
 
 
@@ -118,11 +114,7 @@ def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
 
 
 mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
-
-
 mlir.register_lowering(_step_by_kernel, _lower_for_cuda, platform="cuda")
-
-
 mlir.register_lowering(_step_by_kernel, _lower_elsewhere)
 
 

@@ -28,15 +28,9 @@ from .step import Operands, Step, apply_rule
 
 # Elements of a tile of columns, and its most columns: with 16 for each thread two tiles fit a processor's registers.
 ELEMENTS, COLUMNS = 8192, 64
-
-
 PER_WARP = 32 * 16
-
-
 # Taken piece by piece, a tile of ELEMENTS needs 64 registers a thread for Adam with `root`, and not 85.
 PIECE = 4096
-
-
 # Of a tile of rows: one warp, which needs no other's results for the largest magnitude of a block.
 ELEMENTS_OF_ROWS, PER_WARP_OF_ROWS = 256, 32 * 8
 

@@ -31,14 +31,8 @@ from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
 SUBLANES = 8  # of a float32 register; a register of bytes has ROWS, and loops go by as many
-
-
 TILE_ROWS, TILE_COLUMNS = 512, 512
-
-
 PIECE = ROWS * TILE_COLUMNS  # elements that one turn of a loop takes
-
-
 VMEM_BYTES = 64 << 20  # of 128 MB on v5e and v6e, 95 on v5p; tiles of the common shapes need 12
 
 

@@ -18,8 +18,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ..dtypes import INT32_MAX, at_least_float32
 
 Sharding = NamedSharding | PartitionSpec | None
-
-
 Mode = Literal["fill", "clip", "promise_in_bounds"]
 
 

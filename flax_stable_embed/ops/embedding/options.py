@@ -12,11 +12,7 @@ from .layer_norm import NORM_EPSILON
 NO_FREQUENCY = (
     "`scale_grad_by_freq=True` does not go with a sparse gradient, as in torch: scale the loss, or use sparse=False."
 )
-
-
 NO_ONE_HOT = "`lookup='one_hot'` has a dense gradient: for a sparse one use lookup='take'."
-
-
 Method = Literal["take", "one_hot"]
 
 

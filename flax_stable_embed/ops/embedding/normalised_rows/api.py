@@ -30,17 +30,9 @@ from ..layer_norm import normalise
 from .primitive import primitive
 
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
-
-
 MOST_FEATURES = 8192  # which one program keeps in registers
-
-
 MOST_TOKENS_ON_TPU = 2**17  # of a gradient: its sorted ids fill half of the memory for scalars
-
-
 MODULES = {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}  # of kernels, by what JAX calls the platform
-
-
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -121,11 +113,7 @@ def _by_platform(kernel: Callable[..., Any]) -> dict[str, Any]:
 
 
 _forward = primitive("normalised_rows", _forward_reference, _by_platform(_forward_kernel), flat=True)
-
-
 _tangent = primitive("normalised_rows_tangent", _tangent_reference, flat=True)
-
-
 _gradient = primitive("normalised_rows_gradient", _gradient_reference, _by_platform(_gradient_kernel))
 
 
@@ -149,6 +137,4 @@ def _tangent_transpose(cotangents: Any, *args: Any, options: Options) -> Any:
 
 
 ad.primitive_jvps[_forward] = _forward_jvp
-
-
 ad.primitive_transposes[_tangent] = _tangent_transpose

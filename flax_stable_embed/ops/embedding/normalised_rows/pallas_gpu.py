@@ -21,8 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 RUN = 32  # tokens of a program; partial sums of scale and bias have 1/32 of the gradient's bytes, twice
-
-
 PER_WARP = 32 * 32  # features of a row for each warp
 
 

@@ -26,26 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a float32 register
-
-
 PACKED = 16  # rows of a bfloat16 register
-
-
 TILE_BYTES = 2 << 20  # of rows that are copied at a time, enough to fill the time that a copy takes to arrive
-
-
 MOST_TOKENS = 256  # of a forward tile
-
-
 ROWS = 64  # of the table, for each program of the gradient
-
-
 OUTSIDE, NOWHERE = ROWS, ROWS + 1  # stand for the row outside the table, and for tokens of other tiles
-
-
 MOST_CHUNKS = 32  # of 8 tokens in the ring
-
-
 VMEM_BYTES = 32 << 20
 
 
