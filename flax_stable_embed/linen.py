@@ -1,4 +1,4 @@
-"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which normalises its output.
+"""Embeddings for Flax Linen: `Embed` with torch's options, and `StableEmbed`, which normalizes its output.
 
 Both are subclasses of `flax.linen.Embed`: same positional arguments, same `embedding` parameter, same
 `attend`. The arithmetic is in `ops/embedding.py`, and `nnx.py` gives the same numbers, bit for bit.
@@ -184,10 +184,10 @@ class StableEmbed(Embed):
         self.norm = _Norm(self.features, self.norm_epsilon, maths.at_least_float32(self.param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
+        """Normalized rows of the table: (*batch, features). Arguments as in `Embed`."""
         dtype = self.dtype or self.embedding.dtype
         norm = {"scale": self.norm.scale, "bias": self.norm.bias, "epsilon": self.norm_epsilon}
-        rows = maths.normalised_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
+        rows = maths.normalized_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
         return self._cast(rows, dtype)
 
 
@@ -203,4 +203,4 @@ class _Norm(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale, self.bias, self.epsilon)
+        return maths.normalize(x, self.scale, self.bias, self.epsilon)

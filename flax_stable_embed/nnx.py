@@ -1,4 +1,4 @@
-"""Embeddings for Flax NNX: `Embed` with torch's options, and `StableEmbed`, which normalises what it looks
+"""Embeddings for Flax NNX: `Embed` with torch's options, and `StableEmbed`, which normalizes what it looks
 up.
 
 Both are subclasses of `flax.nnx.Embed`: same arguments, same `embedding` Param, same `attend`. The arithmetic
@@ -290,12 +290,12 @@ class StableEmbed(Embed):
         self.norm = _Norm(features, norm_epsilon, maths.at_least_float32(param_dtype))
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding = None) -> jax.Array:
-        """Normalised rows of the table: (*batch, features). Arguments as in `Embed`."""
+        """Normalized rows of the table: (*batch, features). Arguments as in `Embed`."""
         table, options = self._table_and_options(inputs, out_sharding)
         dtype = self.dtype or table.dtype
         if type(self.norm) is _Norm:
             norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...], "epsilon": self.norm.epsilon}
-            rows = maths.normalised_lookup(table, inputs, **norm, dtype=dtype, **options)
+            rows = maths.normalized_lookup(table, inputs, **norm, dtype=dtype, **options)
         else:  # a user's own
             rows = self.norm(maths.lookup(table, inputs, dtype=maths.at_least_float32(table.dtype), **options))
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
@@ -311,4 +311,4 @@ class _Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale[...], self.bias[...], self.epsilon)
+        return maths.normalize(x, self.scale[...], self.bias[...], self.epsilon)

@@ -190,7 +190,7 @@ def test_a_token_that_appears_65536_times_gets_that_gradient_in_bfloat16_compute
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
 @pytest.mark.one_in(2)
-def test_stable_embed_normalises_in_float32_and_casts_once(param_dtype, dtype):
+def test_stable_embed_normalizes_in_float32_and_casts_once(param_dtype, dtype):
     table = (jax.random.normal(jax.random.key(0), (7, 32)) * 0.01).astype(param_dtype)
     found = apply(linen.StableEmbed(7, 32, dtype, param_dtype), table, IDS[:1])
     x = np.asarray(table, np.float64)[IDS[:1]]

@@ -12,7 +12,7 @@ from .sharding import placed_like
 
 
 def mix(x: Array) -> Array:
-    """Scrambles uint32: the 32-bit finaliser with the constants of C. Wellons' hash-prospector (lowbias32)."""
+    """Scrambles uint32: the 32-bit finalizer with the constants of C. Wellons' hash-prospector (lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
     return x ^ (x >> 16)

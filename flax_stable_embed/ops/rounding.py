@@ -1,6 +1,6 @@
 """Float32 to half precision, up or down at random, so that the mean of the results is the number itself.
 
-    P(upper) = (|x| - lower) / (upper - lower),   lower <= |x| < upper neighbours in the half-precision dtype
+    P(upper) = (|x| - lower) / (upper - lower),   lower <= |x| < upper neighbors in the half-precision dtype
 
 On the bits of the magnitude: random bits are added below the last bit that is kept, and their carry rounds up.
 """

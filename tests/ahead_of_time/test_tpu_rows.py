@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_stable_embed as fse
 from benchmarks import compiled as counted
 from benchmarks import lookups
-from flax_stable_embed.ops.embedding.normalised_rows import api as operation
+from flax_stable_embed.ops.embedding.normalized_rows import api as operation
 
 SHAPE = lookups.Shape(2048, 8192, 8192)  # rows and outputs are larger than the scratch memory of a chip
 

@@ -17,7 +17,7 @@ from tests.golden.make_embedding import CASES, FROZEN, inputs, torch_answers
 
 case_and_api = pytest.mark.parametrize("api", ["linen", "nnx"])
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-renormalising = pytest.mark.parametrize(
+renormalizing = pytest.mark.parametrize(
     "case", [case for case in CASES if "max_norm" in case.options], ids=lambda case: case.name
 )
 
@@ -85,7 +85,7 @@ def test_answers_equal_the_frozen_ones_of_torch_and_bitsandbytes(case, api, froz
     assert_equal_within_the_rule(case, our_answers(case, api, given), theirs)
 
 
-@renormalising
+@renormalizing
 def test_renorm_equals_the_rows_that_torch_writes_back(case, frozen):
     table, ids = frozen[f"{case.name}/table"], frozen[f"{case.name}/ids"]
     ours = table.copy()

@@ -21,7 +21,7 @@ def every_number(dtype):
     return bits[(bits & 0x7FFF) <= infinity].view(dtype)
 
 
-def neighbours(x, dtype):
+def neighbors(x, dtype):
     """The numbers of `dtype` next below and above, as float64; twice the same where `x` is one."""
     grid = every_number(dtype).astype(np.float64)
     grid = np.unique(grid[np.isfinite(grid)])
@@ -48,11 +48,11 @@ def test_numbers_of_the_dtype_are_kept(dtype, bits):
 
 
 @half_precision
-def test_the_result_is_one_of_the_two_neighbours(dtype):
+def test_the_result_is_one_of_the_two_neighbors(dtype):
     x = wide_range(dtype, 100_000)
     bits = np.random.default_rng(1).integers(0, 2**32, x.shape, np.uint32)
     found = np.asarray(rounded(x, dtype, bits)).astype(np.float64)
-    below, above = neighbours(x, dtype)
+    below, above = neighbors(x, dtype)
     assert np.all((found == below) | (found == above))
     assert 0.45 < np.mean(found == above) < 0.55
     # The extremes of the bits give the extremes: towards zero, and away from it.
@@ -63,7 +63,7 @@ def test_the_result_is_one_of_the_two_neighbours(dtype):
 
 
 def exact_probability(x, dtype):
-    below, above = neighbours(x, dtype)
+    below, above = neighbors(x, dtype)
     return 0.0 if above == below else (np.float64(x) - below) / (above - below)
 
 
@@ -75,7 +75,7 @@ def test_over_all_random_bits_the_mean_is_the_number(dtype):
     x = wide_range(dtype, 400, seed=2)
     for value in x[np.abs(x) >= float(jnp.finfo(dtype).tiny)][:50]:
         found = np.asarray(rounded(jnp.full(bits.shape, value), dtype, bits)).astype(np.float64)
-        assert np.mean(found == neighbours(value, dtype)[1]) == exact_probability(value, dtype)
+        assert np.mean(found == neighbors(value, dtype)[1]) == exact_probability(value, dtype)
         assert np.mean(found) == value
 
 

@@ -12,7 +12,7 @@ SMALLEST, LARGEST = 32, 256
 
 
 class Blocks(NamedTuple):
-    """Blocks of `size` neighbours along `axis` (>= 0) of an array; the last one may be short.
+    """Blocks of `size` neighbors along `axis` (>= 0) of an array; the last one may be short.
 
     Always: 0 <= axis < ndim (0 for a scalar, which counts as one element); size >= 1.
     """

@@ -7,9 +7,9 @@ A code is a *level* 0..top with a sign; a level stands for a magnitude, `value(l
     10^(e-7) linear   signed  level / 127                        unsigned  level / 255
 
 Nearest: `root` rounds the level half to even; `dynamic` and `linear` compare with the float32 midpoints of
-neighbouring values, and a tie goes to the lower code (for negative numbers: to the larger magnitude).
+neighboring values, and a tie goes to the lower code (for negative numbers: to the larger magnitude).
 Unsigned `root` keeps level 0 for zero alone: a second moment that became 0 under a live first moment would blow up.
-All of it is arithmetic. There is no table, no gather and no search, so it vectorises on every backend.
+All of it is arithmetic. There is no table, no gather and no search, so it vectorizes on every backend.
 
 Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, sec. 1.3), to the last bit of its
 float32 values; `linear` is that paper's ablation; `root` is ours.

@@ -34,7 +34,7 @@ def quantize(
     rounding: Rounding = "nearest",
     seed: int | Array | None = None,
 ) -> tuple[Array, Array]:
-    """One byte per element and one float32 scale per block of `block_size` neighbours along `axis`.
+    """One byte per element and one float32 scale per block of `block_size` neighbors along `axis`.
 
     Args:
         x: floating point of any shape. Computed in float32.

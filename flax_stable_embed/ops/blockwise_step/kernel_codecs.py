@@ -46,7 +46,7 @@ def by_square_roots(x: Array, times: float) -> Array:
 def arithmetic_of(moment: Moment, fourth_root: FourthRoot) -> Arithmetic:
     """That of one moment, with the fourth root that costs least where it runs.
 
-    Stochastic rounding needs both neighbours of a number, for which the reference serves.
+    Stochastic rounding needs both neighbors of a number, for which the reference serves.
     """
     code = moment.code
     if moment.codec == "root":
@@ -99,7 +99,7 @@ def _dynamic(code: Code) -> Arithmetic:
     of seven straight lines, and the number of a level the largest of the lines that invert them.
 
     Between two levels the boundary is halfway, a whole number on these lines, but to the first level of a decade, whose
-    neighbour lies closer below, and to the level that stands for 1.
+    neighbor lies closer below, and to the level that stands for 1.
     """
     shift = 0 if code.bottom else 1
     decades = range(shift, shift + 7)

@@ -198,7 +198,7 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
 def _zero_in_fours(program: Array) -> Array:
     """Zero, of which Triton knows that it is a multiple of four, and no more.
 
-    Added to where columns begin, it lets each thread load four neighbours of every array. Of bytes it would take 16,
+    Added to where columns begin, it lets each thread load four neighbors of every array. Of bytes it would take 16,
     and of float32 four, exchange them between threads, and find each column's largest magnitude across threads: 141
     instructions for each element, and not 94 (Adam, `root`, compiled for H200).
     """

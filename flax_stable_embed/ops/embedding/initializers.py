@@ -29,13 +29,13 @@ def pretrained(table: Any) -> Initializer:
 
     The table is used as given: cast to `param_dtype`, its padding row not zeroed, also inside a wrapper such
     as `nn.with_partitioning`. It stays trainable: mask it out of the optimizer to freeze it. Under `jax.jit`
-    the table becomes a constant of the compiled initialisation, so initialise outside of it with a large one.
+    the table becomes a constant of the compiled initialization, so initialize outside of it with a large one.
 
     Args:
       table: (num_embeddings, features), a jax or numpy array or nested lists.
 
     Raises:
-      ValueError: the table is not 2-D, or (when a module initialises its parameter) not of the module's
+      ValueError: the table is not 2-D, or (when a module initializes its parameter) not of the module's
         shape.
 
     >>> pretrained([[1.0, 2.0]])(jax.random.key(0), (1, 2), jnp.float32)

@@ -14,12 +14,12 @@ from ..sharding import explicit_sharding
 NORM_EPSILON = 1e-5  # torch's; with Flax's 1e-6, outputs for small Xavier rows differ by up to 11%
 
 
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
     """LayerNorm over the last axis, in float32, with the exact variance.
 
         y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias
 
-    A row far from zero keeps its digits: the variance is that of centred numbers (on GPU and TPU, of parts of the row
+    A row far from zero keeps its digits: the variance is that of centered numbers (on GPU and TPU, of parts of the row
     about their own means, merged). The result is not cast back. A zero row gives `bias`, and finite gradients.
 
     Args:
@@ -34,7 +34,7 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
     Raises:
       TypeError: x is not real floating.
 
-    >>> normalise(jnp.array([[1.0, 3.0], [0.0, 0.0]]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
+    >>> normalize(jnp.array([[1.0, 3.0], [0.0, 0.0]]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
     Array([[0. , 1. ],
            [0.5, 0.5]], dtype=float32)
 
@@ -43,7 +43,7 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"LayerNorm needs real floating rows, got {x.dtype}. Set param_dtype=float32.")
     along_last = (1,) * (x.ndim - 1) + (-1,)
-    unit, _ = _standardised(x.astype(at_least_float32(x.dtype)), epsilon)
+    unit, _ = _standardized(x.astype(at_least_float32(x.dtype)), epsilon)
     return unit * scale.reshape(along_last) + bias.reshape(along_last)
 
 
@@ -60,18 +60,18 @@ def _in_either(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     return (x - mean) * reciprocal, reciprocal
 
 
-_standardised = jax.custom_jvp(_in_either, nondiff_argnums=(1,))
+_standardized = jax.custom_jvp(_in_either, nondiff_argnums=(1,))
 
 
-@_standardised.defjvp
-def _standardised_jvp(epsilon, primals, tangents):
+@_standardized.defjvp
+def _standardized_jvp(epsilon, primals, tangents):
     """What the chain rule gives, simplified: u = (x - mean) r, d u = r (dx - mean(dx) - u mean(u dx)).
 
     Its transpose is of the same kind. The chain rule's own keeps one array of the size of x more, and on CPU takes 1.4
     times as long (output and gradients, 4096 x 512). A reduction of several arrays has no derivative in JAX.
     """
     (x,), (dx,) = primals, tangents
-    unit, reciprocal = _standardised(x, epsilon)
+    unit, reciprocal = _standardized(x, epsilon)
     mean, along = (d.mean(axis=-1, keepdims=True) if d.shape[-1] else reciprocal for d in (dx, unit * dx))
     d_unit = reciprocal * (dx - mean - unit * along)
     return (unit, reciprocal), (d_unit, -reciprocal * reciprocal * along)

@@ -2,7 +2,7 @@
 
     rows = table[ids]                    NaN rows for ids outside the table
     rows <- renorm(rows)                 with max_norm
-    y = normalise(rows, scale, bias)     StableEmbed only
+    y = normalize(rows, scale, bias)     StableEmbed only
 
 Below: what both modules need when they are built (`pretrained`, the zero padding row, checks of options).
 
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from ..dtypes import at_least_float32
 from .gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
-from .layer_norm import NORM_EPSILON, normalise
+from .layer_norm import NORM_EPSILON, normalize
 from .looked_up import LookedUpTable, record
-from .normalised_rows.api import Options, has_kernel, normalised_rows
+from .normalized_rows.api import Options, has_kernel, normalized_rows
 from .options import NO_FREQUENCY, NO_ONE_HOT, Method
 from .rows import distinct, set_rows, take_rows
 
@@ -46,8 +46,8 @@ def lookup(
         y_i = renorm(table[ids_i]);      dL/dtable[k] = s_k * (sum of dL/dy_i over the i with ids_i = k)
         s_k = 1 / count(k) with scale_grad_by_freq, else 1;      s_k = 0 at padding_idx
 
-    The renormalised rows are not written back to the table. The gradient is taken at them, not through
-    the renormalisation. `count` is over the ids of this one call: the global batch under jit, one
+    The renormalized rows are not written back to the table. The gradient is taken at them, not through
+    the renormalization. `count` is over the ids of this one call: the global batch under jit, one
     example under a vmap over examples.
 
     The gradient is summed in float32 (float64 for such a table) and rounded to the table's dtype once. A
@@ -116,7 +116,7 @@ def lookup(
     return rows if max_norm is None or stored else _as_if_stored(rows, table.dtype, max_norm, norm_type)
 
 
-def normalised_lookup(
+def normalized_lookup(
     table: jax.Array | LookedUpTable,
     ids: jax.Array,
     scale: jax.Array,
@@ -126,7 +126,7 @@ def normalised_lookup(
     dtype: Any = None,
     **options: Any,
 ) -> jax.Array:
-    """`normalise(lookup(table, ids, **options), scale, bias, epsilon)` in `dtype`, by default the table's.
+    """`normalize(lookup(table, ids, **options), scale, bias, epsilon)` in `dtype`, by default the table's.
 
     Computed in float32 whatever the dtypes. On one GPU or TPU, kernels do it where rows are neither scaled nor
     weighted.
@@ -136,10 +136,10 @@ def normalised_lookup(
       scale, bias: (features,), of the norm.
 
     Raises:
-      TypeError, ValueError: as `lookup` and `normalise` do.
+      TypeError, ValueError: as `lookup` and `normalize` do.
 
     >>> table = jnp.array([[1.0, 3.0], [2.0, 2.0]])
-    >>> normalised_lookup(table, jnp.array([0, 1]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
+    >>> normalized_lookup(table, jnp.array([0, 1]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
     Array([[0. , 1. ],
            [0.5, 0.5]], dtype=float32)
     """
@@ -152,9 +152,9 @@ def normalised_lookup(
         if has_kernel(how, table, scale, bias, ids):
             row_numbers = row_numbers_of(ids, table.shape[0], mode)
             if row_sharding(table, row_numbers, options.get("out_sharding")) is None:
-                return normalised_rows(how, table, scale, bias, row_numbers)
+                return normalized_rows(how, table, scale, bias, row_numbers)
     rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
-    return normalise(rows, scale, bias, epsilon).astype(dtype)
+    return normalize(rows, scale, bias, epsilon).astype(dtype)
 
 
 def _asks_for_nothing_more(options: dict[str, Any]) -> bool:
@@ -197,7 +197,7 @@ def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Arra
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _as_if_stored(rows: jax.Array, table_dtype: Any, max_norm: float, norm_type: float) -> jax.Array:
-    """Rows renormalised as torch does: in the table, in its dtype, before the gradient is taken."""
+    """Rows renormalized as torch does: in the table, in its dtype, before the gradient is taken."""
     return renorm(rows.astype(table_dtype), max_norm, norm_type).astype(rows.dtype)
 
 
@@ -207,7 +207,7 @@ def _as_if_stored_jvp(table_dtype, max_norm, norm_type, primals, tangents):
 
 
 def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_type: float, mode: Mode) -> jax.Array:
-    """The whole table, with the rows of `token_ids` renormalised as if a lookup had stored them.
+    """The whole table, with the rows of `token_ids` renormalized as if a lookup had stored them.
 
     Raises:
       TypeError: a loss is being differentiated with respect to looked-up rows alone.
@@ -230,7 +230,7 @@ def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_ty
 
 
 def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: float, mode: Mode) -> jax.Array:
-    """The table with the rows of `ids` renormalised: what torch's lookup leaves behind. Differentiates as `table`."""
+    """The table with the rows of `ids` renormalized: what torch's lookup leaves behind. Differentiates as `table`."""
     _check_ids(ids)
     indices = distinct(row_numbers_of(ids, table.shape[0], mode), table.shape[0])
     rows = take_rows(table, indices)

@@ -56,7 +56,7 @@ def check_max_norm(max_norm: float | None, norm_type: float) -> None:
 
 
 def check_norm_options(norm_epsilon: float, param_dtype: Any, dtype: Any) -> None:
-    """Check what only StableEmbed asks for: an epsilon, and real floating numbers to normalise."""
+    """Check what only StableEmbed asks for: an epsilon, and real floating numbers to normalize."""
     for name, value in (("param_dtype", param_dtype), ("dtype", dtype)):
         if value is not None and not jnp.issubdtype(value, jnp.floating):
             raise TypeError(f"`{name}` of a StableEmbed must be a real floating dtype, got {jnp.dtype(value)}.")

@@ -27,7 +27,7 @@ def values_and_codes(codec, signed):
 
 
 def probes(values, signed):
-    """Two million numbers: every value and midpoint, their neighbours one ulp away, and all magnitudes."""
+    """Two million numbers: every value and midpoint, their neighbors one ulp away, and all magnitudes."""
     rng = np.random.default_rng(0)
     middles = (values[1:] + values[:-1]) * np.float32(0.5)
     special = np.concatenate([values, middles])
@@ -105,7 +105,7 @@ def test_a_stored_number_is_stored_as_itself_again(codec, signed):
 @ALL
 @SIGNS
 @pytest.mark.one_in(2)
-def test_stochastic_rounding_picks_a_neighbour_and_is_unbiased(codec, signed):
+def test_stochastic_rounding_picks_a_neighbor_and_is_unbiased(codec, signed):
     code, n = CODECS[codec](signed), 1 << 17
     values, _ = values_and_codes(codec, signed)
     smallest = values[values > 0][0]

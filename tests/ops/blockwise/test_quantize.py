@@ -66,8 +66,8 @@ def test_what_is_not_finite_leaves_the_rest_of_its_block_alone(codec, signed):
     x = np.abs(np.random.default_rng(0).standard_normal((4, BLOCK)).astype(np.float32))
     clean, absmax = quantize(np.where(np.arange(BLOCK) < 3, 0, x), signed=signed, codec=codec)
     x[:, :3] = np.nan, np.inf, -np.inf
-    codes, spoilt_absmax = quantize(x, signed=signed, codec=codec)
-    np.testing.assert_array_equal(spoilt_absmax, absmax)
+    codes, spoiled_absmax = quantize(x, signed=signed, codec=codec)
+    np.testing.assert_array_equal(spoiled_absmax, absmax)
     np.testing.assert_array_equal(codes[:, 3:], clean[:, 3:])
     back = dequantize(codes, absmax, signed=signed, codec=codec)
     assert np.all(np.isfinite(back))
@@ -163,7 +163,7 @@ def test_stochastic_rounding_depends_on_the_seed_alone():
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.2
 
 
-def test_quantize_is_vectorised_and_traced():
+def test_quantize_is_vectorized_and_traced():
     x = np.random.default_rng(0).standard_normal((3, 4, 64)).astype(np.float32)
     one = [quantize(row, signed=True)[0] for row in x]
     many, _ = jax.jit(jax.vmap(lambda row: quantize(row, signed=True)))(x)

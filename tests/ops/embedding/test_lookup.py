@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_stable_embed.ops.embedding import gather as _gather
 from flax_stable_embed.ops.embedding import lookup as embedding
-from flax_stable_embed.ops.embedding.lookup import lookup, normalised_lookup, renorm
+from flax_stable_embed.ops.embedding.lookup import lookup, normalized_lookup, renorm
 
 TABLE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 IDS = np.array([[1, 4, 4], [0, 4, 1]], np.int32)
@@ -433,7 +433,7 @@ def test_stable_embed_forward_writes_the_rows_and_the_result_and_nothing_more_of
     """Mean, variance, scale and bias take no array of their own (on CPU, where arrays are large enough to be fused)."""
 
     def forward(table, scale, bias, ids):
-        return normalised_lookup(table, ids, scale, bias)
+        return normalized_lookup(table, ids, scale, bias)
 
     shapes = [(5000, 512), (512,), (512,)]
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct((4096,), jnp.int32)]

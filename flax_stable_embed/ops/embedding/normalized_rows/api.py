@@ -1,4 +1,4 @@
-"""Rows of a table, normalised, as one operation: what a stable embedding does, where kernels for GPU and TPU do it.
+"""Rows of a table, normalized, as one operation: what a stable embedding does, where kernels for GPU and TPU do it.
 
     y_i = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias,    x = table[ids_i]
 
@@ -7,7 +7,7 @@ on both it writes what the gradient needs in between. Here a kernel reads a row 
 the gradient (pallas_gpu.py, pallas_tpu.py).
 
 The gradient of a LayerNorm is linear in the output's gradient: that of a row which several tokens look up is that of
-the sum of their gradients. So ids are sorted and a row is normalised once.
+the sum of their gradients. So ids are sorted and a row is normalized once.
 
 Three JAX primitives: the function, its derivative and its gradient, which is the derivative's transpose. What they do
 not say by themselves (vmap, derivatives of derivatives, other platforms) is what JAX makes of `reference`.
@@ -26,7 +26,7 @@ from jax.interpreters import ad
 
 from ...dtypes import INT32_MAX, at_least_float32
 from ..gather import GatherOptions, gather
-from ..layer_norm import normalise
+from ..layer_norm import normalize
 from .primitive import primitive
 
 LEAST_FEATURES = 768  # of a row: on an H200 the gradient takes 0.75 of the time at 768, and twice the time at 256
@@ -49,7 +49,7 @@ def reference(options: Options, table: Array, scale: Array, bias: Array, row_num
     """What the kernels compute, in plain operations."""
     wide = at_least_float32(table.dtype)
     how = GatherOptions(options.padding_idx, by_frequency=False, sharding=None, dtype=wide, in_bounds=options.in_bounds)
-    return normalise(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)
+    return normalize(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)
 
 
 def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: Array) -> bool:
@@ -70,7 +70,7 @@ def _fits_tpu(options: Options, table: Array) -> bool:
     return table.dtype == jnp.float32 and options.dtype != jnp.float16 and table.shape[1] % 128 == 0
 
 
-def normalised_rows(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
+def normalized_rows(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
     """(*batch, features) in `options.dtype`, for int32 `row_numbers` of shape (*batch); `len(table)` gives NaN."""
     scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
     (y,) = _forward.bind(table, scale, bias, row_numbers.ravel(), options=options)
@@ -112,9 +112,9 @@ def _by_platform(kernel: Callable[..., Any]) -> dict[str, Any]:
     return {platform: partial(kernel, module) for platform, module in MODULES.items()}
 
 
-_forward = primitive("normalised_rows", _forward_reference, _by_platform(_forward_kernel), flat=True)
-_tangent = primitive("normalised_rows_tangent", _tangent_reference, flat=True)
-_gradient = primitive("normalised_rows_gradient", _gradient_reference, _by_platform(_gradient_kernel))
+_forward = primitive("normalized_rows", _forward_reference, _by_platform(_forward_kernel), flat=True)
+_tangent = primitive("normalized_rows_tangent", _tangent_reference, flat=True)
+_gradient = primitive("normalized_rows_gradient", _gradient_reference, _by_platform(_gradient_kernel))
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, options: Options) -> Any:

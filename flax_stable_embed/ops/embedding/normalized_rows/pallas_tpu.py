@@ -1,12 +1,12 @@
-"""Normalised rows and their gradient as two Mosaic kernels for TPU. The table stays in HBM, and its rows are copied.
+"""Normalized rows and their gradient as two Mosaic kernels for TPU. The table stays in HBM, and its rows are copied.
 
 Forward: a program for each tile of tokens. It starts the copies of the next tile's rows, waits for its own, and
-normalises them in VMEM. A row outside the table is filled with NaN there.
+normalizes them in VMEM. A row outside the table is filled with NaN there.
 
 Gradient: tokens sorted by row, and a program for each tile of `ROWS` rows of the table. The output's gradients, which
 lie anywhere, come in the order of the rows through a ring of copies that reaches over the ends of tiles. They are
 added up in registers from a row's first token on, and each sum is written over the last, so that the whole one stays.
-Then those rows that have tokens, copied while the tile before was in work, are normalised once.
+Then those rows that have tokens, copied while the tile before was in work, are normalized once.
 
 A single row of a float32 array in HBM is cut into pieces of 128 lanes, 8 rows apart. For a sum that fills registers
 these become the rows of a matrix: (tokens / 8, pieces, 8, 128) is what the array is in memory, and a view of it.
@@ -63,7 +63,7 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
                 pltpu.SemaphoreType.DMA((2,)),
             ],
             compiler_params=_parameters(),
-            name="normalised_rows",
+            name="normalized_rows",
             interpret=interpret,
         )(row_numbers, row_numbers, table, scale[None], bias[None])
 
@@ -105,7 +105,7 @@ def gradient(
             ),
             out_shape=[jax.ShapeDtypeStruct(table.shape, table.dtype), of_norm, of_norm],
             compiler_params=_parameters(),
-            name="normalised_rows_gradient",
+            name="normalized_rows_gradient",
             interpret=interpret,
         )(codes, starts, dy, table, scale[None])
         d_scale = jnp.where(outside, np.float32(np.nan), d_scale.sum(axis=0))
@@ -158,7 +158,7 @@ def _forward(epsilon: float, unroll: int, numbers, next_numbers, table, scale, b
     @pl.loop(0, tile // PACKED)
     def _(k):
         rows = pl.ds(pl.multiple_of(k * PACKED, PACKED), PACKED)
-        unit, _ = _standardised(x[slot, rows], epsilon)
+        unit, _ = _standardized(x[slot, rows], epsilon)
         y[rows] = (unit * scale[...] + bias[...]).astype(y.dtype)
 
 
@@ -167,11 +167,11 @@ def _wait(copied: Any, semaphore: Any) -> None:
     pltpu.make_async_copy(copied, copied, semaphore).wait()
 
 
-def _standardised(x: Array, epsilon: float) -> tuple[Array, Array]:
+def _standardized(x: Array, epsilon: float) -> tuple[Array, Array]:
     """As in layer_norm.py."""
-    centred = x - _mean(x)
-    reciprocal = lax.rsqrt(_mean(centred * centred) + epsilon)
-    return centred * reciprocal, reciprocal
+    centered = x - _mean(x)
+    reciprocal = lax.rsqrt(_mean(centered * centered) + epsilon)
+    return centered * reciprocal, reciprocal
 
 
 def _mean(x: Array) -> Array:
@@ -274,7 +274,7 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
     def finish(group):
         rows = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
         of_rows, exists = totals(group)
-        unit, reciprocal = _standardised(jnp.where(exists, x[slot, rows], 0.0), options.epsilon)
+        unit, reciprocal = _standardized(jnp.where(exists, x[slot, rows], 0.0), options.epsilon)
         h = of_rows * scale[...]
         d_rows = reciprocal * (h - _mean(h) - unit * _mean(h * unit))
         if options.padding_idx is not None:

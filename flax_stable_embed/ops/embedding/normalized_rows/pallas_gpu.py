@@ -1,4 +1,4 @@
-"""Normalised rows and their gradient as two Triton kernels for GPU.
+"""Normalized rows and their gradient as two Triton kernels for GPU.
 
 Forward: one program for each token. It reads the row, keeps it in registers for both sums, and writes the output.
 
@@ -34,7 +34,7 @@ def forward(
         grid=(tokens,),
         out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
         compiler_params=_parameters(features),
-        name="normalised_rows",
+        name="normalized_rows",
         interpret=interpret,
     )(table, scale, bias, row_numbers)
 
@@ -56,7 +56,7 @@ def gradient(
         out_shape=[jax.ShapeDtypeStruct(table.shape, jnp.float32), partial_sums, partial_sums],
         input_output_aliases={5: 0},
         compiler_params=_parameters(features),
-        name="normalised_rows_gradient",
+        name="normalized_rows_gradient",
         interpret=interpret,
     )(dy, table, scale, order, rows, jnp.zeros(table.shape, jnp.float32))
     of_norm = (x.sum(axis=0).astype(scale.dtype) for x in (d_scale, d_bias))
@@ -72,7 +72,7 @@ def _forward(options: Any, shape: tuple[int, ...], table, scale, bias, row_numbe
     load, at, inside = _rows_of(shape[1])
     row = plgpu.load(row_numbers.at[token])
     exists = (row >= 0) & (row < shape[0])
-    unit, _ = _standardised(load(table, jnp.where(exists, row, 0)), inside, shape[1], options.epsilon)
+    unit, _ = _standardized(load(table, jnp.where(exists, row, 0)), inside, shape[1], options.epsilon)
     found = unit * load(scale) + load(bias)
     plgpu.store(y.at[at(token)], jnp.where(exists, found, np.float32(np.nan)).astype(y.dtype), mask=inside)
 
@@ -95,7 +95,7 @@ def _gradient(options: Any, shape: tuple[int, ...], tokens: int, add_to: Any, *r
         """Writes the row's gradient for the sum of its tokens' gradients."""
         exists = row < shape[0]
         x = jnp.where(exists, load(table, jnp.where(exists, row, 0)), np.float32(np.nan))
-        unit, reciprocal = _standardised(x, inside, shape[1], options.epsilon)
+        unit, reciprocal = _standardized(x, inside, shape[1], options.epsilon)
         h = total * factor
         mean, along = (jnp.sum(v if inside is None else jnp.where(inside, v, 0.0)) / shape[1] for v in (h, h * unit))
         d_row = reciprocal * (h - mean - unit * along)
@@ -153,9 +153,9 @@ def _rows_of(features: int) -> tuple:
     return load, at, inside
 
 
-def _standardised(x: Array, inside: Array | None, features: int, epsilon: float) -> tuple[Array, Array]:
+def _standardized(x: Array, inside: Array | None, features: int, epsilon: float) -> tuple[Array, Array]:
     """As in layer_norm.py, of one row; zero outside of it."""
-    centred = x - jnp.sum(x) / features
-    centred = centred if inside is None else jnp.where(inside, centred, 0.0)
-    reciprocal = lax.rsqrt(jnp.sum(centred * centred) / features + epsilon)
-    return centred * reciprocal, reciprocal
+    centered = x - jnp.sum(x) / features
+    centered = centered if inside is None else jnp.where(inside, centered, 0.0)
+    reciprocal = lax.rsqrt(jnp.sum(centered * centered) / features + epsilon)
+    return centered * reciprocal, reciprocal

@@ -9,9 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import flax_stable_embed as fse
-from flax_stable_embed.ops.embedding.normalised_rows import api as operation
-from flax_stable_embed.ops.embedding.normalised_rows import pallas_gpu, pallas_tpu
-from flax_stable_embed.ops.embedding.normalised_rows.api import Options, normalised_rows, reference
+from flax_stable_embed.ops.embedding.normalized_rows import api as operation
+from flax_stable_embed.ops.embedding.normalized_rows import pallas_gpu, pallas_tpu
+from flax_stable_embed.ops.embedding.normalized_rows.api import Options, normalized_rows, reference
 
 RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
@@ -156,7 +156,7 @@ def both():
     def loss(f):
         return lambda *args: jnp.sum(jnp.sin(f(options, *args, row_numbers)))
 
-    return loss(normalised_rows), loss(reference), parameters
+    return loss(normalized_rows), loss(reference), parameters
 
 
 def close(a, b):
@@ -201,9 +201,9 @@ def test_vmap_over_examples_is_one_longer_lookup():
 
         return jax.grad(loss, (0, 1, 2))
 
-    close(gradients(normalised_rows)(*parameters), gradients(reference)(*parameters))
-    found = primitives_of(gradients(normalised_rows), *parameters)
-    assert {"normalised_rows", "normalised_rows_gradient"} <= found
+    close(gradients(normalized_rows)(*parameters), gradients(reference)(*parameters))
+    found = primitives_of(gradients(normalized_rows), *parameters)
+    assert {"normalized_rows", "normalized_rows_gradient"} <= found
 
 
 def test_scale_and_bias_may_have_dtypes_of_their_own():
@@ -211,7 +211,7 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
     args = (table, scale.astype(jnp.bfloat16), bias)
     found, want = (
         jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(options, *a, row_numbers))), (0, 1, 2))(*args)
-        for f in (normalised_rows, reference)
+        for f in (normalized_rows, reference)
     )
     assert [x.dtype for x in found] == [x.dtype for x in args]
     for a, b in zip(found, want):
@@ -270,9 +270,9 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
     options = {"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options
     embed, ids = fse.linen.StableEmbed(**options), jnp.arange(6).reshape(2, 3)
     params = embed.init(jax.random.key(0), ids)
-    assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
+    assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
     in_nnx = fse.nnx.StableEmbed(**options, rngs=fse.nnx.nnx.Rngs(0))
-    assert ("normalised_rows" in primitives_of(lambda ids: in_nnx(ids), ids)) is expected
+    assert ("normalized_rows" in primitives_of(lambda ids: in_nnx(ids), ids)) is expected
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,13 @@ def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
         jnp.arange(6),
     )
     params = embed.init(jax.random.key(0), ids)
-    assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
+    assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
 
 
 def test_where_several_devices_compute_it_is_not():
     embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES), jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)
-    assert "normalised_rows" not in primitives_of(embed.apply, params, ids)
+    assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
