@@ -22,7 +22,8 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 
-from flax_stable_embed.ops.embedding.normalized_rows.api import Options, normalized_rows, reference
+from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
+from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
 
 from . import report
 from .compiled import QUIET, Stored, devices_of, operations

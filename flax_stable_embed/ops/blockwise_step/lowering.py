@@ -10,17 +10,17 @@ No kernel language is imported before one is lowered.
 """
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 
 from ..blockwise.blocks import Blocks
-from ..sharding import explicit_sharding, is_explicit, is_for_one_device
-from .capabilities import Name, Spec
+from ..lowering import Program, primitive
+from ..sharding import explicit_sharding, is_explicit
+from .capabilities import PLATFORMS, Name, Spec
 from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
 from .step import Operands, Step
 
@@ -48,74 +48,51 @@ class Kernel:
         return [operands.codes[0].update(dtype=self.reference.step.dtype), *operands.codes, *operands.absmax]
 
 
-_step_by_kernel = Primitive("step_by_kernel")
-_step_by_kernel.multiple_results = True
-_step_by_kernel.def_abstract_eval(lambda *avals, kernel: kernel.outputs(*avals))
+def _reference(*flat: Any, kernel: Kernel):
+    return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
 
 
-def _by_reference(context: Any, *flat: Any, kernel: Kernel):
-    def reference(*flat):
-        return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
-
-    return mlir.lower_fun(reference, multiple_results=True)(context, *flat)
-
-
-def _by_kernel(module: Any, context: Any, *flat: Any, kernel: Kernel):
-    def run(*flat):
-        operands, origin = kernel.split(flat)
-        return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
-
-    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
+def _run_kernel(*flat: Any, kernel: Kernel):
+    operands, origin = kernel.split(flat)
+    module = import_module(f".{kernel.name}", __package__)  # imports Pallas, so only where a kernel is lowered
+    return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
 
 
-def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
-    if kernel.name != "pallas_tpu":
-        return _lower_elsewhere(context, *flat, kernel=kernel)
+def _may_run(program: Program, *, kernel: Kernel) -> bool:
+    """Returns whether the kernel replaces the reference in a program.
 
-    alone = is_for_one_device(context.module_context.axis_context)
-    if kernel.required and not alone:
+    Raises:
+        NotImplementedError: The kernel was asked for by name, and the program cannot have it.
+    """
+    if kernel.name != PLATFORMS.get(program.kernel_platform or ""):
+        # Programs for several platforms have a part for each, and the parts for others are lowered and then dropped.
+        if kernel.required:
+            needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
+            raise NotImplementedError(
+                f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(program.platforms)}. "
+                "Use None, which takes what there is."
+            )
+        return False
+    if kernel.name == "pallas_gpu":
+        # Triton does not compile for GPUs older than Ampere. Programs for other machines than this one are not asked.
+        local = jax.local_devices() if jax.default_backend() == "gpu" else []
+        return kernel.required or all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
+    if kernel.required and not program.one_device:
         raise NotImplementedError(
             "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are cut: use "
             "a mesh with Explicit axes, or give `partition_specs` (of PartitionSpec under jax.set_mesh, or of "
             "NamedSharding), or implementation=None, which takes 'xla' here."
         )
-    if not alone:
-        return _by_reference(context, *flat, kernel=kernel)
-    from . import pallas_tpu
-
-    return _by_kernel(pallas_tpu, context, *flat, kernel=kernel)
+    return program.one_device
 
 
-def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
-    if kernel.name != "pallas_gpu" or (not kernel.required and _is_too_old()):
-        return _lower_elsewhere(context, *flat, kernel=kernel)
-
-    from . import pallas_gpu
-
-    return _by_kernel(pallas_gpu, context, *flat, kernel=kernel)
-
-
-def _is_too_old() -> bool:
-    """Whether this process has a GPU that Triton does not compile for: older than Ampere."""
-    if jax.default_backend() != "gpu":
-        return False
-    return any(float(getattr(d, "compute_capability", 8.0)) < 8 for d in jax.local_devices())
-
-
-def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
-    """Also in programs for several platforms, whose parts for the others are lowered and then dropped."""
-    if not kernel.required:
-        return _by_reference(context, *flat, kernel=kernel)
-    needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
-    raise NotImplementedError(
-        f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(context.module_context.platforms)}. "
-        "Use None, which takes what there is."
-    )
-
-
-mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
-mlir.register_lowering(_step_by_kernel, _lower_for_cuda, platform="cuda")
-mlir.register_lowering(_step_by_kernel, _lower_elsewhere)
+_step_by_kernel = primitive(
+    "step_by_kernel",
+    _reference,
+    dict.fromkeys(PLATFORMS, _run_kernel),
+    may_run=_may_run,
+    types=lambda *avals, kernel: kernel.outputs(*avals),
+)
 
 
 def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):

@@ -19,7 +19,9 @@ from ..dtypes import at_least_float32
 from .gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
 from .layer_norm import NORM_EPSILON, normalize
 from .looked_up import LookedUpTable, record
-from .normalized_rows.api import Options, has_kernel, normalized_rows
+from .normalized_rows.api import normalized_rows
+from .normalized_rows.capabilities import has_kernel
+from .normalized_rows.reference import Options
 from .options import NO_FREQUENCY, NO_ONE_HOT, Method
 from .rows import distinct, set_rows, take_rows
 
@@ -146,7 +148,9 @@ def normalized_lookup(
     _check_ids(ids)
     table = table if hasattr(table, "dtype") else jnp.asarray(table)
     dtype, mode = jnp.dtype(dtype or table.dtype), options.get("mode", "fill")
-    if not isinstance(table, LookedUpTable) and table.shape[0] != 1 and _asks_for_nothing_more(options):
+    other_options = any(options.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    plain = not other_options and options.get("method", "take") == "take"
+    if plain and not isinstance(table, LookedUpTable) and table.shape[0] != 1:
         how = Options(float(epsilon), options.get("padding_idx"), mode != "fill", dtype)
         table, scale, bias = map(jnp.asarray, (table, scale, bias))
         if has_kernel(how, table, scale, bias, ids):
@@ -155,12 +159,6 @@ def normalized_lookup(
                 return normalized_rows(how, table, scale, bias, row_numbers)
     rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
     return normalize(rows, scale, bias, epsilon).astype(dtype)
-
-
-def _asks_for_nothing_more(options: dict[str, Any]) -> bool:
-    """Whether rows are looked up as they are, and no note is taken."""
-    asked = any(options.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
-    return not asked and options.get("method", "take") == "take"
 
 
 def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Array:

@@ -19,8 +19,10 @@ import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.blocks import Blocks
 from flax_stable_embed.ops.blockwise_step import lowering as kernels
 from flax_stable_embed.ops.blockwise_step import pallas_gpu, pallas_tpu
-from flax_stable_embed.ops.blockwise_step import reference as xla
+from flax_stable_embed.ops.blockwise_step.capabilities import PLATFORMS, refusal
+from flax_stable_embed.ops.blockwise_step.reference import plain
 from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step
+from flax_stable_embed.ops.lowering import rule
 from flax_stable_embed.optim.methods.adam import adam
 from tests import cases
 
@@ -68,7 +70,7 @@ def step_and_operands(array, codec="root", rounding="nearest", dtype=jnp.float32
 def both(name, step, operands):
     """What the kernel gives, and what the reference gives."""
     kernel = jax.jit(lambda operands: KERNELS[name].run(step, operands, interpret=True))(operands)
-    return kernel, jax.jit(lambda operands: xla.plain(step, operands))(operands)
+    return kernel, jax.jit(lambda operands: plain(step, operands))(operands)
 
 
 def assert_same_step(kernel, reference, p, ulps=4):
@@ -95,7 +97,7 @@ def assert_same_step(kernel, reference, p, ulps=4):
 @pytest.mark.one_in(4)
 def test_every_way_that_blocks_lie(name, array):
     step, operands = step_and_operands(array)
-    assert kernels.refusal(name, step.blocks, operands.g.shape) is None
+    assert refusal(name, step.blocks, operands.g.shape) is None
     assert_same_step(*both(name, step, operands), operands.p)
 
 
@@ -143,13 +145,14 @@ def test_tiles_hold_whole_blocks_and_cover_the_array():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Programs for CPU take the kernels as those for TPU and GPU do, and interpret them."""
-    lower = {"pallas_tpu": kernels._lower_for_tpu, "pallas_gpu": kernels._lower_for_cuda}
+    reference, may_run = kernels._reference, kernels._may_run
+    rules = {name: rule(reference, platform, kernels._run_kernel, may_run) for platform, name in PLATFORMS.items()}
     for module in KERNELS.values():
         monkeypatch.setattr(module, "run", partial(module.run, interpret=True))
-    as_elsewhere = lambda context, *flat, kernel: lower[kernel.name](context, *flat, kernel=kernel)  # noqa: E731
+    as_elsewhere = lambda context, *flat, kernel: rules[kernel.name](context, *flat, kernel=kernel)  # noqa: E731
     mlir.register_lowering(kernels._step_by_kernel, as_elsewhere, platform="cpu")
     yield
-    mlir.register_lowering(kernels._step_by_kernel, kernels._lower_elsewhere, platform="cpu")
+    mlir.register_lowering(kernels._step_by_kernel, rule(reference, None, None, may_run), platform="cpu")
 
 
 def trained(tx, params, steps=3):

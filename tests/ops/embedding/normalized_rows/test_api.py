@@ -9,9 +9,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import flax_stable_embed as fse
-from flax_stable_embed.ops.embedding.normalized_rows import api as operation
 from flax_stable_embed.ops.embedding.normalized_rows import pallas_gpu, pallas_tpu
-from flax_stable_embed.ops.embedding.normalized_rows.api import Options, normalized_rows, reference
+from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
+from flax_stable_embed.ops.embedding.normalized_rows.capabilities import LEAST_FEATURES, MOST_FEATURES
+from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
 
 RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
@@ -220,21 +221,21 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
 
 @pytest.mark.usefixtures("one_gpu")
 def test_without_jit_it_runs_and_says_where_a_nan_is_from():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     with jax.disable_jit():
-        assert embed.apply(params, jnp.arange(3)).shape == (3, operation.LEAST_FEATURES)
+        assert embed.apply(params, jnp.arange(3)).shape == (3, LEAST_FEATURES)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         embed.apply(params, jnp.array([99]))
 
 
 @pytest.mark.usefixtures("one_gpu")
 def test_a_batch_without_a_number_has_no_kernel():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     (batch,) = jax.export.symbolic_shape("batch")
     exported = jax.export.export(jax.jit(embed.apply))(params, jax.ShapeDtypeStruct((batch,), jnp.int32))
-    assert exported.out_avals[0].shape == (batch, operation.LEAST_FEATURES)
+    assert exported.out_avals[0].shape == (batch, LEAST_FEATURES)
 
 
 def test_negative_numbers_against_a_promise_touch_no_row():
@@ -258,8 +259,8 @@ def test_negative_numbers_against_a_promise_touch_no_row():
         ({"scale_grad_by_freq": True}, False),
         ({"sparse": True}, False),
         ({"lookup": "one_hot"}, False),
-        ({"features": operation.LEAST_FEATURES - 1}, False),
-        ({"features": operation.MOST_FEATURES + 1}, False),
+        ({"features": LEAST_FEATURES - 1}, False),
+        ({"features": MOST_FEATURES + 1}, False),
         ({"num_embeddings": 1}, False),
         ({"dtype": jnp.float8_e4m3fn}, False),
     ],
@@ -267,7 +268,7 @@ def test_negative_numbers_against_a_promise_touch_no_row():
 )
 @pytest.mark.usefixtures("one_gpu")
 def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
-    options = {"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options
+    options = {"num_embeddings": 11, "features": LEAST_FEATURES} | options
     embed, ids = fse.linen.StableEmbed(**options), jnp.arange(6).reshape(2, 3)
     params = embed.init(jax.random.key(0), ids)
     assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
@@ -282,7 +283,7 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
         ({"padding_idx": 3, "dtype": jnp.bfloat16, "mode": "clip"}, True),
         ({"param_dtype": jnp.bfloat16}, False),
         ({"dtype": jnp.float16}, False),
-        ({"features": operation.LEAST_FEATURES + 1}, False),
+        ({"features": LEAST_FEATURES + 1}, False),
         ({"max_norm": 1.0}, False),
     ],
     ids=str,
@@ -290,7 +291,7 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
 @pytest.mark.usefixtures("one_tpu")
 def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
     embed, ids = (
-        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options),
+        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": LEAST_FEATURES} | options),
         jnp.arange(6),
     )
     params = embed.init(jax.random.key(0), ids)
@@ -298,7 +299,7 @@ def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
 
 
 def test_where_several_devices_compute_it_is_not():
-    embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES), jnp.arange(6)
+    embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES), jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)
     assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
 
@@ -306,7 +307,7 @@ def test_where_several_devices_compute_it_is_not():
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 def test_the_operation_is_lookup_and_norm(one_gpu, monkeypatch, mode):
     options = {"padding_idx": 0, "mode": mode, "dtype": jnp.bfloat16}
-    embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
+    embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
     params = embed.init(jax.random.key(0), ids)
 
     def loss(params):
@@ -322,6 +323,6 @@ def test_the_operation_is_lookup_and_norm(one_gpu, monkeypatch, mode):
 
 @pytest.mark.usefixtures("one_gpu")
 def test_no_ids_give_no_rows():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
-    assert embed.apply(params, jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, operation.LEAST_FEATURES)
+    assert embed.apply(params, jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, LEAST_FEATURES)
