@@ -183,7 +183,8 @@ def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
     axis, size = blocks
     count = blocks.count(x.shape)
     if _straddles(x, blocks):
-        x = jax.sharding.reshard(x, _without(x, axis))
+        mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])))
     if count * size != x.shape[axis]:
         widths = [(0, 0, 0)] * x.ndim
         widths[axis] = (0, count * size - x.shape[axis], 0)
@@ -197,11 +198,6 @@ def _straddles(x: Array, blocks: Blocks) -> bool:
     names = sharding.spec[blocks.axis]
     ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
     return ways > 1 and x.shape[blocks.axis] % (ways * blocks.size) != 0
-
-
-def _without(x: Array, axis: int) -> NamedSharding:
-    sharding = jax.typeof(x).sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :]))
 
 
 def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:
