@@ -38,7 +38,7 @@ def random_bits(path: str, count: Array, like: Array) -> Array:
     return placed_like(hashed_bits(linear_index(like.shape), array_key(path, count)), like)
 
 
-def positions(
+def linear_index_of_tile(
     at: Sequence[Any], lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], origin, shape
 ) -> Array:
     """Row-major positions, uint32 (modulo 2^32), in an array of `shape` of the elements of a piece of it.

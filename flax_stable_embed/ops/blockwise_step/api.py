@@ -102,7 +102,7 @@ def what_runs(
         sharding = lowering.sharding_of(parameter, spec)
         if sharding is None:
             why = "no partition_specs"
-        elif not lowering.is_cut_evenly(sharding, blocks, parameter.shape):
+        elif not lowering.has_whole_blocks(sharding, blocks, parameter.shape):
             why = f"{sharding.spec} does not cut it into whole blocks"
     return f"xla: {why}" if why else name
 

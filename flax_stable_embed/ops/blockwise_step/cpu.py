@@ -13,8 +13,8 @@ from jax import Array, lax
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from ..blockwise.quantize import codes_of
-from ..counter_random import positions
-from .reference import Stored, _store, plain
+from ..counter_random import linear_index_of_tile
+from .reference import Stored, plain, store_moments
 from .step import Operands, Step
 
 PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
@@ -47,7 +47,9 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
         piece = piece._replace(
             g=_of_bits(piece.g, operands.g.dtype), p=None if piece.p is None else _of_bits(piece.p, operands.p.dtype)
         )
-        index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
+        index = (
+            linear_index_of_tile(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
+        )
         if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
             return _write(carry, plain(merged_step, piece, index, _store_once), at, size)
         # A short last block is padded, and 16 bits are cast. The code for such moments alone rounds in another way
@@ -63,12 +65,12 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
 
 
 def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
-    """`_store`, from moments that are computed once.
+    """`store_moments`, from moments that are computed once.
 
     Left alone, XLA computes new moments again in each of the five loops that read them, and checks each time whether
     they are finite. It does not where a library's reduction or a conditional takes them. So scales come from the
     largest and the smallest number, sums say whether all are finite (those extremes drop NaN, jaxlib 0.10.2), and only
-    where one is not `_store` decides.
+    where one is not `store_moments` decides.
     All that is written comes out of the conditional: else XLA could fuse a read of an array into a later write of it,
     and would copy the whole array on every turn. A branch that changed nothing of the output would let it pass by.
     """
@@ -85,7 +87,7 @@ def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array |
             for x, scale, moment in zip(new, scales, step.moments)
         ]
 
-    return lax.cond(finite, of_finite, lambda: _store(step, jnp.where(finite, 0.0, out), new, uniform))
+    return lax.cond(finite, of_finite, lambda: store_moments(step, jnp.where(finite, 0.0, out), new, uniform))
 
 
 def _bits(x: Array) -> Array:

@@ -18,16 +18,16 @@ from ..blockwise.quantize import codes_of
 from .step import Moment
 
 
-class Arithmetic(NamedTuple):
+class KernelCodec(NamedTuple):
     """A codec in few instructions.
 
     decode: codes and scales to numbers; prepare: the scale of a block to what `encode` needs of it; encode: numbers and
     that to codes, with random numbers where the moment is rounded by them.
     """
 
-    decode: Callable[[Array, Array], Array]
-    prepare: Callable[[Array], Array]
-    encode: Callable[[Array, Array, Array | None], Array]
+    dequantize: Callable[[Array, Array], Array]
+    factor: Callable[[Array], Array]
+    quantize: Callable[[Array, Array, Array | None], Array]
 
 
 FourthRoot = Callable[[Array, float], Array]  # x and a factor to x^(1/4) times the factor; 0 is anything finite
@@ -43,7 +43,7 @@ def by_square_roots(x: Array, times: float) -> Array:
     return lax.rsqrt(lax.rsqrt(x)) * np.float32(times)
 
 
-def arithmetic_of(moment: Moment, fourth_root: FourthRoot) -> Arithmetic:
+def kernel_codec(moment: Moment, fourth_root: FourthRoot) -> KernelCodec:
     """That of one moment, with the fourth root that costs least where it runs.
 
     Stochastic rounding needs both neighbors of a number, for which the reference serves.
@@ -55,46 +55,48 @@ def arithmetic_of(moment: Moment, fourth_root: FourthRoot) -> Arithmetic:
         found = _dynamic(code) if moment.codec == "dynamic" else _linear(code)
     if not moment.stochastic:
         return found
-    return found._replace(prepare=lambda absmax: absmax, encode=lambda x, absmax, u: codes_of(x, absmax, code, u))
+    return found._replace(factor=lambda absmax: absmax, quantize=lambda x, absmax, u: codes_of(x, absmax, code, u))
 
 
-def _root(code: Code, fourth_root: FourthRoot) -> Arithmetic:
+def _root(code: Code, fourth_root: FourthRoot) -> KernelCodec:
     top = float(code.top)
 
-    def decode_signed(codes, absmax):
+    def dequantize_signed(codes, absmax):
         level = codes.astype(jnp.float32)
         return level * lax.abs(level) * (absmax * np.float32(1 / top**2))  # zero in blocks below 2e-34
 
-    def encode_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
+    def quantize_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
         return _low_byte(x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor, code)
 
-    def decode_unsigned(codes, absmax):
+    def dequantize_unsigned(codes, absmax):
         square = jnp.square(codes.astype(jnp.float32) * np.float32(1 / top))  # so that no small block underflows
         return square * square * absmax
 
-    def encode_unsigned(x, factor, _):  # factor = 4 / absmax
+    def quantize_unsigned(x, factor, _):  # factor = 4 / absmax
         level = fourth_root(x * factor, top / 2**0.5)
         return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
 
     if code.bottom:
-        return Arithmetic(decode_signed, lambda absmax: _live(absmax, lambda s: top * lax.rsqrt(s)), encode_signed)
-    return Arithmetic(decode_unsigned, _reciprocal, encode_unsigned)
+        return KernelCodec(
+            dequantize_signed, lambda absmax: _live(absmax, lambda s: top * lax.rsqrt(s)), quantize_signed
+        )
+    return KernelCodec(dequantize_unsigned, _reciprocal, quantize_unsigned)
 
 
-def _linear(code: Code) -> Arithmetic:
+def _linear(code: Code) -> KernelCodec:
     top = np.float32(code.top)
 
-    def decode(codes, absmax):
+    def dequantize(codes, absmax):
         return codes.astype(jnp.float32) * np.float32(1 / top) * absmax
 
-    def encode(x, factor, _):
+    def quantize(x, factor, _):
         x = x if code.bottom else jnp.maximum(x, 0.0)
         return _low_byte(x * factor * np.float32(top / 4), code)
 
-    return Arithmetic(decode, _reciprocal, encode)
+    return KernelCodec(dequantize, _reciprocal, quantize)
 
 
-def _dynamic(code: Code) -> Arithmetic:
+def _dynamic(code: Code) -> KernelCodec:
     """Inside of a decade levels are evenly spaced, and denser from decade to decade: the level of a number is the least
     of seven straight lines, and the number of a level the largest of the lines that invert them.
 
@@ -110,14 +112,14 @@ def _dynamic(code: Code) -> Arithmetic:
     first = 4 * to_level[0][0] * lowest + to_level[0][1]
     last = code.top - 0.25
 
-    def decode(codes, absmax):
+    def dequantize(codes, absmax):
         level = codes.astype(jnp.int32).astype(jnp.float32) - np.float32(code.zero)
         magnitude = lax.abs(level)
         n = _best(jnp.maximum, magnitude, to_number)
         n = jnp.where(magnitude == 0, 0.0, jnp.where(magnitude == code.top, 1.0, n)) * absmax
         return jnp.where(level < 0, -n, n) if code.bottom else n
 
-    def encode(x, factor, _):  # factor = 4 / absmax
+    def quantize(x, factor, _):  # factor = 4 / absmax
         n = (lax.abs(x) if code.bottom else jnp.maximum(x, 0.0)) * factor
         line = _best(jnp.minimum, n, to_level)
         whole = line + np.float32(shift)
@@ -130,7 +132,7 @@ def _dynamic(code: Code) -> Arithmetic:
             level = jnp.where(x < 0, -jnp.minimum(level, code.bottom), level)
         return (level + code.zero).astype(code.dtype)
 
-    return Arithmetic(decode, _reciprocal, encode)
+    return KernelCodec(dequantize, _reciprocal, quantize)
 
 
 def _reciprocal(absmax: Array) -> Array:

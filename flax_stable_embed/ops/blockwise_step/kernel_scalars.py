@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..counter_random import hashed_uniform, positions
+from ..counter_random import hashed_uniform, linear_index_of_tile
 from .step import Operands
 
 
@@ -21,7 +21,7 @@ def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
 def uniform_of(
     integers: Any, at: Sequence, lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], shape
 ) -> Array:
-    """Random numbers for a piece of the array; `integers` are those of `scalars_of`, the rest is for `positions`."""
+    """Returns random numbers for a tile; `integers` as from `scalars_of`, the rest as for `linear_index_of_tile`."""
     origin = [integers[1 + k] for k in range(len(local))]
-    index = positions(at, lengths, groups, local, origin, shape)
+    index = linear_index_of_tile(at, lengths, groups, local, origin, shape)
     return hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))

@@ -21,7 +21,7 @@ from ..blockwise.blocks import Blocks
 from ..lowering import Program, primitive
 from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Spec
-from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
+from .per_shard import FlatStep, on_every_device, per_shard, spec_of, with_transformations, without_straddling
 from .step import Operands, Step
 
 
@@ -112,8 +112,8 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
         sharding = sharding_of(operands.codes[0], spec)
         if sharding is None:
             return per_shard(local, reference)(*flat) if name == "pallas_gpu" else local(reference.step, operands)
-        if is_cut_evenly(sharding, blocks, shape):
-            return on_every_device(local, reference, sharding.mesh, specs_of(sharding, len(shape)))(*flat)
+        if has_whole_blocks(sharding, blocks, shape):
+            return on_every_device(local, reference, sharding.mesh, spec_of(sharding, len(shape)))(*flat)
         if required:
             raise NotImplementedError(
                 f"`implementation={name!r}`: {sharding.spec} does not cut an array of {shape} evenly or cuts through "
@@ -164,7 +164,7 @@ def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
     return NamedSharding(mesh, spec) if fits else None
 
 
-def is_cut_evenly(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
+def has_whole_blocks(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
     """Whether every device has whole blocks, and as many."""
-    cuts = specs_of(sharding, len(shape))
-    return whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts
+    cuts = spec_of(sharding, len(shape))
+    return without_straddling(cuts, sharding.mesh, shape, blocks) == cuts

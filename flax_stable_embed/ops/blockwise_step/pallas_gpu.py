@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..blockwise.codecs import TINY
-from .kernel_codecs import arithmetic_of, by_square_roots, magnitude_of, without_overflow
+from .kernel_codecs import by_square_roots, kernel_codec, magnitude_of, without_overflow
 from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
@@ -168,14 +168,14 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     def spread(x: Array) -> Array:
         return lax.expand_dims(x, (axis,))
 
-    ways = [arithmetic_of(moment, by_square_roots) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_square_roots) for moment in step.moments]
     hyper = {name: numbers[k] for k, name in enumerate(names)}
     old_scales = [spread(load(ref, of_scale, scale_inside)) for ref in absmax]
 
     def fresh(piece: int) -> list[Array]:
         """Stores the result of a piece and returns its new moments."""
         where, mask = at(piece), inside(piece)
-        old = [way.decode(load(c, where, mask), scale) for way, c, scale in zip(ways, codes, old_scales)]
+        old = [codec.dequantize(load(c, where, mask), scale) for codec, c, scale in zip(codecs, codes, old_scales)]
         p_in = None if p is None else load(p, where, mask)
         result, new = apply_rule(step, load(g, where, mask), p_in, tuple(old), hyper)
         plgpu.store(out.at[where], result, mask=mask)
@@ -183,16 +183,16 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
         return new if mask is None else [jnp.where(mask, x, 0.0) for x in new]
 
     new = [fresh(piece) for piece in range(plan.pieces)]
-    prepared = []
-    for k, (way, moment) in enumerate(zip(ways, step.moments)):
+    factors = []
+    for k, (codec, moment) in enumerate(zip(codecs, step.moments)):
         largest = reduce(jnp.maximum, [magnitude_of(of_piece[k], moment) for of_piece in new]).max(axis=axis)
         largest = jnp.where(largest >= TINY, largest, 0.0)
         plgpu.store(new_absmax[k].at[of_scale], largest, mask=scale_inside)
-        prepared.append(spread(way.prepare(largest)))
+        factors.append(spread(codec.factor(largest)))
     for piece, of_piece in enumerate(new):
         random = uniform_of(integers, *place(piece), plan.groups, *shapes) if step.stochastic else None
-        for way, x, scale, ref in zip(ways, of_piece, prepared, new_codes):
-            plgpu.store(ref.at[at(piece)], way.encode(x, scale, random), mask=inside(piece))
+        for codec, x, factor, ref in zip(codecs, of_piece, factors, new_codes):
+            plgpu.store(ref.at[at(piece)], codec.quantize(x, factor, random), mask=inside(piece))
 
 
 def _zero_in_fours(program: Array) -> Array:

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from .capabilities import LANES, ROWS
-from .kernel_codecs import arithmetic_of, by_logarithm, magnitude_of, without_overflow
+from .kernel_codecs import by_logarithm, kernel_codec, magnitude_of, without_overflow
 from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
@@ -202,7 +202,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
     turns = size // turn
     loop = partial(lax.fori_loop, np.int32(0), np.int32(turns), unroll=min(turns, 8))
     short = local[step.blocks.axis] % size != 0
-    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_logarithm) for moment in step.moments]
     group, first_block = refs.absmax[0].shape[0], lax.div(start, np.int32(size))
 
     def one_block(k, _):
@@ -215,7 +215,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
 
         def first(i, largest):
             rows, kept = at(i)
-            old = [way.decode(c[rows], s) for way, c, s in zip(ways, refs.codes, scale)]
+            old = [codec.dequantize(c[rows], s) for codec, c, s in zip(codecs, refs.codes, scale)]
             out, new = apply_rule(step, refs.g[rows], _part(refs.p, rows), tuple(old), hyper)
             refs.out[rows] = out
             new = without_overflow(new)
@@ -232,15 +232,15 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
         absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
         for ref, a in zip(refs.new_absmax, absmax):
             ref[pl.ds(row, 1)] = a
-        factors = [way.prepare(a) for way, a in zip(ways, absmax)]
+        factors = [codec.factor(a) for codec, a in zip(codecs, absmax)]
 
         def second(i, _):
             rows, kept = at(i)
             random = None
             if step.stochastic:
                 random = uniform([k * size + i * turn, *[0 for _ in columns]], (turn, *columns))
-            for way, scratch, factor, ref in zip(ways, refs.scratch, factors, refs.new_codes):
-                ref[rows] = way.encode(scratch[kept], factor, random)
+            for codec, scratch, factor, ref in zip(codecs, refs.scratch, factors, refs.new_codes):
+                ref[rows] = codec.quantize(scratch[kept], factor, random)
 
         loop(second, None)
 
@@ -251,7 +251,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
     height, width = plan.inner
     size = min(step.blocks.size, width)
     turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
-    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_logarithm) for moment in step.moments]
 
     def rows_at(i, _):
         rows = pl.ds(i * turn, turn)
@@ -261,7 +261,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             lanes = pl.ds(k * size, size)
             own = block == first_block + k
             scale = [jnp.sum(jnp.where(own, s, 0.0), axis=1, keepdims=True) for s in scales]
-            old = [way.decode(c[rows, lanes], s) for way, c, s in zip(ways, refs.codes, scale)]
+            old = [codec.dequantize(c[rows, lanes], s) for codec, c, s in zip(codecs, refs.codes, scale)]
             p = _part(refs.p, (rows, lanes))
             out, new = apply_rule(step, refs.g[rows, lanes], p, tuple(old), hyper)
             refs.out[rows, lanes] = out
@@ -273,8 +273,8 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
             scales = [jnp.where(own, a, s) for a, s in zip(absmax, scales)]
             random = uniform([i * turn, k * size], (turn, size)) if step.stochastic else None
-            for way, x, a, ref in zip(ways, new, absmax, refs.new_codes):
-                ref[rows, lanes] = way.encode(x, way.prepare(a), random)
+            for codec, x, a, ref in zip(codecs, new, absmax, refs.new_codes):
+                ref[rows, lanes] = codec.quantize(x, codec.factor(a), random)
         for ref, s in zip(refs.new_absmax, scales):
             # Tiles of the same rows come one after the other and each knows its own blocks.
             ref[rows] = jnp.where((block >= first_block) & (block < first_block + plan.count), s, ref[rows])

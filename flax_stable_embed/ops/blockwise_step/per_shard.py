@@ -47,8 +47,8 @@ class FlatStep:
         sharding, mesh = explicit_sharding(operands.codes[0]), jax.sharding.get_abstract_mesh()
         if sharding is None or not mesh.axis_types or not is_explicit(mesh):
             return False
-        cuts = specs_of(sharding, len(self.shape))
-        return whole_blocks(cuts, mesh, self.shape, self.step.blocks) != cuts
+        cuts = spec_of(sharding, len(self.shape))
+        return without_straddling(cuts, mesh, self.shape, self.step.blocks) != cuts
 
 
 @cache
@@ -59,7 +59,7 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
     def partition(mesh, arguments, results):
         operands = tree.unflatten(arguments)
         shape = operands.codes[0].shape
-        spec = whole_blocks(specs_of(operands.codes[0].sharding, len(shape)), mesh, shape, step.blocks)
+        spec = without_straddling(spec_of(operands.codes[0].sharding, len(shape)), mesh, shape, step.blocks)
 
         def run(*flat):
             return local(step, tree.unflatten(flat), place_of_shard(spec, mesh, shape), shape)
@@ -88,7 +88,7 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
         if not is_explicit(mesh):  # some axes are not Explicit: only the compiler can say how it cuts them
             return reference(*flat)
         sharding = explicit_sharding(tree.unflatten(flat).codes[0])
-        cuts = whole_blocks(specs_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
+        cuts = without_straddling(spec_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
         return on_every_device(local, reference, mesh, cuts)(*flat)
 
     return with_transformations(call, reference)
@@ -137,7 +137,7 @@ def with_transformations(call: Callable, reference: FlatStep) -> Callable:
     return differentiable
 
 
-def specs_of(sharding, ndim: int) -> list[tuple[str, ...]]:
+def spec_of(sharding, ndim: int) -> list[tuple[str, ...]]:
     """The mesh axes that cut each axis of an array; none where XLA does not tell."""
     spec = getattr(sharding, "spec", None) or ()
     spec = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
@@ -150,7 +150,7 @@ def place_of_shard(spec: list[tuple[str, ...]], mesh, shape: tuple[int, ...]) ->
     return tuple(lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, ways))
 
 
-def whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
+def without_straddling(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
     """`spec` without the cuts that would leave unequal pieces or straddle a block."""
     ways = [prod(mesh.shape[name] for name in names) for names in spec]
     return [names if blocks.fit(axis, shape[axis], ways[axis]) else () for axis, names in enumerate(spec)]
@@ -168,7 +168,7 @@ def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
     along, fixed, sizes = axes[blocks.axis], (), {}
     if d != count * blocks.size or count == 1:
         fixed = (along, "count")
-    elif all(count % ways == 0 for ways in _possible_cuts(mesh) if d % ways == 0):
+    elif all(count % ways == 0 for ways in _possible_shard_counts(mesh) if d % ways == 0):
         along, fixed, sizes = CompoundFactor("count", "inside"), ("inside",), {"inside": blocks.size}
     whole = ArrayMapping(*axes[: blocks.axis], along, *axes[blocks.axis + 1 :])
     scales = ArrayMapping(*axes[: blocks.axis], "count", *axes[blocks.axis + 1 :])
@@ -181,7 +181,7 @@ def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
     return SdyShardingRule(operands, results, need_replication_factors=fixed, **sizes)  # pyright: ignore[reportArgumentType]
 
 
-def _possible_cuts(mesh) -> set[int]:
+def _possible_shard_counts(mesh) -> set[int]:
     """In how many pieces some of the mesh's axes can cut an axis."""
     cuts = {1}
     for size in mesh.shape.values():

@@ -18,7 +18,7 @@ from .step import Operands, Step, apply_rule, without_overflow
 Stored = tuple[Array, list[tuple[Array, Array]]]
 
 
-def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+def store_moments(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
     """The output, and codes and scales of each new moment, in split views."""
     return out, [
         quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
@@ -26,10 +26,10 @@ def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None
     ]
 
 
-def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = _store):
+def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = store_moments):
     """The reference. `index` is the global row-major position of each element, where it is not the array's own.
 
-    `store(step, out, moments, uniform)` is another form of `_store`, with the same results.
+    `store(step, out, moments, uniform)` is another form of `store_moments`, with the same results.
     """
     blocks, shape = step.blocks, operands.g.shape
     old = tuple(

@@ -20,7 +20,7 @@ from jax.extend.core import get_opaque_trace_state
 from ..dtypes import at_least_float32
 from ..sharding import varying_like
 from .gather import GatherOptions, plain_gather, rows_of_tangent, take
-from .rows import SparseRows, positions, sealed, unsealed
+from .rows import SparseRows, find_rows, sealed, unsealed
 
 
 @jax.custom_vjp
@@ -87,7 +87,7 @@ class LookedUpTable:
     def gather(self, options: GatherOptions, row_numbers: Array) -> Array:
         """Rows by number. A number that is not among the indices gives NaN: its gradient would be lost."""
         num_rows, n = self.shape[0], self.tap.shape[0]
-        at = positions(unsealed(self.sealed_indices), row_numbers, num_rows)
+        at = find_rows(unsealed(self.sealed_indices), row_numbers, num_rows)
         known = jnp.where(at < n, row_numbers, num_rows)
         if options.padding_idx is not None:
             at = jnp.where(row_numbers == options.padding_idx, n, at)

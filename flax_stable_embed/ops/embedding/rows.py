@@ -65,7 +65,7 @@ def _everywhere(x: Array) -> Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
+def find_rows(indices: Array, row_numbers: Array, num_rows: int) -> Array:
     """Where each row number is among `indices` (from `distinct`); their number where it is not."""
     if indices.size == 0:
         return jnp.zeros_like(row_numbers)
@@ -246,7 +246,7 @@ def _merged(indices: Array, values: Array, num_rows: int) -> SparseRows:
 
 def _summed(indices: Array, row_numbers: Array, terms: Array, num_rows: int) -> Array:
     wide = jnp.zeros((indices.size, terms.shape[-1]), at_least_float32(terms.dtype))
-    at = positions(indices, row_numbers, num_rows)
+    at = find_rows(indices, row_numbers, num_rows)
     return wide.at[at].add(terms.astype(wide.dtype), mode="drop").astype(terms.dtype)
 
 

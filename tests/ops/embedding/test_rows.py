@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, positions
+from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, find_rows
 
 
 def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
@@ -30,8 +30,8 @@ def test_distinct_numbers_are_those_of_numpy(size, num_rows):
 
 def test_positions_are_where_the_numbers_are_and_past_the_end_where_they_are_not():
     indices = distinct(jnp.array([4, 2, 4, 9]), 7)  # 2, 4 and two of padding
-    assert positions(indices, jnp.array([[2, 4, 3], [0, 7, 8]]), 7).tolist() == [[0, 1, 4], [4, 4, 4]]
-    assert positions(jnp.zeros(0, jnp.int32), jnp.array([2]), 7).tolist() == [0]
+    assert find_rows(indices, jnp.array([[2, 4, 3], [0, 7, 8]]), 7).tolist() == [[0, 1, 4], [4, 4, 4]]
+    assert find_rows(jnp.zeros(0, jnp.int32), jnp.array([2]), 7).tolist() == [0]
 
 
 @pytest.mark.parametrize("ids", [[3, 1, 3, -1, 9, -10, 8], [[2, 2], [2, 2]], [], 5], ids=str)
