@@ -1,4 +1,8 @@
-"""What kernels are given besides arrays: hyper-parameters, and the key and place that random numbers follow from."""
+"""Scalar arguments of the kernels.
+
+They are two vectors: float32 hyper-parameters, and int32 with the key of random numbers and the place of the shard in
+the global array. A kernel computes the random numbers of a tile from the second one.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +15,7 @@ from .step import Operands
 
 
 def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
-    """The hyper-parameters in the order of their names, float32; and int32, the key's bits and the array's place."""
+    """Returns hyper-parameters in the order of their names, float32, and the bits of the key and `origin`, int32."""
     hyper = [jnp.asarray(operands.hyper[name], jnp.float32) for name in sorted(operands.hyper)]
     place = [jnp.asarray(x).astype(jnp.int32) for x in origin or (0,) * operands.g.ndim]
     key = jnp.uint32(0) if operands.key is None else operands.key

@@ -1,12 +1,13 @@
-"""Where the kernels run: on one device's own array, since XLA cannot cut them.
+"""Runs a kernel on the shard of each device, because XLA cannot partition a kernel.
 
-On one device, and inside of a `jax.shard_map` over all axes, a kernel runs as it is. Under a mesh with Explicit axes
-alone types say how an array is cut, and under others `partition_specs` does: then it runs in a `shard_map` of our own.
-Where nothing says it, `per_shard.py` runs `pallas_gpu` on every device's piece; TPU's compiler has no custom
-partitioner, so that the reference runs there.
+    one device, or inside of a `jax.shard_map` over all axes   the kernel runs as it is
+    Explicit axes only                                         array types say the sharding: a `shard_map` of our own
+    other axes, and `partition_specs` is given                 it says the sharding: a `shard_map` of our own
+    neither                                                    GPU: `per_shard.py` asks XLA for the sharding
+                                                               TPU: the reference, which XLA partitions
 
-Which of these holds is known when a program is lowered, and so is its platform: the choice is a primitive of its own.
-No kernel language is imported before one is lowered.
+TPU's compiler has no custom partitioner, so XLA cannot be asked there. Platform and number of devices are known when
+a program is lowered, so the last decision is made by a primitive (`ops/lowering.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -27,9 +28,12 @@ from .step import Operands, Step
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a hashable function of flat operands, and of the place of their array in the whole one of `shape`.
+    """A kernel as a hashable function of flat operands and of the place of their shard in the global array.
 
-    required: it was asked for by name, so that it runs or raises.
+    name: Which kernel.
+    reference: The step that it computes, on the shard.
+    shape: The shape of the global array.
+    required: True if the user named the kernel, so that it is used or raises.
     """
 
     name: Name
@@ -38,12 +42,12 @@ class Kernel:
     required: bool
 
     def split(self, flat: Any) -> tuple[Operands, tuple]:
-        """Operands and place."""
+        """Returns operands and place."""
         n = self.reference.tree.num_leaves
         return self.reference.tree.unflatten(flat[:n]), tuple(flat[n:])
 
     def outputs(self, *avals: Any) -> list[Any]:
-        """The types of output, codes and scales."""
+        """Returns the types of output, codes and scales."""
         operands: Any = self.split(avals)[0]
         return [operands.codes[0].update(dtype=self.reference.step.dtype), *operands.codes, *operands.absmax]
 
@@ -62,26 +66,26 @@ def _may_run(program: Program, *, kernel: Kernel) -> bool:
     """Returns whether the kernel replaces the reference in a program.
 
     Raises:
-        NotImplementedError: The kernel was asked for by name, and the program cannot have it.
+        NotImplementedError: The user named the kernel, and it cannot run in this program.
     """
     if kernel.name != PLATFORMS.get(program.kernel_platform or ""):
-        # Programs for several platforms have a part for each, and the parts for others are lowered and then dropped.
+        # A program for several platforms has a part for each. JAX lowers all parts for all platforms, then drops some.
         if kernel.required:
             needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
             raise NotImplementedError(
                 f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(program.platforms)}. "
-                "Use None, which takes what there is."
+                "Use None, which takes the best one for the platform."
             )
         return False
     if kernel.name == "pallas_gpu":
-        # Triton does not compile for GPUs older than Ampere. Programs for other machines than this one are not asked.
+        # Triton does not compile for GPUs older than Ampere.
         local = jax.local_devices() if jax.default_backend() == "gpu" else []
         return kernel.required or all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
     if kernel.required and not program.one_device:
         raise NotImplementedError(
-            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are cut: use "
-            "a mesh with Explicit axes, or give `partition_specs` (of PartitionSpec under jax.set_mesh, or of "
-            "NamedSharding), or implementation=None, which takes 'xla' here."
+            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are sharded. "
+            "Use a mesh with Explicit axes, or pass `partition_specs` (PartitionSpecs under jax.set_mesh, or "
+            "NamedShardings), or use None, which takes 'xla' here."
         )
     return program.one_device
 
@@ -96,13 +100,13 @@ _step_by_kernel = primitive(
 
 
 def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):
-    """The step by a kernel, as a function of flat operands; under vmap and where it is differentiated, the reference.
+    """Returns the step by a kernel, as a function of flat operands. Under vmap and derivatives it is the reference.
 
     Args:
-        name: which kernel.
-        reference: what it computes.
-        spec: how the parameter is cut; None where its type says it, or nothing.
-        required: it was asked for by name.
+        name: Which kernel.
+        reference: The step that it computes.
+        spec: The sharding of the parameter; None if its type says it, or if it is not known.
+        required: True if the user named the kernel, so that it is used or raises.
     """
 
     def call(*flat):
@@ -116,9 +120,9 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
             return on_every_device(local, reference, sharding.mesh, spec_of(sharding, len(shape)))(*flat)
         if required:
             raise NotImplementedError(
-                f"`implementation={name!r}`: {sharding.spec} does not cut an array of {shape} evenly or cuts through "
-                f"its blocks of {blocks.size} along axis {blocks.axis}. Set StateFormat(shards=...) to the ways it is "
-                "cut, or take None."
+                f"`implementation={name!r}` cannot run with {sharding.spec}: it does not divide an array of shape "
+                f"{shape} into equal shards of full blocks ({blocks.size} along axis {blocks.axis}). Set "
+                "StateFormat(shards=...) to the number of devices that an axis is sharded over, or use None."
             )
         return reference(*flat)
 
@@ -127,7 +131,7 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
 
 @dataclass(frozen=True)
 class _OnOneDevice:
-    """A kernel as an implementation for one device's own array, which lies at `origin` of one of `shape`."""
+    """A kernel as an implementation for the shard of one device, at `origin` of the global array of `shape`."""
 
     name: Name
     reference: FlatStep
@@ -142,7 +146,7 @@ class _OnOneDevice:
 
 
 def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
-    """How an array is cut, where its type, or `spec` and a mesh, say it for all axes of a mesh of several devices."""
+    """Returns the sharding of an array over several devices, from its type or from `spec`; None if neither says it."""
     context = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in context.axis_types:
         return None
@@ -155,7 +159,7 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
 
 
 def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
-    """A spec on the mesh of the context, or its own; None where it does not fit mesh or array."""
+    """Returns a spec on the mesh of the context, or on its own; None if it does not fit the mesh or the array."""
     mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
     if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):
         return None
@@ -165,6 +169,6 @@ def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
 
 
 def has_whole_blocks(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
-    """Whether every device has whole blocks, and as many."""
-    cuts = spec_of(sharding, len(shape))
-    return without_straddling(cuts, sharding.mesh, shape, blocks) == cuts
+    """Returns whether all devices have the same number of blocks, and no part of one."""
+    spec = spec_of(sharding, len(shape))
+    return without_straddling(spec, sharding.mesh, shape, blocks) == spec

@@ -1,4 +1,4 @@
-"""Lookups in an embedding table with torch's options, and what the Linen and NNX modules need to be built."""
+"""Embedding lookups with torch's options, and the initializers and checks that the Linen and NNX modules share."""
 
 from ..dtypes import at_least_float32 as at_least_float32
 from .gather import Mode as Mode

@@ -174,11 +174,11 @@ def test_quantize_is_vectorized_and_traced():
     ("change", "message"),
     [
         ({"codec": "fp4"}, r"`codec` must be one of 'root', 'dynamic', 'linear', got 'fp4'"),
-        ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0; try 256"),
+        ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0. Try 256"),
         ({"block_size": 2.5}, r"`block_size` must be an integer of at least 1, got 2.5"),
         ({"axis": 2}, r"`axis` must be in \[-2, 1\] for an array of shape \(4, 4\), got 2"),
         ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'"),
-        ({"rounding": "stochastic"}, r"needs `seed`, an integer; got None"),
+        ({"rounding": "stochastic"}, r"needs an integer `seed`, got None"),
     ],
 )
 def test_bad_arguments_are_named_with_their_value(change, message):

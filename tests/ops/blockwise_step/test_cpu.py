@@ -51,7 +51,7 @@ def run(function, step, operands, steps=3):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of 1024 elements, so that small arrays take many, with remainders on every axis."""
-    monkeypatch.setattr(cpu, "PIECE", 1 << 10)
+    monkeypatch.setattr(cpu, "CHUNK", 1 << 10)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -91,7 +91,7 @@ def test_normalize_takes_features_that_are_cut_on_an_explicit_axis(kinds):
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
 def test_normalize_of_other_numbers_raises(dtype):
-    with pytest.raises(TypeError, match=f"real floating rows, got {dtype}"):
+    with pytest.raises(TypeError, match=f"real floating point rows, got {dtype}"):
         normalize(jnp.ones((2, 3), dtype), jnp.ones(3), jnp.ones(3))
 
 

@@ -87,7 +87,10 @@ def test_a_half_precision_table_is_rounded_once():
         (lambda x: x + rows([1], num_rows=8), r"shapes \(9, 3\) and \(8, 3\) cannot be added"),
         (lambda x: x * jnp.ones(3), r"multiplied by numbers, got an array of shape \(3,\)"),
         (lambda x: SparseRows.of_lookups(jnp.ones(2), jnp.ones((2, 3)), 9), "`ids` must be integers, got float32"),
-        (lambda x: SparseRows.of_lookups(jnp.arange(2), jnp.ones((3, 3)), 9), r"shape of `ids`, \(2,\), and features"),
+        (
+            lambda x: SparseRows.of_lookups(jnp.arange(2), jnp.ones((3, 3)), 9),
+            r"shape of `ids`, \(2,\), and an axis of features",
+        ),
     ],
 )
 def test_what_does_not_fit_raises(wrong, message):

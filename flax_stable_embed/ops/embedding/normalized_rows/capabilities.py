@@ -1,7 +1,7 @@
 """Which tables the kernels can take.
 
-Each constant is a limit of a kernel, with its reason. `has_kernel` is asked before the operation is used at all: where
-it says no, a stable embedding is a lookup and a LayerNorm, which XLA can fuse with their surroundings.
+Each constant is a limit of a kernel, with its reason. A stable embedding uses the operation only if `has_kernel`
+returns True. Otherwise it is a lookup and a LayerNorm, which XLA can fuse with the rest of the program.
 """
 
 import jax

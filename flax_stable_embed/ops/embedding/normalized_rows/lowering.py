@@ -1,7 +1,7 @@
 """The primitives of normalized rows: the function, its derivative and its gradient.
 
-The gradient is the transpose of the derivative. vmap, derivatives of derivatives and platforms without a kernel take
-JAX's result for the reference.
+The derivative of the function is a primitive, and the gradient is the transpose of that primitive. vmap, derivatives of
+derivatives and platforms without a kernel take JAX's result for the reference.
 """
 
 from collections.abc import Callable
