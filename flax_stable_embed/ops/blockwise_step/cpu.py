@@ -1,8 +1,8 @@
 """Runs the reference in chunks that fit the caches, for CPU.
 
-XLA on CPU would run the reference as several loops over the full array, with intermediate results in memory. Here one
-loop takes a chunk of full blocks at a time, computes its step by the reference, and writes the results in place: over
-the parameter (or the gradient, if the step returns an update), the codes and the scales.
+XLA on CPU would run the reference as several loops that each read the full arrays from memory. Here one loop takes a
+chunk of full blocks at a time, computes its step by the reference, and writes the results in place: over the parameter
+(or the gradient, if the step returns an update), the codes and the scales.
 
 Layout: the array is viewed as (before, blocked axis, after). A loop over a sharded axis would gather it, so on a mesh
 the loop runs on the shard of each device (`per_shard.py`).
@@ -70,9 +70,9 @@ def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int
             index = linear_index_of_tile(at, chunk.g.shape, groups, local, origin, shape or local)
         if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
             return _write(carry, plain(merged_step, chunk, index, _store_once), at, size)
-        # A short last block is padded, and 16-bit numbers are cast. `_store_once` would then compile to code that
-        # rounds differently, because XLA contracts another of two products into a sum. Inside of a conditional, the
-        # reference compiles to the same code as outside.
+        # A short last block is padded, and 16-bit numbers are cast. As a part of the loop, such a chunk would round
+        # differently from the reference, because XLA contracts another of two products into a sum. Inside of a
+        # conditional it is compiled like the reference.
         unchanged = (chunk.p if step.fused else chunk.g.astype(step.dtype), chunk.codes, chunk.absmax)
         always = ~(chunk.absmax[0].ravel()[0] < 0)  # no scale is negative
         return _write(carry, lax.cond(always, lambda: plain(merged_step, chunk, index), lambda: unchanged), at, size)

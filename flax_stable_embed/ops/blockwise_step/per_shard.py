@@ -41,7 +41,8 @@ class FlatStep:
         operands = self.tree.unflatten(flat)
         if not self._straddles(operands):
             return self.implementation(self.step, operands)
-        # Types cannot describe a block that straddles shards, but the compiler can. It combines scales.
+        # Types cannot describe a block that straddles shards, but the compiler can. It combines
+        # the scales of its parts and gathers nothing.
         out = jax.tree.map(lambda x: jax.typeof(x).sharding, (operands.codes[0], operands.codes, operands.absmax))
         return jax.sharding.auto_axes(partial(self.implementation, self.step), out_sharding=out)(operands)
 
@@ -115,7 +116,7 @@ def on_every_device(local: Callable, reference: FlatStep, mesh: Any, spec: list[
         in_context = isinstance(mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
         out_specs = sharded, (sharded,) * n, (sharded,) * n
         if explicit_sharding(codes[0]) is not None:
-            flat = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(flat, specs)]
+            flat = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, specs)]
         mapped = jax.shard_map(
             run, mesh=None if in_context else mesh, in_specs=specs, out_specs=out_specs, check_vma=False
         )

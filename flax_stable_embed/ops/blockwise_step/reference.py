@@ -1,8 +1,8 @@
 """Defines the step in plain `jax.numpy`. Every other implementation is tested against it.
 
-It takes the full array at once and keeps its shape, so that XLA can partition it on any mesh. XLA fuses it into a few
-loops with intermediate results of the size of the array, which is why CPU has a loop over chunks (`cpu.py`) and TPU and
-GPU have kernels.
+It takes the full array at once and keeps its shape, so that XLA can partition it on any mesh. The codes of a block need
+its scale, so XLA compiles several loops that each read the arrays. That is why CPU has a loop over chunks (`cpu.py`),
+and TPU and GPU have kernels that read every array once.
 """
 
 from collections.abc import Callable

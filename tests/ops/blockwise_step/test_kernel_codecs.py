@@ -1,4 +1,4 @@
-"""The kernels' arithmetic gives the codes of the reference, but for numbers a few ulp from the boundary of two."""
+"""Kernels compute the codes of the reference, except for numbers a few ulp from the boundary between two codes."""
 
 import importlib
 
@@ -19,7 +19,7 @@ CODES_APART = 1e-4  # of all codes may differ, by one
 @pytest.mark.parametrize("fourth_root", [by_logarithm, by_square_roots])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
-def test_all_256_codes_and_a_million_numbers(codec, signed, fourth_root):
+def test_kernel_codecs_agree_with_the_reference_on_all_codes_and_a_million_numbers(codec, signed, fourth_root):
     moment = Moment(signed, codec)
     kernel, code = kernel_codec(moment, fourth_root), moment.code
     every = np.arange(256).astype(np.uint8).view(code.dtype)

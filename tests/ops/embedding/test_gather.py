@@ -7,7 +7,7 @@ import numpy as np
 from flax_stable_embed.ops.embedding import gather
 
 
-def test_terms_are_sorted_on_one_tpu_and_for_large_tables_alone(monkeypatch):
+def test_terms_are_sorted_only_on_one_tpu_and_for_large_tables(monkeypatch):
     options = gather.GatherOptions(None, False, None, np.dtype(np.float32))
     large, small = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (2**15 + 1, 2**15))
     assert not gather._sorts(options, large)

@@ -1,4 +1,4 @@
-"""LayerNorm in float32, in one pass and in two, against numpy's float64."""
+"""Compares LayerNorm in float32, in one pass and in two, with NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def expected(x, scale, bias, epsilon):
 
 @pytest.fixture(params=["", "cuda"], ids=["two passes", "one pass, as on GPU and TPU"])
 def passes(request, monkeypatch):
-    """The normalization of other platforms, and that of GPU and TPU, run here; its name."""
+    """Runs the two passes of CPU, then the one pass of GPU and TPU; returns the platform that is simulated."""
     if request.param:
         by_platform = lambda *args, default, **others: others[request.param](*args)  # noqa: E731
         monkeypatch.setattr(jax.lax, "platform_dependent", by_platform)
@@ -46,7 +46,7 @@ def test_normalize_keeps_the_digits_of_rows_far_from_zero(passes):
 
 
 @pytest.mark.parametrize("far", [10.0, 1e2, 1e4])
-def test_in_one_pass_features_far_from_the_others_cost_no_digits(far):
+def test_one_pass_keeps_the_digits_next_to_features_far_from_the_others(far):
     x = np.random.default_rng(5).normal(size=(20, 512)).astype(np.float32)
     for place in (0, 256):
         x[:, place] = far
@@ -55,7 +55,7 @@ def test_in_one_pass_features_far_from_the_others_cost_no_digits(far):
         np.testing.assert_allclose(found, expected(x, 1, 0, 1e-5), rtol=4e-6, atol=4e-6)
 
 
-def test_in_one_pass_equal_features_have_no_variance():
+def test_one_pass_gives_zero_variance_for_equal_features():
     mean, variance = layer_norm._in_one_pass(jnp.full((2, 7), 3e4))
     np.testing.assert_array_equal(mean, np.full((2, 1), 3e4))
     np.testing.assert_array_equal(variance, np.zeros((2, 1)))
@@ -69,7 +69,7 @@ def test_normalize_of_zero_rows_is_the_bias_with_a_finite_gradient():
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_normalize_in_float64_stays_there():
+def test_normalize_computes_float64_in_float64():
     with jax.enable_x64(True):
         x = np.random.default_rng(4).normal(size=(2, 8))
         found = normalize(jnp.asarray(x), jnp.ones(8), jnp.zeros(8))
@@ -77,7 +77,7 @@ def test_normalize_in_float64_stays_there():
 
 
 @pytest.mark.parametrize("kinds", [(AxisType.Explicit, AxisType.Explicit), (AxisType.Auto, AxisType.Explicit)])
-def test_normalize_takes_features_that_are_cut_on_an_explicit_axis(kinds):
+def test_normalize_works_with_features_sharded_over_an_explicit_axis(kinds):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
     x = np.random.default_rng(5).normal(size=(16, 64)).astype(np.float32)
     with jax.set_mesh(mesh):
@@ -90,13 +90,13 @@ def test_normalize_takes_features_that_are_cut_on_an_explicit_axis(kinds):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
-def test_normalize_of_other_numbers_raises(dtype):
+def test_normalize_of_numbers_that_are_not_real_floats_raises(dtype):
     with pytest.raises(TypeError, match=f"real floating point rows, got {dtype}"):
         normalize(jnp.ones((2, 3), dtype), jnp.ones(3), jnp.ones(3))
 
 
 @pytest.mark.usefixtures("passes")
-def test_derivatives_of_derivatives_under_jit_are_those_of_its_formula():
+def test_second_derivatives_under_jit_equal_those_of_the_formula():
     def by_formula(x, scale, bias):
         centered = x - x.mean(axis=-1, keepdims=True)
         return centered / jnp.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
@@ -110,7 +110,7 @@ def test_derivatives_of_derivatives_under_jit_are_those_of_its_formula():
         np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
 
 
-def test_in_one_pass_numbers_whose_squares_overflow_are_as_in_two():
+def test_one_pass_and_two_passes_agree_on_numbers_whose_squares_overflow():
     x = jnp.full((1, 8), 2e19)
     for f in (layer_norm._in_one_pass, layer_norm._in_two_passes):
         mean, variance = f(x)

@@ -1,4 +1,4 @@
-"""The embedding arithmetic against numpy and against sums done by hand."""
+"""Compares lookups and their gradients with NumPy and with sums by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def table_gradient(table, ids, cotangent, **options):
     return gradient(table, np.asarray(cotangent, np.float32))
 
 
-# --- which row an id means -------------------------------------------------------------------------------------------
+# --- the rows of ids -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
@@ -38,7 +38,7 @@ def test_ids_of_every_integer_type_find_their_rows(dtype):
         np.testing.assert_array_equal(lookup(table, jnp.asarray(ids))[:, 0], np.array(wanted, np.float32))
 
 
-def test_wide_ids_do_not_wrap_into_the_table():
+def test_64_bit_ids_do_not_wrap_into_the_table():
     table = jnp.arange(300.0)[:, None]
     ids = [2**32, 2**32 + 5, -(2**32), 2**31, 7, -1]
     wanted = [np.nan, np.nan, np.nan, np.nan, 7, 299]
@@ -96,7 +96,7 @@ def test_ids_that_are_not_an_array_raise_a_clear_error(ids):
 @pytest.mark.parametrize("padding_idx", [None, 4])
 @pytest.mark.parametrize("by_frequency", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_the_gradient_is_the_sum_that_the_docstring_states(padding_idx, by_frequency, max_norm):
+def test_the_gradient_equals_the_sum_in_the_docstring(padding_idx, by_frequency, max_norm):
     expected = np.zeros_like(TABLE)
     for id, cotangent in zip(IDS.ravel(), COTANGENT.reshape(-1, 4), strict=True):
         if id != padding_idx:
@@ -130,7 +130,7 @@ def test_the_padding_row_has_no_gradient_whatever_its_cotangent():
     np.testing.assert_array_equal(found, [[0, 0], [1, 2]])
 
 
-def test_an_infinite_weight_passes_through():
+def test_infinite_weights_are_returned_unchanged():
     table = jnp.array([[jnp.inf, 1.0], [2.0, 3.0]])
     np.testing.assert_array_equal(lookup(table, np.array([0, 1]), padding_idx=1, scale_grad_by_freq=True), table)
 
@@ -156,13 +156,13 @@ def test_frequency_is_counted_per_example_under_vmap():
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones((3, 1)))[:, 0], [0, 2, 1])
 
 
-def test_inference_does_not_count():
+def test_inference_does_not_count_tokens():
     options = {"padding_idx": 1, "scale_grad_by_freq": True, "max_norm": 1.0}
     text = jax.jit(lambda table, ids: lookup(table, ids, **options)).lower(TABLE, IDS).as_text()
     assert "scatter" not in text
 
 
-def test_a_16_bit_table_costs_no_float32_copy_forwards():
+def test_the_lookup_of_a_16_bit_table_makes_no_float32_copy():
     table = jnp.zeros((4096, 64), jnp.bfloat16)
     compiled = jax.jit(lambda table, ids: lookup(table, ids, dtype=jnp.float32)).lower(table, IDS).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 64
@@ -293,7 +293,7 @@ def test_clip_takes_the_nearest_row():
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
+def test_modes_give_the_same_bits_for_ids_inside_the_table(options):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
     ids = jnp.array([[1, 4, 4, 3], [49, 0, 1, 7]], jnp.uint8)
     for mode in ("promise_in_bounds", "clip"):
@@ -301,7 +301,7 @@ def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
         jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
-def test_a_promise_saves_the_mask_over_the_rows():
+def test_promise_in_bounds_has_no_mask_over_the_rows():
     def select_ops(mode):
         lowered = jax.jit(lambda t, ids: lookup(t, ids, mode=mode)).lower(jnp.ones((50, 8)), jnp.arange(16))
         return sum("select" in line and "16x8" in line for line in lowered.as_text().splitlines())
@@ -311,7 +311,7 @@ def test_a_promise_saves_the_mask_over_the_rows():
 
 @pytest.mark.one_in(2, start=1)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_terms_that_are_sorted_first_give_the_same_gradient(options, monkeypatch):
+def test_sorting_the_terms_gives_the_same_gradient(options, monkeypatch):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
     want = value_and_gradient(table, ALL_IDS, **options)
     monkeypatch.setattr(_gather, "_sorts", lambda options, table: True)
@@ -322,8 +322,8 @@ def test_terms_that_are_sorted_first_give_the_same_gradient(options, monkeypatch
     assert jnp.isfinite(tangent).all()
 
 
-def test_stable_embed_forward_writes_the_rows_and_the_result_and_nothing_more_of_that_size():
-    """Mean, variance, scale and bias take no array of their own (on CPU, where arrays are large enough to be fused)."""
+def test_stable_embed_forward_writes_only_the_rows_and_the_result():
+    """Mean, variance, scale and bias need no arrays of that size (on CPU, for arrays large enough to be fused)."""
 
     def forward(table, scale, bias, ids):
         return normalized_lookup(table, ids, scale, bias)

@@ -1,4 +1,4 @@
-"""The stable embedding as one operation: kernels against the reference, and every transformation of JAX."""
+"""Compares the kernels of normalized rows with the reference, under every transformation of JAX."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ FLOAT32 = np.dtype(np.float32)
 
 
 def case(rows=9, features=12, tokens=40, dtype=jnp.float32, out=jnp.float32, padding_idx=None, outside=False):
-    """Options, parameters, row numbers and a gradient of the output; the lower the row the more tokens it has."""
+    """Returns options, parameters, row numbers and a gradient of the output. Lower rows have more tokens."""
     keys = jax.random.split(jax.random.key(rows * features + tokens), 5)
     table = jax.random.normal(keys[0], (rows, features)).astype(dtype)
     scale, bias = jax.random.normal(keys[1], (2, features))
@@ -54,7 +54,7 @@ CASES_ON_TPU = {
     "one token": {"tokens": 1},
     "one row for many chunks": {"rows": 2, "tokens": 300},
     "a tile full of tokens": {"rows": ROWS, "tokens": 2 * ROWS},
-    "tiles of rows, the last one cut": {"rows": 3 * ROWS + 5, "tokens": 100},
+    "tiles of rows, the last one partly outside": {"rows": 3 * ROWS + 5, "tokens": 100},
     "tiles without tokens": {"rows": 9 * ROWS, "tokens": 7},
     "more tokens than a tile": {"tokens": pallas_tpu.MOST_TOKENS + 9},
     "features that fill registers": {"features": 8 * LANES},
@@ -79,8 +79,8 @@ def test_the_kernels_for_tpu_equal_the_reference(name):
 
 
 @pytest.mark.slow
-def test_the_kernels_for_tpu_wait_for_what_they_read():
-    """Memory that nobody wrote is NaN, and copies arrive as late as they may."""
+def test_the_kernels_for_tpu_wait_for_the_copies_they_read():
+    """Unwritten memory is NaN, and copies arrive as late as they can."""
     late = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
     assert_equals_the_reference(pallas_tpu, late, rows=3 * ROWS + 5, features=2 * LANES, tokens=300, outside=True)
 
@@ -100,7 +100,7 @@ def assert_equals_the_reference(kernels, interpret: Any = True, **of_case):
 
 
 def test_rows_split_into_runs_of_tokens_sum_up():
-    """By hand: with scale 1, y = (x - mean) r; the gradient of a row that all tokens share is that of their sum."""
+    """By hand: with scale 1, y = (x - mean) r. The gradient of a row that all tokens share is that of their sum."""
     options, tokens = Options(1.0, None, False, FLOAT32), 2 * RUN + 3
     table, ones = jnp.array([[3.0, 5.0], [0.0, 0.0]]), jnp.ones(2)
     dy = jnp.tile(jnp.array([[1.0, 0.0]]), (tokens, 1))
@@ -116,8 +116,8 @@ def test_rows_split_into_runs_of_tokens_sum_up():
     np.testing.assert_array_equal(d_bias, [tokens, 0.0])
 
 
-def test_a_row_of_nan_stays_in_its_row_on_tpu():
-    """Rows without tokens are never read, and those beside it have gradients of their own."""
+def test_nan_in_one_row_does_not_reach_other_rows_on_tpu():
+    """Rows without tokens are never read, and neighboring rows keep their gradients."""
     options, (table, scale, bias), _, _ = case(rows=5, features=LANES)
     table, row_numbers = table.at[jnp.array([1, 3])].set(jnp.nan), jnp.array([0, 1, 2, 0], jnp.int32)
     dy = jnp.ones((4, LANES)).at[1, 0].set(jnp.inf)
@@ -151,7 +151,7 @@ def one_device_of(monkeypatch, platform):
 
 
 def both():
-    """The operation and its reference, as functions of the parameters with a number for a result."""
+    """Returns the operation and its reference, as functions from parameters to a number."""
     options, parameters, row_numbers, _ = case(padding_idx=2)
 
     def loss(f):
@@ -186,13 +186,13 @@ TRANSFORMED = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-def test_every_transformation_is_that_of_the_reference(name):
+def test_every_transformation_equals_that_of_the_reference(name):
     ours, theirs, parameters = both()
     close(TRANSFORMED[name](ours)(*parameters), TRANSFORMED[name](theirs)(*parameters))
 
 
 def test_vmap_over_examples_is_one_longer_lookup():
-    """Also backwards: kernels stay."""
+    """In the backward pass too, so kernels stay."""
     options, parameters, row_numbers, dy = case()
     examples, dy = row_numbers.reshape(8, 5).T, dy.reshape(8, 5, -1)
 
@@ -220,7 +220,7 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_without_jit_it_runs_and_says_where_a_nan_is_from():
+def test_the_operation_runs_without_jit_and_under_debug_nans():
     embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     with jax.disable_jit():
@@ -230,7 +230,7 @@ def test_without_jit_it_runs_and_says_where_a_nan_is_from():
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_a_batch_without_a_number_has_no_kernel():
+def test_a_batch_of_symbolic_size_uses_no_kernel():
     embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     (batch,) = jax.export.symbolic_shape("batch")
@@ -238,7 +238,7 @@ def test_a_batch_without_a_number_has_no_kernel():
     assert exported.out_avals[0].shape == (batch, LEAST_FEATURES)
 
 
-def test_negative_numbers_against_a_promise_touch_no_row():
+def test_negative_row_numbers_touch_no_row_even_if_the_caller_promised_none():
     options, (table, scale, _), _, _ = case(rows=5)
     row_numbers = jnp.array([-2, -1, -2, 1], jnp.int32)
     dy = jnp.ones((4, table.shape[1]))
@@ -298,14 +298,14 @@ def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
     assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
 
 
-def test_where_several_devices_compute_it_is_not():
+def test_several_devices_use_a_lookup_and_a_norm():
     embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES), jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)
     assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
-def test_the_operation_is_lookup_and_norm(one_gpu, monkeypatch, mode):
+def test_the_operation_equals_a_lookup_and_a_norm(one_gpu, monkeypatch, mode):
     options = {"padding_idx": 0, "mode": mode, "dtype": jnp.bfloat16}
     embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
     params = embed.init(jax.random.key(0), ids)
