@@ -22,12 +22,13 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import array_key
+from ...ops.dtypes import at_least_float32
 from ...ops.sharding import lying_like, placed_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
-from ..storage.moments import MomentName, bits_of, decode, encode, is_codes, no_scales, wide_dtype
+from ..storage.moments import MomentName, bits_of, decode, encode, is_codes, no_scales
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules
 from ..storage.state_format import StateFormat
@@ -397,7 +398,7 @@ def _bytes(box: Any) -> int:
 
 def _wide(dtype: Any) -> Any:
     """Float32 for half precision, else the dtype itself."""
-    return wide_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return at_least_float32(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _widened(tree: Any) -> Any:
