@@ -54,7 +54,7 @@ def placed_like(x: Array, other: Array) -> Array:
     return x if sharding is None or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
-def lying_like(x: Array, other: Any) -> Array:
+def sharded_like(x: Array, other: Any) -> Array:
     """Returns `x` sharded like `other`, which has its shape.
 
     The sharding comes from the type of `other`, from `other` as a concrete array, or under jit from the compiler.

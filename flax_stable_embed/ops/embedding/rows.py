@@ -82,7 +82,7 @@ def take_rows(table: Array, indices: Array) -> Array:
     return take(table, indices, row_sharding(table, indices, None), fill_value=0)
 
 
-def beside_rows(table: Array, indices: Array, values: Array) -> Array:
+def placed_like_rows(table: Array, indices: Array, values: Array) -> Array:
     """Returns values for rows of a table. Under a mesh with Explicit axes they are sharded as the rows."""
     sharding = row_sharding(table, indices, None)
     return values if sharding is None else jax.sharding.reshard(values, sharding)

@@ -23,7 +23,7 @@ from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import array_key
 from ...ops.dtypes import at_least_float32
-from ...ops.sharding import lying_like, placed_like
+from ...ops.sharding import placed_like, sharded_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
@@ -331,7 +331,7 @@ class _Stored(NamedTuple):
             kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
         # The compiler alone would gather an axis on which devices cut through blocks.
-        return lying_like(codes, self.codes), placed_like(absmax, self.absmax)
+        return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
 def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
@@ -341,7 +341,7 @@ def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
         wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
     codes, scales = encode(x, _moment(field, plan.state_format)._replace(stochastic=False), plan.blocks)
-    return rebox(box, lying_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
+    return rebox(box, sharded_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:
