@@ -97,7 +97,7 @@ def memory_of(x: Any) -> str:
     return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
 
 
-def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
+def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
     """Codes and scales of a moment; `key` (`array_key`) where it is rounded stochastically."""
     rounding = "stochastic" if moment.stochastic else "nearest"
     return quantize(
@@ -111,8 +111,8 @@ def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -
     )
 
 
-def decode(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
-    """The float32 moment that `encode` stored."""
+def dequantize_moment(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
+    """The float32 moment that `quantize_moment` stored."""
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
 
 
