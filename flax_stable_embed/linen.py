@@ -196,7 +196,7 @@ class StableEmbed(Embed):
         """Returns the normalized rows of the table at the given ids. Arguments and shapes are as in `Embed`."""
         dtype = self.dtype or self.embedding.dtype
         norm = {"scale": self.norm.scale, "bias": self.norm.bias, "epsilon": self.norm_epsilon}
-        rows = maths.normalised_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
+        rows = maths.normalized_lookup(self.embedding, inputs, **norm, dtype=dtype, **self._options(out_sharding))
         return self._cast(rows, dtype)
 
 
@@ -212,4 +212,4 @@ class _Norm(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale, self.bias, self.epsilon)
+        return maths.normalize(x, self.scale, self.bias, self.epsilon)

@@ -325,7 +325,7 @@ class StableEmbed(Embed):
         dtype = self.dtype or table.dtype
         if type(self.norm) is _Norm:
             norm = {"scale": self.norm.scale[...], "bias": self.norm.bias[...], "epsilon": self.norm.epsilon}
-            rows = maths.normalised_lookup(table, inputs, **norm, dtype=dtype, **options)
+            rows = maths.normalized_lookup(table, inputs, **norm, dtype=dtype, **options)
         else:  # the user replaced the norm
             rows = self.norm(maths.lookup(table, inputs, dtype=maths.at_least_float32(table.dtype), **options))
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
@@ -341,4 +341,4 @@ class _Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return maths.normalise(x, self.scale[...], self.bias[...], self.epsilon)
+        return maths.normalize(x, self.scale[...], self.bias[...], self.epsilon)

@@ -30,7 +30,7 @@ WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
 LEVELS = {
     "ops": [
         {"dtypes", "sharding", "rounding"},
-        {"counter_random"},
+        {"counter_random", "lowering"},
         {"blockwise", "embedding"},
         {"blockwise_step"},
     ],

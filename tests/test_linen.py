@@ -105,7 +105,7 @@ def test_wrong_ids_and_options_raise(module):
     for option in ({"padding_idx": 7}, {"max_norm": 0.0}, {"norm_type": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
             module(7, 4, **option)
-    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not go with a sparse gradient"):
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not work with a sparse gradient"):
         module(7, 4, sparse=True, scale_grad_by_freq=True)
 
 
@@ -158,7 +158,7 @@ def test_a_pretrained_table_keeps_its_padding_row(wrap):
 
 def test_a_pretrained_table_of_another_shape_raises():
     module = linen.StableEmbed(4, 3, embedding_init=linen.pretrained(np.ones((5, 3))))
-    with pytest.raises(ValueError, match=r"`table` has shape \(5, 3\), but the module wants \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"`table` has shape \(5, 3\), but the module needs \(4, 3\)"):
         module.init(jax.random.key(0), IDS)
 
 

@@ -72,7 +72,7 @@ def test_wrong_ids_and_options_raise(module):
     for option in ({"padding_idx": -8}, {"max_norm": -1.0}, {"norm_type": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
             module(7, 4, **option, rngs=rngs())
-    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not go with a sparse gradient"):
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True` does not work with a sparse gradient"):
         module(7, 4, sparse=True, scale_grad_by_freq=True, rngs=rngs())
 
 
@@ -112,7 +112,7 @@ def test_from_pretrained_keeps_the_table_its_dtype_and_its_padding_row(module):
 
 
 def test_from_pretrained_raises_unless_the_table_has_two_axes():
-    with pytest.raises(ValueError, match=r"`table` must be of shape \(num_embeddings, features\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"`table` must have shape \(num_embeddings, features\), got \(3,\)"):
         nnx.Embed.from_pretrained(np.ones(3), rngs=rngs())
 
 

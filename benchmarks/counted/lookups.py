@@ -21,7 +21,8 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 
-from flax_stable_embed.ops.embedding.normalised_rows.api import Options, normalised_rows, reference
+from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
+from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
 
 from ..harness import report
 from ..harness.modules import Shape
@@ -30,7 +31,7 @@ from .compiled import QUIET, Stored, devices_of, operations
 CHIPS = ("v5e", "v6e")
 SHAPES = Shape(32_768, 4096, 65_536), Shape(32_768, 768, 65_536), Shape(262_144, 2048, 8192)
 QUICK = (Shape(4096, 1024, 8192),)
-WAYS: dict[str, Callable] = {"XLA": reference, "kernels": normalised_rows}
+WAYS: dict[str, Callable] = {"XLA": reference, "kernels": normalized_rows}
 BOTH, FORWARD, BACKWARD = "forward and backward", "forward", "backward"
 
 
@@ -66,7 +67,7 @@ def moved_bytes(text: str, shape: Shape) -> int:
 
     def of_operations() -> Iterator[int]:
         for name, results, operands in operations(text):
-            is_lookup = name.startswith(("gather", "normalised_rows")) and "gradient" not in name
+            is_lookup = name.startswith(("gather", "normalized_rows")) and "gradient" not in name
             in_place = "scatter" in name and any(x.shape == table for x in operands)
             rows = shape.tokens if is_lookup else min(table[0], shape.tokens)
             looks = is_lookup or in_place or "gradient" in name

@@ -103,5 +103,5 @@ def test_a_named_kernel_raises_if_shardings_are_unknown(topology):
     args = params, jax.eval_shape(tx.init, params), params
     everywhere = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), args)
-    with pytest.raises(NotImplementedError, match=r"needs to know how parameters are cut: .*`partition_specs`"):
+    with pytest.raises(NotImplementedError, match=r"needs to know how parameters are sharded\. .*`partition_specs`"):
         jax.jit(lambda g, s, p: fse.fused_update(tx, g, s, p)).lower(*args)

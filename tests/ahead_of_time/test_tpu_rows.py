@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
 from benchmarks.counted import lookups
-from flax_stable_embed.ops.embedding.normalised_rows import api as operation
+from flax_stable_embed.ops.embedding.normalized_rows import lowering
+from flax_stable_embed.ops.embedding.normalized_rows.capabilities import MOST_TOKENS_ON_TPU
+from flax_stable_embed.ops.embedding.normalized_rows.reference import Options
 
 SHAPE = lookups.Shape(2048, 8192, 8192)  # rows and outputs are larger than the scratch memory of a chip
 
@@ -46,7 +48,7 @@ def test_the_kernels_move_a_fraction_of_the_bytes_that_xla_moves(topology, part,
 @pytest.mark.parametrize("chip", counted.TOPOLOGIES)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 768, 1), (5, 8192, 3), (50257, 768, 333), (200, 1152, 4096), (2**20, 1024, operation.MOST_TOKENS_ON_TPU)],
+    [(1, 768, 1), (5, 8192, 3), (50257, 768, 333), (200, 1152, 4096), (2**20, 1024, MOST_TOKENS_ON_TPU)],
     ids=str,
 )
 @pytest.mark.one_in(5)
@@ -62,13 +64,13 @@ def test_indices_are_32_bit_under_x64_too(topology):
 
 
 def test_xla_computes_the_gradient_of_tokens_beyond_scalar_memory(topology):
-    shape = lookups.Shape(1024, 768, operation.MOST_TOKENS_ON_TPU + 1)
+    shape = lookups.Shape(1024, 768, MOST_TOKENS_ON_TPU + 1)
     program = lookups.compiled(shape, "kernels", lookups.FORWARD, topology("v5e:2x2")[0])
     assert counted.kernels(program.as_text()) == 1
     args = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((shape.tokens, 768), (1024, 768), (768,))]
     ids = jax.ShapeDtypeStruct((shape.tokens,), jnp.int32)
-    options = operation.Options(1e-5, None, False, np.dtype(np.float32))
-    gradient = jax.jit(lambda *args: operation._gradient.bind(*args, options=options))
+    options = Options(1e-5, None, False, np.dtype(np.float32))
+    gradient = jax.jit(lambda *args: lowering.gradient.bind(*args, options=options))
     text = gradient.trace(*args, ids).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in text
 

@@ -122,7 +122,7 @@ def test_sparse(make):
     tx, table = fse.row_sparse(optax.sgd(0.1)), make(7, 4).table
     updates, _ = tx.update({"embedding": rows}, tx.init({"embedding": table}), {"embedding": table})
     assert isinstance(updates["embedding"], fse.SparseRows)
-    with pytest.raises(ValueError, match="`scale_grad_by_freq=True` does not go with a sparse gradient, as in torch"):
+    with pytest.raises(ValueError, match="`scale_grad_by_freq=True` does not work with a sparse gradient, as in torch"):
         make(7, 4, sparse=True, scale_grad_by_freq=True)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ops.blockwise.blocks import Blocks
-from ...optim.storage.moments import MomentName, decode, encode
+from ...optim.storage.moments import MomentName, dequantize_moment, quantize_moment
 from ...optim.storage.plan import LeafPlan
 from . import flat_blocks as flat
 from .report import How
@@ -56,11 +56,13 @@ class Place(NamedTuple):
         return flat.are_ours(self.plan.shape, blocks, block_size) and flat.is_same_map(qmap, self.signed)
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes, absmax = encode(jnp.asarray(x, jnp.float32), self._stored, _need(self.plan.blocks))
+        codes, absmax = quantize_moment(jnp.asarray(x, jnp.float32), self._stored, _need(self.plan.blocks))
         return np.asarray(codes), np.asarray(absmax)
 
     def decode(self, codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
-        return np.asarray(decode(jnp.asarray(codes), jnp.asarray(absmax), self._stored, _need(self.plan.blocks)))
+        return np.asarray(
+            dequantize_moment(jnp.asarray(codes), jnp.asarray(absmax), self._stored, _need(self.plan.blocks))
+        )
 
 
 def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.ndarray, np.ndarray, How, float]:

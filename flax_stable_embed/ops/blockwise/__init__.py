@@ -1,4 +1,4 @@
-"""The 8-bit block-wise number format; README.md beside this file explains it."""
+"""The 8-bit block-wise number format, which README.md in this folder explains."""
 
 from .quantize import dequantize as dequantize
 from .quantize import quantize as quantize

@@ -1,20 +1,21 @@
-"""Where the blocks of an array lie: inside one axis, with one scale each.
+"""Chooses the blocks of an array: the axis that they are inside of, and their size. Each block has one scale.
 
-The choice looks at the global shape and at `shards`, the most ways that any axis will ever be cut, and never at a mesh:
-so a checkpoint opens on any mesh, and where the promise holds no block straddles two shards.
-Splitting a non-minor axis is free on TPU (a bitcast under the tiled layout), splitting the minor one is a relayout.
+The choice depends on the global shape and on `shards`, the largest number of devices that any axis will ever be sharded
+over. It never depends on a mesh. So a checkpoint opens on any mesh, and no block straddles two shards as long as the
+promise of `shards` holds.
+
+A non-minor axis is preferred, because it is free to split on TPU (a bitcast under the tiled layout). Splitting the
+minor axis changes the layout.
 """
 
 from typing import NamedTuple
 
-SMALLEST, LARGEST = (
-    32,
-    256,
-)  # 4 / size bytes of scale per byte of code: 12.5% at 32, 1.6% at 256 (bitsandbytes' size)
+# A scale adds 4 / size bytes to each byte of code: 12.5% at 32, 1.6% at 256 (bitsandbytes' size).
+SMALLEST, LARGEST = 32, 256
 
 
 class Blocks(NamedTuple):
-    """Blocks of `size` neighbours along `axis` (>= 0) of an array; the last one may be short.
+    """Blocks of `size` neighbors along `axis` of an array. The last block may be short.
 
     Always: 0 <= axis < ndim (0 for a scalar, which counts as one element); size >= 1.
     """
@@ -23,22 +24,22 @@ class Blocks(NamedTuple):
     size: int
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """How many blocks the axis holds."""
+        """Returns the number of blocks along the axis."""
         return -(-shape[self.axis] // self.size) if shape else 1
 
-    def fit(self, axis: int, d: int, ways: int) -> bool:
-        """Whether an axis of `d` elements, cut so many ways, gives equal pieces without a part of a block."""
-        return d % ((self.size if axis == self.axis else 1) * ways) == 0
+    def fit(self, axis: int, d: int, shards: int) -> bool:
+        """Returns whether an axis of `d` elements divides into so many equal shards of full blocks."""
+        return d % ((self.size if axis == self.axis else 1) * shards) == 0
 
     def absmax_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales: the array's, with the number of blocks along the blocked axis; () for a scalar."""
+        """Returns the shape of the scales: the array's, with the number of blocks along the axis; () for a scalar."""
         if not shape:
             return ()
         return (*shape[: self.axis], self.count(shape), *shape[self.axis + 1 :])
 
 
 def power_of_two_part(d: int) -> int:
-    """The largest power of two that divides `d`; 0 for 0."""
+    """Returns the largest power of two that divides `d`; 0 for 0."""
     return d & -d
 
 
@@ -50,14 +51,15 @@ def choose_blocks(
     block_axis: int | None = None,
     along_rows: bool = False,
 ) -> Blocks:
-    """The blocks of an array of this global shape.
+    """Returns the blocks of an array of this global shape.
 
     Args:
-        shape: the global shape.
-        shards: the most ways that any axis will ever be cut.
-        block_size: overrides the size; longer than the axis means one block.
-        block_axis: overrides the axis; vectors always use their only one.
-        along_rows: an embedding table, whose rows differ in frequency and must not share a scale: the last axis.
+        shape: The global shape.
+        shards: The largest number of devices that any axis will ever be sharded over.
+        block_size: Overrides the size. If longer than the axis, the axis is one block.
+        block_axis: Overrides the axis. Vectors always use their only one.
+        along_rows: True for an embedding table. Its rows differ in frequency and must not share a scale, so blocks are
+            along the last axis.
 
     Raises:
         ValueError: `block_axis` is not an axis of the array.
@@ -71,7 +73,9 @@ def choose_blocks(
     if len(shape) > 1:
         if block_axis is not None:
             if not -len(shape) <= block_axis < len(shape):
-                raise ValueError(f"`block_axis` {block_axis} is not an axis of an array of shape {shape}; try -1.")
+                raise ValueError(
+                    f"`block_axis` {block_axis} is not an axis of an array of shape {shape}. Use -1 for the last."
+                )
             axis = block_axis % len(shape)
         elif not along_rows:
             axis = _choose_axis(shape, shards)

@@ -1,18 +1,23 @@
-"""Three ways to write a number of [-1, 1] (signed) or [0, 1] (unsigned) in one byte.
+"""Encodes a number in [-1, 1] (signed) or [0, 1] (unsigned) as one byte, by one of three codecs.
 
-A code is a *level* 0..top with a sign; a level stands for a magnitude, `value(level)`, which grows from 0 to exactly 1:
+A code is a *level* from 0 to `top`, with a sign. A level stands for a magnitude, `value(level)`, which grows from 0 to
+exactly 1:
 
-    root     signed  (level / 127)^2                    unsigned  (level / 255)^4
-    dynamic  signed  10^(e-6) (0.1 + 0.9 (j + 1/2) / 2^e), level = 2^e + j     unsigned  the same with level + 1,
-    10^(e-7) linear   signed  level / 127                        unsigned  level / 255
+    root     signed    (level / 127)^2
+             unsigned  (level / 255)^4
+    dynamic  signed    10^(e-6) (0.1 + 0.9 (j + 1/2) / 2^e)    with level = 2^e + j
+             unsigned  10^(e-7) (0.1 + 0.9 (j + 1/2) / 2^e)    with level + 1 = 2^e + j
+    linear   signed    level / 127
+             unsigned  level / 255
 
-Nearest: `root` rounds the level half to even; `dynamic` and `linear` compare with the float32 midpoints of
-neighbouring values, and a tie goes to the lower code (for negative numbers: to the larger magnitude).
-Unsigned `root` keeps level 0 for zero alone: a second moment that became 0 under a live first moment would blow up.
-All of it is arithmetic. There is no table, no gather and no search, so it vectorises on every backend.
+Nearest rounding: `root` rounds the level, half to even. `dynamic` and `linear` compare with the float32 midpoints of
+neighboring values, and a tie goes to the lower code (for negative numbers, to the larger magnitude).
+Unsigned `root` uses level 0 for zero only. If the second moment became 0 while the first did not, the update would blow
+up.
+All of it is arithmetic. There is no table, no gather and no search, so it vectorizes on every backend.
 
-Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, sec. 1.3), to the last bit of its
-float32 values; `linear` is that paper's ablation; `root` is ours.
+Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, sec. 1.3), equal bit for bit in
+float32. `linear` is that paper's ablation. `root` is ours.
 """
 
 from collections.abc import Callable
@@ -24,12 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-# The smallest normal float32. Some backends flush smaller numbers to zero, so here they count as zero on all.
+# The smallest normal float32. Some backends flush smaller numbers to zero, so here all backends take them as zero.
 TINY = float(np.finfo(np.float32).tiny)
 
 
 class Code(NamedTuple):
-    """How one codec writes signed or unsigned numbers; `value`, `nearest` and `below` work on magnitudes.
+    """One codec for signed or for unsigned numbers; `value`, `nearest` and `below` work on magnitudes.
 
     Always: code = zero + level for x >= 0, zero - level for x < 0; level <= top, and <= bottom for x < 0;
             value(0) == 0 and value(top) == 1 exactly; value(level) grows with the level.
@@ -39,27 +44,27 @@ class Code(NamedTuple):
     zero: int
     bottom: int
     top: int
-    smallest_level: int  # what a number above zero gets at least
+    smallest_level: int  # of a number above zero
     value: Callable[[Array], Array]  # int32 level -> float32 magnitude
     nearest: Callable[[Array, Array], Array]  # float32 magnitude, is it negative -> int32 level
     below: Callable[[Array], Array]  # float32 magnitude -> the highest level whose value does not exceed it
 
 
 def _compare_with_midpoint(value, boundary: Array, n: Array, negative: Array) -> Array:
-    """Level `boundary - 1` or `boundary`, by the float32 midpoint of their values; ties go to the lower code."""
+    """Returns `boundary - 1` or `boundary`, by the float32 midpoint of their values; ties go to the lower code."""
     midpoint = (value(boundary - 1) + value(boundary)) * 0.5
     return boundary - 1 + ((n > midpoint) | (negative & (n == midpoint))).astype(jnp.int32)
 
 
 def _step_down(value, level: Array, n: Array) -> Array:
-    """Corrects a level that rounding carried above `n`."""
+    """Corrects a level whose value exceeds `n` because of rounding."""
     return level - (value(level) > n).astype(jnp.int32)
 
 
 def _nearest_integer(x: Array) -> Array:
-    """int32 of float32 in [0, 2^22], half to even, from the bits of 2^23 + x; XLA's conversion checks the range."""
-    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)  # first: a sum may be contracted with a product
-    return lax.bitcast_convert_type(whole + np.float32(2.0**23), jnp.int32) - np.int32(0x4B000000)
+    """Rounds float32 in [0, 2^22] to int32, half to even, by the bits of 2^23 + x; XLA's cast checks the range."""
+    integer = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)  # first, because XLA may contract a sum with a product
+    return lax.bitcast_convert_type(integer + np.float32(2.0**23), jnp.int32) - np.int32(0x4B000000)
 
 
 def _root(signed: bool) -> Code:
@@ -88,9 +93,9 @@ def _linear(signed: bool) -> Code:
     unit = np.uint32(np.float32(1 / top) * 2.0**31)  # exact: float32(1 / top) is a multiple of 2^-31
 
     def value(level):
-        # An exact integer product, rounded once by its conversion: as a float product it could be contracted into the
-        # sum of a midpoint, which then would round once, not twice. And 2^-31 taken off the exponent: as a factor, XLA
-        # would multiply the scale with it first, which then may underflow.
+        # The product is one of integers, exact and rounded once by its conversion, because XLA could contract a float
+        # product into the sum of a midpoint, which would then round once and not twice. 2^-31 is subtracted from the
+        # exponent, because XLA would multiply the scale by a factor of 2^-31 first, and the scale may underflow.
         product = (level.astype(jnp.uint32) * unit).astype(jnp.float32)
         bits = lax.bitcast_convert_type(product, jnp.int32) - (31 << 23)
         return jnp.where(level == 0, 0.0, lax.bitcast_convert_type(bits, jnp.float32))
@@ -107,16 +112,12 @@ def _linear(signed: bool) -> Code:
 
 
 _DECADES = 7
-
-
 _TENTH = 13421773 * 8  # float32(0.1) in units of 2^-30
-
-
 _SPAN = 15099494  # float32(1 - float32(0.1)), the length of a decade, in units of 2^-24
 
 
 def _by_decade(e: Array, first: int, table: Callable[[int], float]) -> Array:
-    """`table(e)` for e in first..first + 6, as selects between seven constants."""
+    """Returns `table(e)` for e in first..first + 6, by selects between seven constants."""
     out = jnp.full_like(e, np.float32(table(first)), dtype=jnp.float32)
     for k in range(first + 1, first + _DECADES):
         out = jnp.where(e >= k, np.float32(table(k)), out)
@@ -124,9 +125,9 @@ def _by_decade(e: Array, first: int, table: Callable[[int], float]) -> Array:
 
 
 def _dynamic_bound(k: Array) -> Array:
-    """The k-th of 129 points that cut [0.1, 1] evenly, rounded to float32 once, as a fused multiply-add would.
+    """Returns the k-th of 129 evenly spaced points in [0.1, 1], rounded to float32 once, as by a fused multiply-add.
 
-    Points of the lower half are counted from 0.1 and those of the upper from 1, in exact integers of 2^-30.
+    Points of the lower half are counted from 0.1, those of the upper half from 1, in exact integers of 2^-30.
     """
     from_below = k * (_SPAN // 2) + _TENTH
     from_above = (1 << 30) - (128 - k) * (_SPAN // 2)
@@ -140,7 +141,7 @@ def _dynamic(signed: bool) -> Code:
     def value(level):
         bits = lax.bitcast_convert_type((level + shift).astype(jnp.float32), jnp.int32)
         e = (bits >> 23) - 127
-        k = (bits >> 16) & 127  # j scaled to 128 points a decade: the top of the mantissa
+        k = (bits >> 16) & 127  # j scaled to 128 points per decade, from the top of the mantissa
         middle = (_dynamic_bound(k) + _dynamic_bound(k + (128 >> jnp.clip(e, 0, 7)))) * 0.5
         inside = _by_decade(e, first, lambda d: 10.0 ** (d - first - 6)) * middle
         return jnp.where(level == 0, 0.0, jnp.where(level == top, 1.0, inside))
@@ -162,16 +163,18 @@ def _dynamic(signed: bool) -> Code:
 
 
 Codec = Literal["root", "dynamic", "linear"]
-
-
 CODECS: dict[str, Callable[[bool], Code]] = {"root": _root, "dynamic": _dynamic, "linear": _linear}
 
 
 def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
-    """Codes of `n`, float32 in [-1, 1] or [0, 1], finite and either 0 or at least `TINY` in magnitude.
+    """Returns the codes of numbers.
 
-    With `uniform`, float32 of [0, 1) and the shape of `n`, rounds up with probability (n - lower) / (upper - lower) in
-    magnitude, so that the mean of the decoded values is `n`.
+    Args:
+        n: float32 in [-1, 1] or [0, 1], finite, and either 0 or at least `TINY` in magnitude.
+        code: The codec.
+        uniform: float32 in [0, 1) of the shape of `n`, for stochastic rounding. Magnitudes are rounded up with
+            probability (n - lower) / (upper - lower), so that the mean of the decoded values is `n`. If None, rounds
+            to nearest.
     """
     magnitude, negative = lax.abs(n), n < 0
     if uniform is None:
@@ -189,7 +192,7 @@ def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
 
 
 def decode(codes: Array, code: Code) -> Array:
-    """The float32 numbers of [-1, 1] or [0, 1] that `codes` stand for."""
+    """Returns the float32 numbers in [-1, 1] or [0, 1] that `codes` stand for."""
     level = codes.astype(jnp.int32) - code.zero
     if not code.bottom:
         return code.value(level)
@@ -198,7 +201,7 @@ def decode(codes: Array, code: Code) -> Array:
 
 
 def table(codec: str, signed: bool) -> np.ndarray:
-    """The numbers that codes 0..255 (or -128..127) stand for, float32, ordered by code."""
+    """Returns the numbers that codes 0..255 (or -128..127) stand for, float32, ordered by code."""
     code = CODECS[codec](signed)
     info = np.iinfo(code.dtype)
     codes = np.arange(info.min, info.max + 1).astype(code.dtype)

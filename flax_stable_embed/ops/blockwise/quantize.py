@@ -1,9 +1,9 @@
-"""Quantize and dequantize: codes and scales from numbers, and back.
+"""Quantizes numbers to codes and scales, and back.
 
     absmax[block] = max |x| over the finite elements of the block;   codes = encode(x / absmax)
     x' = decode(codes) * absmax
 
-What is not finite stays its own affair: NaN and infinities get the code of zero and do not touch the scale.
+Non-finite values do not affect the rest of their block: NaN and infinities are stored as zero and ignored by the scale.
 Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
 """
 
@@ -34,25 +34,29 @@ def quantize(
     rounding: Rounding = "nearest",
     seed: int | Array | None = None,
 ) -> tuple[Array, Array]:
-    """One byte per element and one float32 scale per block of `block_size` neighbours along `axis`.
+    """Quantizes an array to one byte per element and one float32 scale per block.
+
+    A block is `block_size` neighbors along `axis`. Its scale is the largest magnitude in it.
 
     Args:
-        x: floating point of any shape. Computed in float32.
-        signed: False for numbers that are never negative (second moments), which get the finer code; there a negative
-            element counts as zero.
-        codec: how a number of [-1, 1] becomes a byte, see `codecs.py`.
-        block_size: the last block of the axis may be short.
-        axis: the axis that the blocks lie in.
-        rounding: "stochastic" rounds magnitudes up or down so that the mean of decoded values is `x`, by a hash of
-            element index and `seed`: the same bits on every device and mesh.
-        seed: an integer, required with stochastic rounding.
+        x: Array of floating point numbers, of any shape. The arithmetic is in float32.
+        signed: True if numbers can be negative. False for numbers that never are (second moments): they get a finer
+            code, and a negative element counts as zero.
+        codec: How a number in [-1, 1] is encoded as a byte: "root", "dynamic" (bitsandbytes' map) or "linear".
+        block_size: Number of elements per block. The last block of the axis may be short.
+        axis: The axis that blocks are along.
+        rounding: "nearest" rounds to the nearest code. "stochastic" rounds magnitudes up or down at random, so that the
+            mean of the decoded values is `x`. The random numbers are a hash of element index and `seed`, the same on
+            every device and mesh.
+        seed: Integer that the random numbers depend on, required with stochastic rounding.
 
     Returns:
-        codes: the shape of `x`; int8 for signed `root` and `linear`, else uint8.
-        absmax: float32, the shape of `x` with the number of blocks along `axis`; () for a scalar.
+        codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8.
+        absmax: The scales, float32, in the shape of `x` with the number of blocks along `axis`; () for a scalar.
 
     Raises:
-        ValueError: an unknown codec or rounding, a block size below 1, an axis out of range, stochastic without a seed.
+        ValueError: The codec or rounding is unknown, the block size is below 1, the axis is out of range, or stochastic
+            rounding has no seed.
         TypeError: `x` is not real floating point.
 
     >>> codes, absmax = quantize(jnp.array([0.0, 1.0, -4.0]), signed=True)
@@ -68,7 +72,7 @@ def quantize(
     key = None
     if rounding == "stochastic":
         if seed is None:
-            raise ValueError("`rounding='stochastic'` needs `seed`, an integer; got None.")
+            raise ValueError("`rounding='stochastic'` needs an integer `seed`, got None. Pass the number of the step.")
         key = jnp.asarray(seed).astype(jnp.uint32)
     return _quantize(x, key, blocks=blocks, codec=codec, signed=signed)
 
@@ -82,10 +86,24 @@ def dequantize(
     block_size: int = 256,
     axis: int = -1,
 ) -> Array:
-    """The float32 numbers that `quantize` stored; the arguments are those it was called with.
+    """Returns the float32 numbers that `codes` and `absmax` stand for.
+
+    The other arguments must be those that `quantize` was called with.
+
+    Args:
+        codes: Codes from `quantize`.
+        absmax: Scales from `quantize`.
+        signed: As in `quantize`.
+        codec: As in `quantize`.
+        block_size: As in `quantize`.
+        axis: As in `quantize`.
+
+    Returns:
+        Array of float32 in the shape of `codes`.
 
     Raises:
-        ValueError: as `quantize`, and where `codes` or `absmax` do not have the shape and dtype that belong together.
+        ValueError: As in `quantize`, or if the shapes or dtypes of `codes` and `absmax` do not match the other
+            arguments.
 
     >>> codes, absmax = quantize(jnp.array([0.0, 1.0, -4.0]), signed=True)
     >>> dequantize(codes, absmax, signed=True).tolist()
@@ -108,15 +126,15 @@ def dequantize(
 
 
 def check_codec(codec: str) -> None:
-    """Raises a ValueError unless `codec` is the name of a codec."""
+    """Checks that `codec` is the name of a codec."""
     if codec not in CODECS:
         raise ValueError(f"`codec` must be one of {', '.join(map(repr, CODECS))}, got {codec!r}.")
 
 
 def check_block_size(block_size: int) -> None:
-    """Raises a ValueError unless `block_size` can be the size of a block."""
+    """Checks that `block_size` is an integer of at least 1."""
     if not isinstance(block_size, int | np.integer) or isinstance(block_size, bool) or block_size < 1:
-        raise ValueError(f"`block_size` must be an integer of at least 1, got {block_size!r}; try 256.")
+        raise ValueError(f"`block_size` must be an integer of at least 1, got {block_size!r}. Try 256.")
 
 
 def _check(shape: tuple[int, ...], codec: str, block_size: int, axis: int) -> Blocks:
@@ -150,7 +168,7 @@ def _dequantize(codes, absmax, *, blocks: Blocks, codec: str, signed: bool):
 
 
 def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None) -> tuple[Array, Array]:
-    """Codes and scales of float32 blocks: `x` is split, so that axis `axis + 1` is the inside of a block."""
+    """Returns codes and scales of float32 blocks. `x` is split, so that axis `axis + 1` is the inside of a block."""
     magnitude = _magnitude(x, code)
     absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=axis + 1, initial=0.0)  # NaN compares false
     absmax = jnp.where(absmax >= TINY, absmax, 0.0)
@@ -158,10 +176,10 @@ def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None)
 
 
 def codes_of(x: Array, absmax: Array, code: Code, uniform: Array | None = None) -> Array:
-    """Codes of float32 numbers whose scale is known."""
+    """Returns the codes of float32 numbers whose scale is known."""
     magnitude = _magnitude(x, code)
     live = (magnitude >= TINY) & (magnitude < jnp.inf)
-    # A true division: by a plain broadcast XLA would multiply with the reciprocal, which rounds differently.
+    # The select makes XLA divide. It would multiply a plain broadcast by the reciprocal, which rounds differently.
     scale = jnp.where(live, absmax, 1.0)
     n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
     if code.bottom:
@@ -174,16 +192,17 @@ def _magnitude(x: Array, code: Code) -> Array:
 
 
 def dequantize_view(codes: Array, absmax: Array, axis: int, code: Code) -> Array:
-    """The numbers of split `codes`, float32."""
+    """Returns the float32 numbers of split `codes`."""
     return decode(codes, code) * jnp.expand_dims(absmax, axis + 1)
 
 
 def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
-    """`x` with its blocked axis cut into (number of blocks, block size); a short last block is padded with `zero`."""
+    """Splits the blocked axis of `x` into (number of blocks, block size); a short last block is padded with `zero`."""
     axis, size = blocks
     count = blocks.count(x.shape)
     if _straddles(x, blocks):
-        x = jax.sharding.reshard(x, _without(x, axis))
+        mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])))
     if count * size != x.shape[axis]:
         widths = [(0, 0, 0)] * x.ndim
         widths[axis] = (0, count * size - x.shape[axis], 0)
@@ -192,20 +211,15 @@ def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
 
 
 def _straddles(x: Array, blocks: Blocks) -> bool:
-    """Whether the type of `x` says that shards cut through blocks; only under an Explicit mesh does it say."""
+    """Returns whether the type of `x` says that blocks straddle shards. Only types of an Explicit mesh do."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[blocks.axis]
-    ways = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
-    return ways > 1 and x.shape[blocks.axis] % (ways * blocks.size) != 0
-
-
-def _without(x: Array, axis: int) -> NamedSharding:
-    sharding = jax.typeof(x).sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :]))
+    shards = prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+    return shards > 1 and x.shape[blocks.axis] % (shards * blocks.size) != 0
 
 
 def merge(x: Array, blocks: Blocks, shape: tuple[int, ...]) -> Array:
-    """The inverse of `split`."""
+    """Undoes `split`."""
     axis = blocks.axis
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return x if x.shape == shape else lax.slice_in_dim(x, 0, shape[axis], axis=axis)

@@ -1,1 +1,1 @@
-"""One optimizer step on one array whose moments are stored in blocks."""
+"""One optimizer step on one array with 8-bit moments."""

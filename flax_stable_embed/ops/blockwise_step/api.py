@@ -1,4 +1,12 @@
-"""Which implementation runs a step: by platform and shape, or by name."""
+"""Runs a step by the implementation that suits platform and shape, or by a named one.
+
+    None          a kernel where the platform has one that can take the array, else XLA
+    "xla"         the reference, compiled by XLA; on CPU in chunks that fit the caches (`cpu.py`)
+    "pallas_tpu"  one Mosaic kernel for TPU
+    "pallas_gpu"  one Triton kernel for GPU
+
+None works everywhere. A named implementation is used or raises an error.
+"""
 
 from functools import partial
 from typing import Literal
@@ -19,13 +27,17 @@ Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 def step_blockwise(
     step: Step, operands: Operands, implementation: Implementation | None = None, spec: Spec | None = None
 ):
-    """Runs the step and returns `(output, codes, absmax)`; `implementation=None` works everywhere.
+    """Runs one step and returns `(output, codes, absmax)`.
 
-    `spec` says how the parameter is cut, for a mesh where its type does not.
+    Args:
+        step: Everything static about the step.
+        operands: Its arrays.
+        implementation: Name of the implementation. If None, the best one for platform and shape.
+        spec: The sharding of the parameter, for a mesh with Auto axes, where array types do not say it.
 
     Raises:
-        ValueError: a named implementation that cannot take this array.
-        NotImplementedError: one that the program's platform or mesh does not have.
+        ValueError: The named implementation cannot take this array.
+        NotImplementedError: The named implementation cannot run on the platform or mesh of the program.
     """
     check_implementation(implementation)
     if operands.g.shape:
@@ -38,7 +50,7 @@ def step_blockwise(
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def _step(step: Step, operands: Operands, implementation: Implementation | None, spec: Spec | None):
     flat, tree = jax.tree.flatten(operands)
-    flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary wherever an operand does
+    flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary over the axes of any operand
     shape = operands.g.shape
     plain = FlatStep(reference.plain, step, tree, shape)
     dtypes = {x.dtype for x in (operands.g, operands.p, step) if x is not None}
@@ -54,7 +66,7 @@ def _step(step: Step, operands: Operands, implementation: Implementation | None,
 
 
 def refused(name: str, shape: tuple[int, ...], why: str) -> str:
-    """The error of a named implementation that cannot take an array."""
+    """Returns the error for a named implementation that cannot take an array."""
     return (
         f"`implementation={name!r}` cannot take an array of shape {shape}: {why}. Use None, which takes 'xla' there, "
         "or a rule with another StateFormat."
@@ -62,7 +74,7 @@ def refused(name: str, shape: tuple[int, ...], why: str) -> str:
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises unless `implementation` is None or the name of one that exists."""
+    """Checks that `implementation` is None or the name of an implementation."""
     if implementation not in (None, "xla", "pallas_tpu", "pallas_gpu"):
         raise ValueError(f"`implementation` must be None, 'xla', 'pallas_tpu' or 'pallas_gpu', got {implementation!r}.")
 
@@ -77,16 +89,16 @@ def what_runs(
     platform: str | None = None,
     devices: int | None = None,
 ) -> str:
-    """Names what runs the step of a parameter, with the reason where it is not the platform's kernel.
+    """Returns the name of the implementation that runs a parameter's step, and the reason if it is no kernel.
 
     Args:
         implementation: The one that the user asked for, or None.
-        path: The parameter's path, for errors.
-        blocks: Its blocks.
+        path: The path of the parameter, for errors.
+        blocks: The blocks of its moments.
         parameter: The parameter, or its shape and dtype.
-        spec: How it is sharded, for a mesh where its type does not say it.
-        platform: "cpu", "tpu", "gpu" or "cuda"; None for the platform of this process.
-        devices: The number of devices that the program runs on; None for all of this process.
+        spec: The sharding of the parameter, for a mesh with Auto axes.
+        platform: "cpu", "tpu", "gpu" or "cuda". If None, the platform of this process.
+        devices: The number of devices that the program runs on. If None, all devices of this process.
 
     Raises:
         ValueError: A named implementation cannot take this array.
@@ -102,8 +114,8 @@ def what_runs(
         sharding = lowering.sharding_of(parameter, spec)
         if sharding is None:
             why = "no partition_specs"
-        elif not lowering.is_cut_evenly(sharding, blocks, parameter.shape):
-            why = f"{sharding.spec} does not cut it into whole blocks"
+        elif not lowering.has_whole_blocks(sharding, blocks, parameter.shape):
+            why = f"{sharding.spec} does not divide it into shards of full blocks"
     return f"xla: {why}" if why else name
 
 

@@ -1,4 +1,9 @@
-"""Which arrays each kernel can take, and why not."""
+"""Which arrays each kernel can take, and why not the others.
+
+On TPU a block must fill registers, 32 rows of them or 128 lanes, because the kernel loads and reduces full registers.
+On GPU tiles are masked, so only sizes have limits. The reasons are texts, because `describe` prints them and errors
+quote them.
+"""
 
 from math import prod
 from typing import Any, Literal
@@ -9,17 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..blockwise.blocks import Blocks
 
 Name = Literal["pallas_tpu", "pallas_gpu"]
-
-
 Spec = PartitionSpec | NamedSharding
-
-
 PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-
-
-LANES, ROWS = 128, 32  # of a register of bytes on TPU
-
-
+LANES, ROWS = 128, 32  # of a register of 8-bit numbers on TPU
 DTYPES: dict[Name, set[str]] = {
     "pallas_tpu": {"float32", "bfloat16"},
     "pallas_gpu": {"float32", "bfloat16", "float16"},
@@ -27,7 +24,7 @@ DTYPES: dict[Name, set[str]] = {
 
 
 def refusal(name: Name, blocks: Blocks, shape: tuple[int, ...], *dtypes: Any) -> str | None:
-    """Why a kernel cannot take an array of this shape and these dtypes with these blocks; None if it can."""
+    """Returns why a kernel cannot take an array of this shape and dtypes with these blocks; None if it can."""
     if not prod(shape):
         return "it is empty"
     if unknown := [str(dtype) for dtype in map(jnp.dtype, dtypes) if str(dtype) not in DTYPES[name]]:
@@ -47,7 +44,7 @@ def _refusal_on_tpu(blocks: Blocks, shape: tuple[int, ...]) -> str | None:
         fits = shape and shape[0] % size == 0 and size % LANES == 0
         longest = 8192
         if not fits:
-            return f"{shape or 'a scalar'} is not cut evenly into blocks of {LANES} or more"
+            return f"{shape or 'a scalar'} does not divide into full blocks of a multiple of {LANES}"
     elif axis == len(shape) - 1:
         longest = 8192
         if size < shape[-1] and size % LANES:

@@ -1,4 +1,14 @@
-"""The reference in cache-sized chunks, for CPU."""
+"""Runs the reference in chunks that fit the caches, for CPU.
+
+XLA on CPU would run the reference as several loops that each read the full arrays from memory. Here one loop takes a
+chunk of full blocks at a time, computes its step by the reference, and writes the results in place: over the parameter
+(or the gradient, if the step returns an update), the codes and the scales.
+
+Layout: the array is viewed as (before, blocked axis, after). A loop over a sharded axis would gather it, so on a mesh
+the loop runs on the shard of each device (`per_shard.py`).
+
+What limits it: arithmetic, the roots and divisions of the codecs. XLA splits each chunk over the cores.
+"""
 
 import dataclasses
 import itertools
@@ -13,64 +23,77 @@ from jax import Array, lax
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from ..blockwise.quantize import codes_of
-from ..counter_random import positions
-from .reference import Stored, _store, plain
+from ..counter_random import linear_index_of_tile
+from .reference import Stored, plain, store_moments
 from .step import Operands, Step
 
-PIECE = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
+CHUNK = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
 
 
 def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
-    """`plain` in a loop over pieces, in place; the array lies at `origin` of a global array of `shape`."""
+    """Runs `plain` in a loop over chunks, in place.
+
+    Args:
+        step: Everything static about the step.
+        operands: The arrays, or their shards on one device.
+        origin: Where the shard starts in the global array, along each axis; empty if it starts at zero.
+        shape: The shape of the global array; empty if `operands` are the global arrays.
+    """
     axis, size = step.blocks
     local = operands.g.shape
     if not operands.g.size:
         return plain(step, operands)
-    view = _merged(local, axis)
+    view = prod(local[:axis]), local[axis], prod(local[axis + 1 :])
+    view = view if view[2] > 1 else view[:2]  # with a last axis of 1, XLA does not agree with itself on the layout
     groups = range(axis), range(axis, axis + 1), range(axis + 1, len(local))
     scales = (view[0], step.blocks.count(local), *view[2:])
     merged_step = dataclasses.replace(step, blocks=Blocks(1, size))
-    whole = operands._replace(
+    arrays = operands._replace(
         g=_bits(operands.g.reshape(view)),
         p=None if operands.p is None else _bits(operands.p.reshape(view)),
         codes=tuple(c.reshape(view) for c in operands.codes),
         absmax=tuple(a.reshape(scales) for a in operands.absmax),
     )
     in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
-    out = whole.p if step.fused else whole.g if in_place else _bits(jnp.zeros(view, step.dtype))
+    out = arrays.p if step.fused else arrays.g if in_place else _bits(jnp.zeros(view, step.dtype))
 
     def one(at, lengths, carry):
         out, codes, absmax = carry
-        before = whole._replace(codes=codes, absmax=absmax)
+        before = arrays._replace(codes=codes, absmax=absmax)
         before = before._replace(p=out) if step.fused else before._replace(g=out) if in_place else before
-        piece = _slice(before, at, lengths, size)
-        piece = piece._replace(
-            g=_of_bits(piece.g, operands.g.dtype), p=None if piece.p is None else _of_bits(piece.p, operands.p.dtype)
+        chunk = _slice(before, at, lengths, size)
+        chunk = chunk._replace(
+            g=_of_bits(chunk.g, operands.g.dtype), p=None if chunk.p is None else _of_bits(chunk.p, operands.p.dtype)
         )
-        index = positions(at, piece.g.shape, groups, local, origin, shape or local) if step.stochastic else None
+        index = None
+        if step.stochastic:
+            index = linear_index_of_tile(at, chunk.g.shape, groups, local, origin, shape or local)
         if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
-            return _write(carry, plain(merged_step, piece, index, _store_once), at, size)
-        # A short last block is padded, and 16 bits are cast. The code for such moments alone rounds in another way
-        # (which of two products is contracted into a sum), unless it is as the reference; in a conditional, as there.
-        unchanged = (piece.p if step.fused else piece.g.astype(step.dtype), piece.codes, piece.absmax)
-        always = ~(piece.absmax[0].ravel()[0] < 0)  # no scale is negative
-        return _write(carry, lax.cond(always, lambda: plain(merged_step, piece, index), lambda: unchanged), at, size)
+            return _write(carry, plain(merged_step, chunk, index, _store_once), at, size)
+        # A short last block is padded, and 16-bit numbers are cast. As a part of the loop, such a chunk would round
+        # differently from the reference, because XLA contracts another of two products into a sum. Inside of a
+        # conditional it is compiled like the reference.
+        unchanged = (chunk.p if step.fused else chunk.g.astype(step.dtype), chunk.codes, chunk.absmax)
+        always = ~(chunk.absmax[0].ravel()[0] < 0)  # no scale is negative
+        return _write(carry, lax.cond(always, lambda: plain(merged_step, chunk, index), lambda: unchanged), at, size)
 
-    out, codes, absmax = _loop(view, size, one, (out, whole.codes, whole.absmax))
+    out, codes, absmax = _loop(view, size, one, (out, arrays.codes, arrays.absmax))
     scales = step.blocks.absmax_shape(local)
     out = _of_bits(out, step.dtype).reshape(local)
     return out, tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
 
 
 def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
-    """`_store`, from moments that are computed once.
+    """Does what `store_moments` does, and computes the new moments once.
 
-    Left alone, XLA computes new moments again in each of the five loops that read them, and checks each time whether
-    they are finite. It does not where a library's reduction or a conditional takes them. So scales come from the
-    largest and the smallest number, sums say whether all are finite (those extremes drop NaN, jaxlib 0.10.2), and only
-    where one is not `_store` decides.
-    All that is written comes out of the conditional: else XLA could fuse a read of an array into a later write of it,
-    and would copy the whole array on every turn. A branch that changed nothing of the output would let it pass by.
+    By default XLA computes new moments again in each of the five loops that read them, and checks each time whether
+    they are finite. It does not if a reduction of its library or a conditional reads them. So scales come from the
+    largest and the smallest number. Sums tell whether all are finite, because those extremes drop NaN (jaxlib 0.10.2).
+    Only if one is not, `store_moments` decides.
+
+    Every array that is written comes out of the conditional. Otherwise XLA could fuse a read of an array into a later
+    write of it, and would copy the full array in every iteration. Both branches change the output, because XLA would
+    move it past a branch that does not.
     """
     inside = step.blocks.axis + 1
     tops = [jnp.maximum(jnp.max(x, axis=inside), 0.0) for x in new]
@@ -85,11 +108,11 @@ def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array |
             for x, scale, moment in zip(new, scales, step.moments)
         ]
 
-    return lax.cond(finite, of_finite, lambda: _store(step, jnp.where(finite, 0.0, out), new, uniform))
+    return lax.cond(finite, of_finite, lambda: store_moments(step, jnp.where(finite, 0.0, out), new, uniform))
 
 
 def _bits(x: Array) -> Array:
-    """Numbers of 16 bits as integers: to read a piece of bfloat16, XLA on CPU would cast the whole array."""
+    """Returns 16-bit numbers as integers. To read a chunk of bfloat16, XLA on CPU would cast the full array."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -98,12 +121,12 @@ def _of_bits(x: Array, dtype: Any) -> Array:
 
 
 def _slice(operands: Operands, at, lengths, size) -> Operands:
-    cut = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
+    chunk_of = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
     at_scale, n = (at[0], at[1] // size, *at[2:]), (lengths[0], -(-lengths[1] // size), *lengths[2:])
     return operands._replace(
-        g=cut(operands.g),
-        p=None if operands.p is None else cut(operands.p),
-        codes=tuple(cut(c) for c in operands.codes),
+        g=chunk_of(operands.g),
+        p=None if operands.p is None else chunk_of(operands.p),
+        codes=tuple(chunk_of(c) for c in operands.codes),
         absmax=tuple(lax.dynamic_slice(a, at_scale, n) for a in operands.absmax),
     )
 
@@ -119,8 +142,8 @@ def _write(carry, results, at, size):
 
 
 def _loop(view, size, one, carry):
-    """`carry = one(start, lengths, carry)` for pieces of about `PIECE` elements that cover `view`."""
-    for starts, lengths, counts in _cut(view, size):
+    """Runs `carry = one(start, lengths, carry)` for chunks of about `CHUNK` elements that cover `view`."""
+    for starts, lengths, counts in _chunks(view, size):
 
         def body(i, carry, starts=starts, lengths=lengths, counts=counts):
             steps = jnp.unravel_index(i, counts)
@@ -131,33 +154,23 @@ def _loop(view, size, one, carry):
     return carry
 
 
-def _merged(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The shape as (before, blocked axis, after), without a last 1: XLA then disagrees with itself on the layout."""
-    view = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-    return view if view[2] > 1 else view[:2]
-
-
-def _cut(view: tuple[int, ...], size: int):
-    """Cuts (outer, blocked axis, inner) into grids of equal pieces of whole blocks: (starts, lengths, counts) each."""
+def _chunks(view: tuple[int, ...], size: int):
+    """Returns grids of equal chunks of full blocks that cover the view: (starts, lengths, counts) of each grid."""
     outer, d, *after = view
     inner = prod(after)
-    if size * inner >= PIECE:
-        lengths = (1, size, _near_divisor(inner, max(1, PIECE // size)))
-    elif d * inner >= PIECE:
-        lengths = (1, size * _near_divisor(d // size, max(1, PIECE // (size * inner))), inner)
+    if size * inner >= CHUNK:
+        lengths = (1, size, _near_divisor(inner, max(1, CHUNK // size)))
+    elif d * inner >= CHUNK:
+        lengths = (1, size * _near_divisor(d // size, max(1, CHUNK // (size * inner))), inner)
     else:
-        lengths = (_near_divisor(outer, max(1, PIECE // max(1, d * inner))), d, inner)
-    return [
-        tuple(zip(*grid)) for grid in itertools.product(*(_segments(n, length) for n, length in zip(view, lengths)))
-    ]
+        lengths = (_near_divisor(outer, max(1, CHUNK // max(1, d * inner))), d, inner)
+    segments = []  # of each axis, as (start, length, count): the chunks of equal length, then the rest
+    for n, length in zip(view, lengths):
+        count, rest = divmod(n, length)
+        segments.append([s for s in ((0, length, count), (count * length, rest, 1)) if s[1] and s[2]])
+    return [tuple(zip(*grid)) for grid in itertools.product(*segments)]
 
 
 def _near_divisor(n: int, limit: int) -> int:
-    """The largest divisor of `n` in [limit / 2, limit], else `limit`: a last piece of its own costs a second loop."""
+    """Returns the largest divisor of `n` in [limit / 2, limit], else `limit`. A rest would need a second loop."""
     return next((k for k in range(min(n, limit), limit // 2, -1) if n % k == 0), max(1, min(n, limit)))
-
-
-def _segments(n: int, length: int) -> list[tuple[int, int, int]]:
-    """`n` elements as (start, length, count): the whole pieces, then what is left."""
-    whole, rest = divmod(n, length)
-    return [s for s in ((0, length, whole), (whole * length, rest, 1)) if s[1] and s[2]]

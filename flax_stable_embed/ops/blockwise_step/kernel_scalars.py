@@ -1,4 +1,8 @@
-"""What kernels are given besides arrays: hyper-parameters, and the key and place that random numbers follow from."""
+"""Scalar arguments of the kernels.
+
+They are two vectors: float32 hyper-parameters, and int32 with the key of random numbers and the place of the shard in
+the global array. A kernel computes the random numbers of a tile from the second one.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..counter_random import hashed_uniform, positions
+from ..counter_random import hashed_uniform, linear_index_of_tile
 from .step import Operands
 
 
 def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
-    """The hyper-parameters in the order of their names, float32; and int32, the key's bits and the array's place."""
+    """Returns hyper-parameters in the order of their names, float32, and the bits of the key and `origin`, int32."""
     hyper = [jnp.asarray(operands.hyper[name], jnp.float32) for name in sorted(operands.hyper)]
     place = [jnp.asarray(x).astype(jnp.int32) for x in origin or (0,) * operands.g.ndim]
     key = jnp.uint32(0) if operands.key is None else operands.key
@@ -21,7 +25,7 @@ def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
 def uniform_of(
     integers: Any, at: Sequence, lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], shape
 ) -> Array:
-    """Random numbers for a piece of the array; `integers` are those of `scalars_of`, the rest is for `positions`."""
+    """Returns random numbers for a tile; `integers` as from `scalars_of`, the rest as for `linear_index_of_tile`."""
     origin = [integers[1 + k] for k in range(len(local))]
-    index = positions(at, lengths, groups, local, origin, shape)
+    index = linear_index_of_tile(at, lengths, groups, local, origin, shape)
     return hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))

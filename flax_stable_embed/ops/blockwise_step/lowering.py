@@ -1,35 +1,39 @@
-"""Where the kernels run: on one device's own array, since XLA cannot cut them.
+"""Runs a kernel on the shard of each device, because XLA cannot partition a kernel.
 
-On one device, and inside of a `jax.shard_map` over all axes, a kernel runs as it is. Under a mesh with Explicit axes
-alone types say how an array is cut, and under others `partition_specs` does: then it runs in a `shard_map` of our own.
-Where nothing says it, `per_shard.py` runs `pallas_gpu` on every device's piece; TPU's compiler has no custom
-partitioner, so that the reference runs there.
+    one device, or inside of a `jax.shard_map` over all axes   the kernel runs as it is
+    Explicit axes only                                         array types say the sharding: a `shard_map` of our own
+    other axes, and `partition_specs` is given                 it says the sharding: a `shard_map` of our own
+    neither                                                    GPU: `per_shard.py` asks XLA for the sharding
+                                                               TPU: the reference, which XLA partitions
 
-Which of these holds is known when a program is lowered, and so is its platform: the choice is a primitive of its own.
-No kernel language is imported before one is lowered.
+TPU's compiler has no custom partitioner, so XLA cannot be asked there. Platform and number of devices are known when
+a program is lowered, so the last decision is made by a primitive (`ops/lowering.py`).
 """
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 
 from ..blockwise.blocks import Blocks
-from ..sharding import explicit_sharding, is_explicit, is_for_one_device
-from .capabilities import Name, Spec
-from .per_shard import FlatStep, on_every_device, per_shard, specs_of, whole_blocks, with_transformations
+from ..lowering import Program, primitive
+from ..sharding import explicit_sharding, is_explicit
+from .capabilities import PLATFORMS, Name, Spec
+from .per_shard import FlatStep, on_every_device, per_shard, spec_of, with_transformations, without_straddling
 from .step import Operands, Step
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a hashable function of flat operands, and of the place of their array in the whole one of `shape`.
+    """A kernel as a hashable function of flat operands and of the place of their shard in the global array.
 
-    required: it was asked for by name, so that it runs or raises.
+    name: Which kernel.
+    reference: The step that it computes, on the shard.
+    shape: The shape of the global array.
+    required: True if the user named the kernel, so that it is used or raises.
     """
 
     name: Name
@@ -38,102 +42,71 @@ class Kernel:
     required: bool
 
     def split(self, flat: Any) -> tuple[Operands, tuple]:
-        """Operands and place."""
+        """Returns operands and place."""
         n = self.reference.tree.num_leaves
         return self.reference.tree.unflatten(flat[:n]), tuple(flat[n:])
 
     def outputs(self, *avals: Any) -> list[Any]:
-        """The types of output, codes and scales."""
+        """Returns the types of output, codes and scales."""
         operands: Any = self.split(avals)[0]
         return [operands.codes[0].update(dtype=self.reference.step.dtype), *operands.codes, *operands.absmax]
 
 
-_step_by_kernel = Primitive("step_by_kernel")
+def _reference(*flat: Any, kernel: Kernel):
+    return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
 
 
-_step_by_kernel.multiple_results = True
+def _run_kernel(*flat: Any, kernel: Kernel):
+    operands, origin = kernel.split(flat)
+    module = import_module(f".{kernel.name}", __package__)  # imports Pallas, so only where a kernel is lowered
+    return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
 
 
-_step_by_kernel.def_abstract_eval(lambda *avals, kernel: kernel.outputs(*avals))
+def _may_run(program: Program, *, kernel: Kernel) -> bool:
+    """Returns whether the kernel replaces the reference in a program.
 
-
-def _by_reference(context: Any, *flat: Any, kernel: Kernel):
-    def reference(*flat):
-        return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
-
-    return mlir.lower_fun(reference, multiple_results=True)(context, *flat)
-
-
-def _by_kernel(module: Any, context: Any, *flat: Any, kernel: Kernel):
-    def run(*flat):
-        operands, origin = kernel.split(flat)
-        return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
-
-    return mlir.lower_fun(run, multiple_results=True)(context, *flat)
-
-
-def _lower_for_tpu(context: Any, *flat: Any, kernel: Kernel):
-    if kernel.name != "pallas_tpu":
-        return _lower_elsewhere(context, *flat, kernel=kernel)
-
-    alone = is_for_one_device(context.module_context.axis_context)
-    if kernel.required and not alone:
-        raise NotImplementedError(
-            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are cut: use "
-            "a mesh with Explicit axes, or give `partition_specs` (of PartitionSpec under jax.set_mesh, or of "
-            "NamedSharding), or implementation=None, which takes 'xla' here."
-        )
-    if not alone:
-        return _by_reference(context, *flat, kernel=kernel)
-    from . import pallas_tpu
-
-    return _by_kernel(pallas_tpu, context, *flat, kernel=kernel)
-
-
-def _lower_for_cuda(context: Any, *flat: Any, kernel: Kernel):
-    if kernel.name != "pallas_gpu" or (not kernel.required and _is_too_old()):
-        return _lower_elsewhere(context, *flat, kernel=kernel)
-
-    from . import pallas_gpu
-
-    return _by_kernel(pallas_gpu, context, *flat, kernel=kernel)
-
-
-def _is_too_old() -> bool:
-    """Whether this process has a GPU that Triton does not compile for: older than Ampere."""
-    if jax.default_backend() != "gpu":
+    Raises:
+        NotImplementedError: The user named the kernel, and it cannot run in this program.
+    """
+    if kernel.name != PLATFORMS.get(program.kernel_platform or ""):
+        # A program for several platforms has a part for each. JAX lowers all parts for all platforms, then drops some.
+        if kernel.required:
+            needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
+            raise NotImplementedError(
+                f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(program.platforms)}. "
+                "Use None, which takes the best one for the platform."
+            )
         return False
-    return any(float(getattr(d, "compute_capability", 8.0)) < 8 for d in jax.local_devices())
+    if kernel.name == "pallas_gpu":
+        # Triton does not compile for GPUs older than Ampere.
+        local = jax.local_devices() if jax.default_backend() == "gpu" else []
+        return kernel.required or all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
+    if kernel.required and not program.one_device:
+        raise NotImplementedError(
+            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are sharded. "
+            "Use a mesh with Explicit axes, or pass `partition_specs` (PartitionSpecs under jax.set_mesh, or "
+            "NamedShardings), or use None, which takes 'xla' here."
+        )
+    return program.one_device
 
 
-def _lower_elsewhere(context: Any, *flat: Any, kernel: Kernel):
-    """Also in programs for several platforms, whose parts for the others are lowered and then dropped."""
-    if not kernel.required:
-        return _by_reference(context, *flat, kernel=kernel)
-    needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
-    raise NotImplementedError(
-        f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(context.module_context.platforms)}. "
-        "Use None, which takes what there is."
-    )
-
-
-mlir.register_lowering(_step_by_kernel, _lower_for_tpu, platform="tpu")
-
-
-mlir.register_lowering(_step_by_kernel, _lower_for_cuda, platform="cuda")
-
-
-mlir.register_lowering(_step_by_kernel, _lower_elsewhere)
+_step_by_kernel = primitive(
+    "step_by_kernel",
+    _reference,
+    dict.fromkeys(PLATFORMS, _run_kernel),
+    may_run=_may_run,
+    types=lambda *avals, kernel: kernel.outputs(*avals),
+)
 
 
 def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):
-    """The step by a kernel, as a function of flat operands; under vmap and where it is differentiated, the reference.
+    """Returns the step by a kernel, as a function of flat operands. Under vmap and derivatives it is the reference.
 
     Args:
-        name: which kernel.
-        reference: what it computes.
-        spec: how the parameter is cut; None where its type says it, or nothing.
-        required: it was asked for by name.
+        name: Which kernel.
+        reference: The step that it computes.
+        spec: The sharding of the parameter; None if its type says it, or if it is not known.
+        required: True if the user named the kernel, so that it is used or raises.
     """
 
     def call(*flat):
@@ -143,13 +116,13 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
         sharding = sharding_of(operands.codes[0], spec)
         if sharding is None:
             return per_shard(local, reference)(*flat) if name == "pallas_gpu" else local(reference.step, operands)
-        if is_cut_evenly(sharding, blocks, shape):
-            return on_every_device(local, reference, sharding.mesh, specs_of(sharding, len(shape)))(*flat)
+        if has_whole_blocks(sharding, blocks, shape):
+            return on_every_device(local, reference, sharding.mesh, spec_of(sharding, len(shape)))(*flat)
         if required:
             raise NotImplementedError(
-                f"`implementation={name!r}`: {sharding.spec} does not cut an array of {shape} evenly or cuts through "
-                f"its blocks of {blocks.size} along axis {blocks.axis}. Set StateFormat(shards=...) to the ways it is "
-                "cut, or take None."
+                f"`implementation={name!r}` cannot run with {sharding.spec}: it does not divide an array of shape "
+                f"{shape} into equal shards of full blocks ({blocks.size} along axis {blocks.axis}). Set "
+                "StateFormat(shards=...) to the number of devices that an axis is sharded over, or use None."
             )
         return reference(*flat)
 
@@ -158,7 +131,7 @@ def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bo
 
 @dataclass(frozen=True)
 class _OnOneDevice:
-    """A kernel as an implementation for one device's own array, which lies at `origin` of one of `shape`."""
+    """A kernel as an implementation for the shard of one device, at `origin` of the global array of `shape`."""
 
     name: Name
     reference: FlatStep
@@ -173,7 +146,7 @@ class _OnOneDevice:
 
 
 def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
-    """How an array is cut, where its type, or `spec` and a mesh, say it for all axes of a mesh of several devices."""
+    """Returns the sharding of an array over several devices, from its type or from `spec`; None if neither says it."""
     context = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in context.axis_types:
         return None
@@ -186,7 +159,7 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
 
 
 def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
-    """A spec on the mesh of the context, or its own; None where it does not fit mesh or array."""
+    """Returns a spec on the mesh of the context, or on its own; None if it does not fit the mesh or the array."""
     mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
     if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):
         return None
@@ -195,7 +168,7 @@ def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
     return NamedSharding(mesh, spec) if fits else None
 
 
-def is_cut_evenly(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
-    """Whether every device has whole blocks, and as many."""
-    cuts = specs_of(sharding, len(shape))
-    return whole_blocks(cuts, sharding.mesh, shape, blocks) == cuts
+def has_whole_blocks(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
+    """Returns whether all devices have the same number of blocks, and no part of one."""
+    spec = spec_of(sharding, len(shape))
+    return without_straddling(spec, sharding.mesh, shape, blocks) == spec

@@ -1,12 +1,12 @@
 """The step as one Triton kernel for GPU: every array is read once and written once, in place.
 
-One program of the kernel takes a tile of whole blocks: all rows of a block and some columns beside each other, or,
-where blocks lie along the last axis, some rows of one block each. Codes, moments and what is computed of them stay in
-registers, so that there is one pass. Tiles that reach over the edge of the array, and blocks whose length is no power
-of two, are masked.
+One program of the kernel takes a tile of full blocks. The tile has all rows of a block and some neighboring columns. If
+blocks are along the last axis, it has one block of each of some rows. Codes, moments and intermediate results stay in
+registers, so there is one pass. Tiles that extend beyond the array are masked, and so are blocks whose size is not a
+power of two.
 
-What limits it: memory, 16.06 bytes a parameter for Adam. How fast it gets depends on the length of the stretches that
-a tile takes of each row, and on two tiles being at work on a processor, so that one computes while the other waits
+What limits it: memory, 16.06 bytes per parameter for Adam. The speed depends on how many consecutive elements of a row
+a tile reads, and on two tiles fitting on one processor, so that one computes while the other waits for memory
 (benchmarks/results/gpu-*.json).
 """
 
@@ -22,30 +22,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..blockwise.codecs import TINY
-from .kernel_codecs import arithmetic_of, by_square_roots, magnitude_of, without_overflow
+from .kernel_codecs import by_square_roots, kernel_codec, magnitude_of, without_overflow
 from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
-# Elements of a tile of columns, and its most columns: with 16 for each thread two tiles fit a processor's registers.
+# Elements of a tile of columns, and its largest number of columns. With 16 elements per thread, two tiles fit into the
+# registers of a processor.
 ELEMENTS, COLUMNS = 8192, 64
-
-
 PER_WARP = 32 * 16
-
-
-# Taken piece by piece, a tile of ELEMENTS needs 64 registers a thread for Adam with `root`, and not 85.
-PIECE = 4096
-
-
-# Of a tile of rows: one warp, which needs no other's results for the largest magnitude of a block.
+# A tile of ELEMENTS, computed in parts, needs 64 registers per thread for Adam with `root`. At once it needs 85.
+PART = 4096
+# A tile of rows is one warp if blocks are that short, so that the largest magnitude of a block needs no results of
+# another warp.
 ELEMENTS_OF_ROWS, PER_WARP_OF_ROWS = 256, 32 * 8
 
 
 class Tiling(NamedTuple):
-    """A view of an array as (before, blocked axis, after), or without an axis after it, and one program's tile.
+    """The tile of one program.
 
-    The tile's block axis is a power of two of at least the block size; `width` is how many columns it has, or rows of
-    the first axis where the blocks lie along the last one. It is computed in `pieces`, cut along the block axis.
+    view: The shape of the array as (before, blocked axis, after), without the last axis if blocks are along it.
+    groups: The axes of the array that each axis of the view consists of.
+    blocks: The number of blocks along the blocked axis.
+    size: The number of elements per block.
+    height: The length of the tile along the blocked axis, the next power of two from `size`.
+    width: The number of columns of the tile, or of rows if blocks are along the last axis.
+    parts: The number of parts that a tile is computed in, one after the other along the blocked axis.
+    warps: The number of warps of a program.
     """
 
     view: tuple[int, ...]
@@ -54,7 +56,7 @@ class Tiling(NamedTuple):
     size: int
     height: int
     width: int
-    pieces: int
+    parts: int
     warps: int
 
     @property
@@ -63,7 +65,7 @@ class Tiling(NamedTuple):
 
     @property
     def across(self) -> int:
-        """How many tiles lie beside each other."""
+        """Returns the number of tiles next to each other."""
         return pl.cdiv(self.view[0] if self.along_rows else self.view[2], self.width)
 
     @property
@@ -72,7 +74,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
-    """The tiles of an array of this shape that has blocks of `size` along `axis`."""
+    """Returns the tiles of an array of this shape with blocks of `size` along `axis`."""
     groups = [range(axis), range(axis, axis + 1), range(axis + 1, len(shape))]
     before, extent, after = (prod(shape[k] for k in group) for group in groups)
     height = pl.next_power_of_2(size)
@@ -81,15 +83,15 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
     width = max(1, min(wanted, pl.next_power_of_2(before if along_rows else after)))
     view = (before, extent) if along_rows else (before, extent, after)
     elements = height * width
-    pieces = 1 if along_rows else pl.cdiv(elements, PIECE)
+    parts = 1 if along_rows else pl.cdiv(elements, PART)
     warps = max(1, min(32, elements // (PER_WARP_OF_ROWS if along_rows else PER_WARP)))
-    return Tiling(view, tuple(groups[: len(view)]), -(-extent // size), size, height, width, pieces, warps)
+    return Tiling(view, tuple(groups[: len(view)]), -(-extent // size), size, height, width, parts, warps)
 
 
 def run(
     step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = (), *, interpret: bool = False
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """One kernel on one device's own array, which lies at `origin` of a global array of `shape`."""
+    """Runs the kernel on the array of one device, or its shard at `origin` of a global array of `shape`."""
     local = operands.g.shape
     plan = tiling(local, *step.blocks)
     of_scales = (plan.view[0], plan.blocks, *plan.view[2:])
@@ -101,7 +103,7 @@ def run(
     codes = arrays[-len(operands.codes) :]
     outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype)]
     outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*codes, *scales)]
-    first = 3 + (operands.p is not None)  # of the codes among the inputs
+    first = 3 + (operands.p is not None)  # the index of the codes among the inputs
     aliases = {first + k: 1 + k for k in range(2 * len(codes))} | ({3: 0} if step.fused else {})
     out, *stored = pl.pallas_call(
         partial(_kernel, step, plan, names, (local, shape or local), operands.p is not None),
@@ -132,41 +134,41 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     wide, blocks = np.int32(plan.across), np.int32(plan.blocks)
     across, rest = lax.rem(program, wide), lax.div(program, wide)
     block, before = lax.rem(rest, blocks), lax.div(rest, blocks)
-    start, beside = block * np.int32(plan.size), across * np.int32(plan.width)
-    length = plan.height // plan.pieces
+    start, offset = block * np.int32(plan.size), across * np.int32(plan.width)
+    length = plan.height // plan.parts
     if plan.along_rows:
         tile, axis = (plan.width, length), 1
-        of_scale, limit = (pl.ds(beside, plan.width), block), plan.view[0]
+        of_scale, limit = (pl.ds(offset, plan.width), block), plan.view[0]
     else:
-        beside += _zero_in_fours(program)
+        offset += _zero_in_fours(program)
         tile, axis = (length, plan.width), 0
-        of_scale, limit = (before, block, pl.ds(beside, plan.width)), plan.view[2]
+        of_scale, limit = (before, block, pl.ds(offset, plan.width)), plan.view[2]
 
     def steps(along: int) -> Array:
         return lax.broadcasted_iota(jnp.int32, tile, along)
 
-    def place(piece: int) -> tuple[list, list]:
-        """Where a piece begins on each axis, and its lengths."""
-        first = start + np.int32(piece * length)
-        return ([beside, first], [*tile]) if plan.along_rows else ([before, first, beside], [None, *tile])
+    def place(part: int) -> tuple[list, list]:
+        """Returns where a part starts on each axis, and its lengths."""
+        first = start + np.int32(part * length)
+        return ([offset, first], [*tile]) if plan.along_rows else ([before, first, offset], [None, *tile])
 
-    def at(piece: int) -> tuple:
-        return tuple(first if n is None else pl.ds(first, n) for first, n in zip(*place(piece)))
+    def at(part: int) -> tuple:
+        return tuple(first if n is None else pl.ds(first, n) for first, n in zip(*place(part)))
 
-    def inside(piece: int) -> Array | None:
-        """Which elements of a piece are the block's and the array's own; None if all are."""
+    def inside(part: int) -> Array | None:
+        """Returns which elements of a part are inside of the block and the array; None if all are."""
         found = None
         if limit % plan.width:
-            found = beside + steps(1 - axis) < limit
+            found = offset + steps(1 - axis) < limit
         if plan.height != plan.size or plan.view[1] % plan.size:
-            along = np.int32(piece * length) + steps(axis)
+            along = np.int32(part * length) + steps(axis)
             own = (along < plan.size) & (start + along < plan.view[1])
             found = own if found is None else found & own
         return found
 
     scale_inside = None
     if limit % plan.width:
-        scale_inside = beside + lax.broadcasted_iota(jnp.int32, (plan.width,), 0) < limit
+        scale_inside = offset + lax.broadcasted_iota(jnp.int32, (plan.width,), 0) < limit
 
     def load(ref: Any, where: tuple, mask: Any) -> Array:
         return plgpu.load(ref.at[where], mask=mask, other=None if mask is None else 0)
@@ -174,38 +176,39 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     def spread(x: Array) -> Array:
         return lax.expand_dims(x, (axis,))
 
-    ways = [arithmetic_of(moment, by_square_roots) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_square_roots) for moment in step.moments]
     hyper = {name: numbers[k] for k, name in enumerate(names)}
     old_scales = [spread(load(ref, of_scale, scale_inside)) for ref in absmax]
 
-    def fresh(piece: int) -> list[Array]:
-        """Stores the result of a piece and returns its new moments."""
-        where, mask = at(piece), inside(piece)
-        old = [way.decode(load(c, where, mask), scale) for way, c, scale in zip(ways, codes, old_scales)]
+    def fresh(part: int) -> list[Array]:
+        """Stores the output of a part and returns its new moments."""
+        where, mask = at(part), inside(part)
+        old = [codec.dequantize(load(c, where, mask), scale) for codec, c, scale in zip(codecs, codes, old_scales)]
         p_in = None if p is None else load(p, where, mask)
         result, new = apply_rule(step, load(g, where, mask), p_in, tuple(old), hyper)
         plgpu.store(out.at[where], result, mask=mask)
         new = without_overflow(new)
         return new if mask is None else [jnp.where(mask, x, 0.0) for x in new]
 
-    new = [fresh(piece) for piece in range(plan.pieces)]
-    prepared = []
-    for k, (way, moment) in enumerate(zip(ways, step.moments)):
-        largest = reduce(jnp.maximum, [magnitude_of(of_piece[k], moment) for of_piece in new]).max(axis=axis)
+    new = [fresh(part) for part in range(plan.parts)]
+    factors = []
+    for k, (codec, moment) in enumerate(zip(codecs, step.moments)):
+        largest = reduce(jnp.maximum, [magnitude_of(of_part[k], moment) for of_part in new]).max(axis=axis)
         largest = jnp.where(largest >= TINY, largest, 0.0)
         plgpu.store(new_absmax[k].at[of_scale], largest, mask=scale_inside)
-        prepared.append(spread(way.prepare(largest)))
-    for piece, of_piece in enumerate(new):
-        random = uniform_of(integers, *place(piece), plan.groups, *shapes) if step.stochastic else None
-        for way, x, scale, ref in zip(ways, of_piece, prepared, new_codes):
-            plgpu.store(ref.at[at(piece)], way.encode(x, scale, random), mask=inside(piece))
+        factors.append(spread(codec.factor(largest)))
+    for part, of_part in enumerate(new):
+        random = uniform_of(integers, *place(part), plan.groups, *shapes) if step.stochastic else None
+        for codec, x, factor, ref in zip(codecs, of_part, factors, new_codes):
+            plgpu.store(ref.at[at(part)], codec.quantize(x, factor, random), mask=inside(part))
 
 
 def _zero_in_fours(program: Array) -> Array:
-    """Zero, of which Triton knows that it is a multiple of four, and no more.
+    """Returns zero in a form that Triton only knows to be a multiple of four.
 
-    Added to where columns begin, it lets each thread load four neighbours of every array. Of bytes it would take 16,
-    and of float32 four, exchange them between threads, and find each column's largest magnitude across threads: 141
-    instructions for each element, and not 94 (Adam, `root`, compiled for H200).
+    It is added to the first column of a tile, so that each thread loads four neighbors of every array. Without it a
+    thread would load 16 neighbors of 8-bit arrays and four of float32 arrays. Triton would then exchange them between
+    threads, and find the largest magnitude of each column across threads. That takes 141 instructions per element
+    instead of 94 (Adam, `root`, compiled for H200).
     """
     return 4 * lax.shift_right_logical(program, np.int32(31))

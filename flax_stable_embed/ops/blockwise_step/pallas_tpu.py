@@ -1,14 +1,15 @@
 """The step as one Mosaic kernel for TPU: every array is read once and written once, in place.
 
-Blocks across rows (any axis but the last): a tile holds whole blocks of some columns. One loop over its rows decodes,
-applies the rule, writes the output, keeps the new moments in scratch memory and collects their largest magnitudes; a
-second loop encodes. Scales come in groups of eight blocks, the height of a register, which stay in memory while the
-tiles of these blocks pass by.
-Blocks along the last axis: a tile holds whole blocks of some rows, and a block's numbers stay in registers.
+Blocks across rows (any axis except the last): a tile holds full blocks of some columns. A first loop over its rows
+dequantizes, applies the rule, writes the output, keeps the new moments in scratch memory and collects their largest
+magnitudes. A second loop quantizes. Scales come in groups of eight blocks, the height of a register. A group stays in
+VMEM while the kernel visits the tiles of its blocks.
 
-What limits it: memory, 16.06 bytes a parameter for Adam. Codes follow the formats of `codecs.py`, computed with the
-instructions that are cheap here (`kernel_codecs.py`), so that a code can differ by one where a number lies within a few
-ulp of a boundary. Compiled for v5e, v5p and v6e; it has not run on one yet.
+Blocks along the last axis: a tile holds full blocks of some rows, and the numbers of a block stay in registers.
+
+What limits it: memory, 16.06 bytes per parameter for Adam. Codes follow the formats of `codecs.py`, computed with
+instructions that are cheap on TPU (`kernel_codecs.py`). So a code can differ by one from the reference if a number is
+within a few ulp of a boundary. The kernel has been compiled for v5e, v5p and v6e, and has not run on hardware yet.
 """
 
 from dataclasses import replace
@@ -26,28 +27,24 @@ from jax.experimental.pallas import tpu as pltpu
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from .capabilities import LANES, ROWS
-from .kernel_codecs import arithmetic_of, by_logarithm, magnitude_of, without_overflow
+from .kernel_codecs import by_logarithm, kernel_codec, magnitude_of, without_overflow
 from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
-SUBLANES = 8  # of a float32 register; a register of bytes has ROWS, and loops go by as many
-
-
+SUBLANES = 8  # of a float32 register; a register of 8-bit numbers has ROWS, and a loop takes as many at a time
 TILE_ROWS, TILE_COLUMNS = 512, 512
-
-
-PIECE = ROWS * TILE_COLUMNS  # elements that one turn of a loop takes
-
-
+TURN = ROWS * TILE_COLUMNS  # elements that one turn of a loop takes
 VMEM_BYTES = 64 << 20  # of 128 MB on v5e and v6e, 95 on v5p; tiles of the common shapes need 12
 
 
 class Tiling(NamedTuple):
-    """How the grid walks over an array: `view` is its shape with axes merged, `groups` says which.
+    """How the grid divides an array into tiles.
 
-    tile: extents along the view; None is an axis that is walked one by one.
-    blocked: the axis of the view that the blocks lie in.
-    count: blocks in a tile.
+    view: The shape of the array with axes merged.
+    groups: The axes of the array that each axis of the view consists of.
+    tile: The lengths of a tile along the view. None is an axis that the tile has one element of, and no axis for.
+    blocked: The axis of the view that blocks are along.
+    count: The number of blocks in a tile.
     """
 
     view: tuple[int, ...]
@@ -62,19 +59,19 @@ class Tiling(NamedTuple):
 
     @property
     def order(self) -> list[int]:
-        """The axes of the view, the slowest in the grid first: the blocked one is the fastest."""
+        """Returns the axes of the view from the slowest in the grid to the fastest, which is the blocked one."""
         return [k for k in range(len(self.view)) if k != self.blocked] + [self.blocked]
 
 
 def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
-    """The tiles of an array of this shape that has blocks of `size` along `axis`."""
+    """Returns the tiles of an array of this shape with blocks of `size` along `axis`."""
     ndim, blocks = len(shape), -(-shape[axis] // size)
     if axis == ndim - 1:
         view = prod(shape[:-1]), shape[-1]
         height = next((n for n in (2 * ROWS, ROWS) if n <= view[0]), view[0])
         count = max(1, min(2 * TILE_COLUMNS // size, shape[-1] // size))
         return Tiling(view, (range(axis), range(axis, ndim)), (height, min(count * size, shape[-1])), 1, count)
-    last = max(axis + 1, ndim - 2)  # what lies after it, to the last two axes, is tiled; what is between is walked
+    last = max(axis + 1, ndim - 2)  # the last axes are tiled; those between them and the blocked axis have no tile
     between = (range(axis + 1, last),) if last > axis + 1 else ()
     groups = (range(axis), range(axis, axis + 1), *between, *(range(k, k + 1) for k in range(last, ndim)))
     per_group = min(blocks, SUBLANES)
@@ -91,7 +88,7 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
 def run(
     step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = (), *, interpret: bool = False
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """One kernel on one device's own array, which lies at `origin` of a global array of `shape`."""
+    """Runs the kernel on the array of one device, or its shard at `origin` of a global array of `shape`."""
     local = operands.g.shape
     if len(local) == 1:
         return _as_rows(step, operands, origin, shape or local, interpret)
@@ -117,21 +114,21 @@ def run(
         ids[plan.blocked] = lax.div(ids[plan.blocked] * np.int32(plan.count), np.int32(group)) if across_rows else 0
         return tuple(ids)
 
-    whole = pl.BlockSpec(plan.tile, at)
-    few = pl.BlockSpec(tuple(group if k == plan.blocked else n for k, n in enumerate(plan.tile)), scales_at)
+    tiles = pl.BlockSpec(plan.tile, at)
+    groups = pl.BlockSpec(tuple(group if k == plan.blocked else n for k, n in enumerate(plan.tile)), scales_at)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     inputs = [numbers, integers, *arrays, *scales]
     outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype), *[_like(x) for x in arrays[-len(operands.codes) :]]]
     outputs += [_like(x) for x in scales]
-    first = 3 + (operands.p is not None)  # of the codes among the inputs
+    first = 3 + (operands.p is not None)  # the index of the codes among the inputs
     kept = len(operands.codes) + len(scales)
     aliases = {first + k: 1 + k for k in range(kept)} | ({3: 0} if step.fused else {})
     block = (step.blocks.size, *plan.inner[1:]) if across_rows else None
     out, *stored = pl.pallas_call(
         partial(_kernel, step, plan, names, (local, shape or local), operands.p is not None),
         grid=grid,
-        in_specs=[scalars, scalars, *[whole for _ in arrays], *[few for _ in scales]],
-        out_specs=[whole, *[whole for _ in operands.codes], *[few for _ in scales]],
+        in_specs=[scalars, scalars, *[tiles for _ in arrays], *[groups for _ in scales]],
+        out_specs=[tiles, *[tiles for _ in operands.codes], *[groups for _ in scales]],
         out_shape=outputs,
         input_output_aliases=aliases,
         scratch_shapes=[pltpu.VMEM(block, jnp.float32) for _ in operands.codes] if block else [],
@@ -151,7 +148,7 @@ def run(
 
 
 def _as_rows(step: Step, operands: Operands, origin: tuple, shape: tuple[int, ...], interpret: bool):
-    """The step of a vector, as an array with a block in each row."""
+    """Runs the step of a vector, as an array with one block per row."""
     size = step.blocks.size
     g, p, codes = jax.tree.map(lambda x: x.reshape(-1, size), operands[:3])
     absmax = tuple(a[:, None] for a in operands.absmax)
@@ -167,7 +164,7 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 
 
 class _Refs(NamedTuple):
-    """What a kernel is given: references to the tile's part of each operand and result."""
+    """References to the tiles of each operand and result, in the memory of the kernel."""
 
     g: Any
     p: Any
@@ -193,7 +190,7 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     starts = [ids[k] * np.int32(plan.tile[k] or 1) for k in range(len(plan.view))]
 
     def uniform(offset, lengths):
-        """Random numbers for a piece at `offset` of the tile."""
+        """Returns random numbers for the elements at `offset` of the tile."""
         offset, lengths = list(offset), list(lengths)
         at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
         return uniform_of(integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
@@ -203,12 +200,12 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
 
 def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
     size, columns = step.blocks.size, plan.inner[1:]
-    turn = ROWS if len(columns) == 1 else max(1, PIECE // prod(columns))
+    turn = ROWS if len(columns) == 1 else max(1, TURN // prod(columns))
     turn = next(n for n in range(min(turn, size), 0, -1) if size % n == 0)
     turns = size // turn
     loop = partial(lax.fori_loop, np.int32(0), np.int32(turns), unroll=min(turns, 8))
     short = local[step.blocks.axis] % size != 0
-    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_logarithm) for moment in step.moments]
     group, first_block = refs.absmax[0].shape[0], lax.div(start, np.int32(size))
 
     def one_block(k, _):
@@ -216,12 +213,12 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
         scale = [absmax[pl.ds(row, 1)] for absmax in refs.absmax]
 
         def at(i):
-            """Rows of a turn in the tile, and in scratch memory."""
+            """Returns the rows of a turn, in the tile and in scratch memory."""
             return pl.ds(pl.multiple_of(k * size + i * turn, turn), turn), pl.ds(pl.multiple_of(i * turn, turn), turn)
 
         def first(i, largest):
             rows, kept = at(i)
-            old = [way.decode(c[rows], s) for way, c, s in zip(ways, refs.codes, scale)]
+            old = [codec.dequantize(c[rows], s) for codec, c, s in zip(codecs, refs.codes, scale)]
             out, new = apply_rule(step, refs.g[rows], _part(refs.p, rows), tuple(old), hyper)
             refs.out[rows] = out
             new = without_overflow(new)
@@ -238,15 +235,15 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
         absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
         for ref, a in zip(refs.new_absmax, absmax):
             ref[pl.ds(row, 1)] = a
-        factors = [way.prepare(a) for way, a in zip(ways, absmax)]
+        factors = [codec.factor(a) for codec, a in zip(codecs, absmax)]
 
         def second(i, _):
             rows, kept = at(i)
             random = None
             if step.stochastic:
                 random = uniform([k * size + i * turn, *[0 for _ in columns]], (turn, *columns))
-            for way, scratch, factor, ref in zip(ways, refs.scratch, factors, refs.new_codes):
-                ref[rows] = way.encode(scratch[kept], factor, random)
+            for codec, scratch, factor, ref in zip(codecs, refs.scratch, factors, refs.new_codes):
+                ref[rows] = codec.quantize(scratch[kept], factor, random)
 
         loop(second, None)
 
@@ -257,7 +254,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
     height, width = plan.inner
     size = min(step.blocks.size, width)
     turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
-    ways = [arithmetic_of(moment, by_logarithm) for moment in step.moments]
+    codecs = [kernel_codec(moment, by_logarithm) for moment in step.moments]
 
     def rows_at(i, _):
         rows = pl.ds(i * turn, turn)
@@ -267,7 +264,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             lanes = pl.ds(k * size, size)
             own = block == first_block + k
             scale = [jnp.sum(jnp.where(own, s, 0.0), axis=1, keepdims=True) for s in scales]
-            old = [way.decode(c[rows, lanes], s) for way, c, s in zip(ways, refs.codes, scale)]
+            old = [codec.dequantize(c[rows, lanes], s) for codec, c, s in zip(codecs, refs.codes, scale)]
             p = _part(refs.p, (rows, lanes))
             out, new = apply_rule(step, refs.g[rows, lanes], p, tuple(old), hyper)
             refs.out[rows, lanes] = out
@@ -279,10 +276,10 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
             scales = [jnp.where(own, a, s) for a, s in zip(absmax, scales)]
             random = uniform([i * turn, k * size], (turn, size)) if step.stochastic else None
-            for way, x, a, ref in zip(ways, new, absmax, refs.new_codes):
-                ref[rows, lanes] = way.encode(x, way.prepare(a), random)
+            for codec, x, a, ref in zip(codecs, new, absmax, refs.new_codes):
+                ref[rows, lanes] = codec.quantize(x, codec.factor(a), random)
         for ref, s in zip(refs.new_absmax, scales):
-            # Tiles of the same rows come one after the other and each knows its own blocks.
+            # Tiles of the same rows follow each other, and each knows the scales of its own blocks only.
             ref[rows] = jnp.where((block >= first_block) & (block < first_block + plan.count), s, ref[rows])
 
     lax.fori_loop(np.int32(0), np.int32(height // turn), rows_at, None)
@@ -293,7 +290,7 @@ def _part(ref: Any, at: Any) -> Any:
 
 
 def _fold(x: Array) -> Array:
-    """The largest of the rows: of all where they are an axis of their own, else of every eighth."""
+    """Returns the largest of all rows if they are an axis of their own, else the largest of every eighth row."""
     if x.ndim > 2:
         return jnp.max(x, axis=0, keepdims=True)
     return jnp.max(x.reshape(-1, SUBLANES, x.shape[-1]), axis=0)

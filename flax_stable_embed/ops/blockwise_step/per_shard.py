@@ -1,10 +1,13 @@
-"""Runs a step that is written for one device's own array on every device of a mesh, with nothing gathered.
+"""Runs a single-device step on every shard of a mesh, without gathering.
 
-A `custom_partitioning` with a sharding rule works under meshes with Auto axes, in scan and cond, and asks the user for
-no mesh; under those with Explicit axes types say how arrays are cut, and a `shard_map` follows them. Every device gets
-its piece of the parameter, whole blocks and their scales, and the piece's place in the whole, which the stochastic hash
-needs. Where a block would straddle two shards the blocked axis is gathered first.
-A custom partitioner knows neither vmap nor differentiation: there the reference takes over.
+Under a mesh with Auto axes it is a `custom_partitioning` with a sharding rule. This works in scan and cond, and needs
+no mesh from the user. Under a mesh with Explicit axes array types say how arrays are sharded, and it is a `shard_map`.
+
+Every device gets its shard of the parameter as full blocks, their scales, and the place of the shard in the global
+array, which the hash for stochastic rounding needs. If a block would straddle two shards, the blocked axis is gathered
+first.
+
+A custom partitioner supports neither vmap nor differentiation. The reference runs there.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,7 @@ from .step import Operands, Step
 
 @dataclass(frozen=True)
 class FlatStep:
-    """An implementation as a hashable function of flat arrays, which is what JAX's custom calls want."""
+    """An implementation as a hashable function of flat arrays, as JAX's custom calls need it."""
 
     implementation: Callable  # (step, operands) -> (out, codes, absmax)
     step: Step
@@ -38,28 +41,29 @@ class FlatStep:
         operands = self.tree.unflatten(flat)
         if not self._straddles(operands):
             return self.implementation(self.step, operands)
-        # Types cannot say how the parts of a block lie, but the compiler can: it combines scales and gathers nothing.
+        # Types cannot describe a block that straddles shards, but the compiler can. It combines
+        # the scales of its parts and gathers nothing.
         out = jax.tree.map(lambda x: jax.typeof(x).sharding, (operands.codes[0], operands.codes, operands.absmax))
         return jax.sharding.auto_axes(partial(self.implementation, self.step), out_sharding=out)(operands)
 
     def _straddles(self, operands: Operands) -> bool:
-        """Whether types of the mesh in the context say that a block lies on several devices."""
+        """Returns whether array types say that a block straddles devices, under the mesh of the context."""
         sharding, mesh = explicit_sharding(operands.codes[0]), jax.sharding.get_abstract_mesh()
         if sharding is None or not mesh.axis_types or not is_explicit(mesh):
             return False
-        cuts = specs_of(sharding, len(self.shape))
-        return whole_blocks(cuts, mesh, self.shape, self.step.blocks) != cuts
+        spec = spec_of(sharding, len(self.shape))
+        return without_straddling(spec, mesh, self.shape, self.step.blocks) != spec
 
 
 @cache
 def per_shard(local: Callable, reference: FlatStep) -> Callable:
-    """`local(step, operands, origin, global_shape)` on every device's piece, as a function of flat operands."""
+    """Returns a function of flat operands that runs `local(step, operands, origin, global_shape)` on every shard."""
     step, tree = reference.step, reference.tree
 
     def partition(mesh, arguments, results):
         operands = tree.unflatten(arguments)
         shape = operands.codes[0].shape
-        spec = whole_blocks(specs_of(operands.codes[0].sharding, len(shape)), mesh, shape, step.blocks)
+        spec = without_straddling(spec_of(operands.codes[0].sharding, len(shape)), mesh, shape, step.blocks)
 
         def run(*flat):
             return local(step, tree.unflatten(flat), place_of_shard(spec, mesh, shape), shape)
@@ -85,40 +89,44 @@ def per_shard(local: Callable, reference: FlatStep) -> Callable:
         mesh = next((sharding.mesh for sharding in map(explicit_sharding, flat) if sharding is not None), None)
         if mesh is None:
             return partitioned(replace(reference, implementation=local))(*flat)
-        if not is_explicit(mesh):  # some axes are not Explicit: only the compiler can say how it cuts them
+        if not is_explicit(mesh):  # some axes are not Explicit, and only the compiler knows the sharding over them
             return reference(*flat)
         sharding = explicit_sharding(tree.unflatten(flat).codes[0])
-        cuts = whole_blocks(specs_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
-        return on_every_device(local, reference, mesh, cuts)(*flat)
+        spec = without_straddling(spec_of(sharding, len(reference.shape)), mesh, reference.shape, step.blocks)
+        return on_every_device(local, reference, mesh, spec)(*flat)
 
     return with_transformations(call, reference)
 
 
-def on_every_device(local: Callable, reference: FlatStep, mesh: Any, cuts: list[tuple[str, ...]]) -> Callable:
-    """`local` in a `shard_map` over all axes of a mesh, each device with its piece of arrays that are cut by `cuts`."""
+def on_every_device(local: Callable, reference: FlatStep, mesh: Any, spec: list[tuple[str, ...]]) -> Callable:
+    """Returns a function of flat operands that runs `local` in a `shard_map` over all axes of a mesh.
+
+    `spec` has the mesh axes that each axis of the arrays is sharded over.
+    """
     step, tree, shape = reference.step, reference.tree, reference.shape
-    cut = PartitionSpec(*[names or None for names in cuts])
+    sharded = PartitionSpec(*[names or None for names in spec])
 
     def run(*flat):
-        return local(step, tree.unflatten(flat), place_of_shard(cuts, mesh, shape), shape)
+        return local(step, tree.unflatten(flat), place_of_shard(spec, mesh, shape), shape)
 
     def call(*flat):
         n, operands = len(step.moments), tree.unflatten(flat)
         codes, absmax = operands.codes, operands.absmax
-        specs = tuple(cut if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
+        specs = tuple(sharded if jnp.ndim(x) == len(shape) else PartitionSpec() for x in flat)
         in_context = isinstance(mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
-        where = None if in_context else mesh
-        options = {"in_specs": specs, "out_specs": (cut, (cut,) * n, (cut,) * n), "check_vma": False}
+        out_specs = sharded, (sharded,) * n, (sharded,) * n
         if explicit_sharding(codes[0]) is not None:
-            flat = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(flat, specs)]
-        results = jax.shard_map(run, mesh=where, **options)(*flat)
-        return jax.tree.map(placed_like, results, (codes[0], codes, absmax))
+            flat = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(flat, specs)]
+        mapped = jax.shard_map(
+            run, mesh=None if in_context else mesh, in_specs=specs, out_specs=out_specs, check_vma=False
+        )
+        return jax.tree.map(placed_like, mapped(*flat), (codes[0], codes, absmax))
 
     return call
 
 
 def with_transformations(call: Callable, reference: FlatStep) -> Callable:
-    """`call`, but under vmap and where it is differentiated, which it does not know, the reference."""
+    """Returns `call` with the reference under vmap and derivatives, which `call` does not support."""
 
     @custom_vmap
     def batched(*flat):
@@ -137,30 +145,32 @@ def with_transformations(call: Callable, reference: FlatStep) -> Callable:
     return differentiable
 
 
-def specs_of(sharding, ndim: int) -> list[tuple[str, ...]]:
-    """The mesh axes that cut each axis of an array; none where XLA does not tell."""
+def spec_of(sharding, ndim: int) -> list[tuple[str, ...]]:
+    """Returns the mesh axes that each axis of an array is sharded over; none if XLA does not tell."""
     spec = getattr(sharding, "spec", None) or ()
     spec = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
     return spec + [()] * (ndim - len(spec))
 
 
 def place_of_shard(spec: list[tuple[str, ...]], mesh, shape: tuple[int, ...]) -> tuple:
-    """Where a device's own piece begins in an array of `shape`, along each axis."""
-    ways = [prod(mesh.shape[name] for name in names) for names in spec]
-    return tuple(lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, ways))
+    """Returns where the shard of this device starts in an array of `shape`, along each axis."""
+    counts = [prod(mesh.shape[name] for name in names) for names in spec]
+    return tuple(
+        lax.axis_index(names) * (d // n) if names else jnp.int32(0) for names, d, n in zip(spec, shape, counts)
+    )
 
 
-def whole_blocks(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
-    """`spec` without the cuts that would leave unequal pieces or straddle a block."""
-    ways = [prod(mesh.shape[name] for name in names) for names in spec]
-    return [names if blocks.fit(axis, shape[axis], ways[axis]) else () for axis, names in enumerate(spec)]
+def without_straddling(spec, mesh, shape: tuple[int, ...], blocks: Blocks) -> list[tuple[str, ...]]:
+    """Returns `spec` with every axis replicated that would have unequal shards, or blocks that straddle shards."""
+    counts = [prod(mesh.shape[name] for name in names) for names in spec]
+    return [names if blocks.fit(axis, shape[axis], counts[axis]) else () for axis, names in enumerate(spec)]
 
 
 def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
-    """How shardings travel: axis by axis between all arrays; along the blocked axis from blocks to their scales.
+    """Returns how XLA propagates shardings: axis by axis between all arrays, and along the blocked axis to the scales.
 
-    Where some cut of this mesh would straddle blocks, scales go their own way: else XLA could cut the blocks by a part
-    of a mesh axis, which no PartitionSpec can say.
+    If the shards of this mesh could straddle blocks, the sharding of the scales is independent. Otherwise XLA could
+    shard the blocks over a part of a mesh axis, which no PartitionSpec can express.
     """
     shape, blocks = reference.shape, reference.step.blocks
     d, count = shape[blocks.axis], blocks.count(shape)
@@ -168,22 +178,22 @@ def _sharding_rule(reference: FlatStep, mesh) -> SdyShardingRule:
     along, fixed, sizes = axes[blocks.axis], (), {}
     if d != count * blocks.size or count == 1:
         fixed = (along, "count")
-    elif all(count % ways == 0 for ways in _possible_cuts(mesh) if d % ways == 0):
+    elif all(count % shards == 0 for shards in _possible_shard_counts(mesh) if d % shards == 0):
         along, fixed, sizes = CompoundFactor("count", "inside"), ("inside",), {"inside": blocks.size}
-    whole = ArrayMapping(*axes[: blocks.axis], along, *axes[blocks.axis + 1 :])
+    arrays = ArrayMapping(*axes[: blocks.axis], along, *axes[blocks.axis + 1 :])
     scales = ArrayMapping(*axes[: blocks.axis], "count", *axes[blocks.axis + 1 :])
     leaves = range(reference.tree.num_leaves)
     operands = reference.tree.unflatten(leaves)
     mapping = dict.fromkeys(leaves, ArrayMapping())  # scalars
-    mapping |= dict.fromkeys([operands.g, operands.p, *operands.codes], whole) | dict.fromkeys(operands.absmax, scales)
-    results = (whole, *[whole for _ in operands.codes], *[scales for _ in operands.absmax])
+    mapping |= dict.fromkeys([operands.g, operands.p, *operands.codes], arrays) | dict.fromkeys(operands.absmax, scales)
+    results = (arrays, *[arrays for _ in operands.codes], *[scales for _ in operands.absmax])
     operands = tuple(mapping[i] for i in leaves)
     return SdyShardingRule(operands, results, need_replication_factors=fixed, **sizes)  # pyright: ignore[reportArgumentType]
 
 
-def _possible_cuts(mesh) -> set[int]:
-    """In how many pieces some of the mesh's axes can cut an axis."""
-    cuts = {1}
+def _possible_shard_counts(mesh) -> set[int]:
+    """Returns the numbers of shards that an axis can have, over any of the axes of a mesh."""
+    counts = {1}
     for size in mesh.shape.values():
-        cuts |= {size * ways for ways in cuts}
-    return cuts
+        counts |= {size * count for count in counts}
+    return counts

@@ -1,9 +1,8 @@
-"""The step in plain jax.numpy: the reference, which defines the answer, and the same in chunks for CPU.
+"""Defines the step in plain `jax.numpy`. Every other implementation is tested against it.
 
-Reference (`plain`): the whole array at once, in its own shape, so that XLA can partition it on any mesh.
-CPU (`chunked`): a loop over pieces that stay in the cache, in place on the parameter, the codes and the scales. A loop
-over a sharded axis would gather it, so the loop runs on each device's own piece (`per_shard.py`).
-What limits it on CPU: arithmetic (roots and divisions of the codecs); XLA splits each piece over the cores.
+It takes the full array at once and keeps its shape, so that XLA can partition it on any mesh. The codes of a block need
+its scale, so XLA compiles several loops that each read the arrays. That is why CPU has a loop over chunks (`cpu.py`),
+and TPU and GPU have kernels that read every array once.
 """
 
 from collections.abc import Callable
@@ -18,18 +17,22 @@ from .step import Operands, Step, apply_rule, without_overflow
 Stored = tuple[Array, list[tuple[Array, Array]]]
 
 
-def _store(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
-    """The output, and codes and scales of each new moment, in split views."""
+def store_moments(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+    """Returns the output, and codes and scales of each new moment, in split views."""
     return out, [
         quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
         for x, moment in zip(without_overflow(new), step.moments)
     ]
 
 
-def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = _store):
-    """The reference. `index` is the global row-major position of each element, where it is not the array's own.
+def plain(step: Step, operands: Operands, index: Array | None = None, store: Callable[..., Stored] = store_moments):
+    """Runs one step and returns `(output, codes, absmax)`.
 
-    `store(step, out, moments, uniform)` is another form of `_store`, with the same results.
+    Args:
+        step: Everything static about the step.
+        operands: Its arrays.
+        index: The row-major index of each element in the global array. If None, `operands` are the global arrays.
+        store: `store_moments`, or another form of it with the same results.
     """
     blocks, shape = step.blocks, operands.g.shape
     old = tuple(

@@ -1,4 +1,4 @@
-"""Lookups in an embedding table with torch's options, and what the Linen and NNX modules need to be built."""
+"""Embedding lookups with torch's options, and the initializers and checks that the Linen and NNX modules share."""
 
 from ..dtypes import at_least_float32 as at_least_float32
 from .gather import Mode as Mode
@@ -9,9 +9,9 @@ from .initializers import pretrained as pretrained
 from .initializers import xavier_uniform as xavier_uniform
 from .initializers import zero_padding_row as zero_padding_row
 from .layer_norm import NORM_EPSILON as NORM_EPSILON
-from .layer_norm import normalise as normalise
+from .layer_norm import normalize as normalize
 from .lookup import lookup as lookup
-from .lookup import normalised_lookup as normalised_lookup
+from .lookup import normalized_lookup as normalized_lookup
 from .lookup import renormed_rows as renormed_rows
 from .lookup import table_for_logits as table_for_logits
 from .options import Method as Method

@@ -1,11 +1,12 @@
-"""Rows of a table by number, with the gradient of that written down as one forward-mode rule.
+"""Gathers rows of a table by number, with the derivative as one forward-mode rule.
 
     rows_i = table[ids_i];      d rows_i = s_i * d table[ids_i]
 
-A rule instead of the bare chain rule, because s_i gives the torch options their meaning, the sum of a
-repeated token's terms can be float32 whatever the table's dtype, and inference pays for none of it. A
-forward-mode rule instead of a custom_vjp, because forward mode, vmap and explicit sharding then work as for
-any jax function.
+It is a rule of our own for three reasons. The factor s_i implements torch's options for the gradient. The gradient
+terms of a token that repeats are summed in float32 whatever the dtype of the table. Inference pays for none of it.
+
+It is a forward-mode rule and not a custom_vjp, because forward mode, vmap and explicit sharding then work as for any
+JAX function.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -18,17 +19,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ..dtypes import INT32_MAX, at_least_float32
 
 Sharding = NamedSharding | PartitionSpec | None
-
-
 Mode = Literal["fill", "clip", "promise_in_bounds"]
 
 
 class GatherOptions(NamedTuple):
-    """What one gather was asked for: static and hashable, since the rule gets it as well.
+    """Static options of one gather; hashable, because the derivative rule gets them too.
 
-    padding_idx gets no gradient; by_frequency divides a row's gradient by how often it appears; sharding is that of
-    the rows, None where no mesh axis is Explicit; dtype is theirs too, and the terms of the gradient arrive in it.
-    in_bounds promises that every row number is in the table; one_hot multiplies with a one-hot matrix.
+    padding_idx: The row that gets no gradient; None if every row gets one.
+    by_frequency: True to divide the gradient of a row by the number of times that it is looked up.
+    sharding: The sharding of the rows; None if no mesh axis is Explicit.
+    dtype: The dtype of the rows. The terms of the gradient have it too.
+    in_bounds: True if the caller promises that every row number is in the table.
+    one_hot: True to multiply with a one-hot matrix instead of gathering.
     """
 
     padding_idx: int | None
@@ -40,7 +42,7 @@ class GatherOptions(NamedTuple):
 
 
 def gather(options: GatherOptions, table: jax.Array, row_numbers: jax.Array) -> jax.Array:
-    """Rows of `table` (NaN for the number one past its end), with the gradient that `options` name."""
+    """Returns rows of `table`, with the gradient that `options` define. The number `len(table)` gives a row of NaN."""
     no_option = options.padding_idx is None and not options.by_frequency and not options.one_hot
     by_chain_rule = no_option and not _sorts(options, table) and table.dtype == at_least_float32(table.dtype)
     if by_chain_rule or not jnp.issubdtype(table.dtype, jnp.inexact):
@@ -49,7 +51,7 @@ def gather(options: GatherOptions, table: jax.Array, row_numbers: jax.Array) -> 
 
 
 def plain_gather(options: GatherOptions, table: jax.Array, row_numbers: jax.Array) -> jax.Array:
-    """The rows alone, in the dtype that was asked for."""
+    """Returns the rows in `options.dtype`, with the gradient of plain operations."""
     if options.one_hot:
         return _product(options, table, row_numbers, table.dtype).astype(options.dtype)
     return take(table, row_numbers, options.sharding, in_bounds=options.in_bounds).astype(options.dtype)
@@ -65,15 +67,15 @@ def _gather_jvp(options: GatherOptions, primals: tuple, tangents: tuple) -> tupl
 
 
 def rows_of_tangent(options: GatherOptions, d_table: jax.Array, row_numbers: jax.Array) -> jax.Array:
-    """Linear in d table, so that its transpose is the scatter-add of the gradient: float32, rounded once.
+    """Returns the tangent of the rows.
 
-    Casting all of d table costs nothing compiled: XLA fuses the cast into the gather (the same bytes
-    accessed).
+    It is linear in the tangent of the table. Its transpose is the scatter-add of the gradient, in float32 and rounded
+    once. The cast of the full tangent costs nothing, because XLA fuses it into the gather.
     """
     num_rows = d_table.shape[0]
     d_table = d_table.astype(at_least_float32(d_table.dtype))
     live = row_numbers
-    if options.padding_idx is not None:  # a row outside the table has no gradient, were its cotangent infinite
+    if options.padding_idx is not None:  # a row outside the table has no gradient, even for an infinite cotangent
         live = jnp.where(row_numbers == options.padding_idx, num_rows, row_numbers)
     if options.one_hot:
         d_rows = _product(options, d_table, live, options.dtype, fill_value=0)
@@ -94,8 +96,8 @@ def take(
     fill_value: Any = None,
     in_bounds: bool = False,
 ) -> jax.Array:
-    """Rows by number; `fill_value` (None: NaN) for those outside the table unless `in_bounds`."""
-    if table.shape[0] == 0:  # XLA cannot gather from nothing: one row more, and every number past it
+    """Returns rows by number. Those outside the table are `fill_value` (None: NaN), or undefined if `in_bounds`."""
+    if table.shape[0] == 0:  # XLA cannot gather from an empty array: add a row, and move every number past it
         table, row_numbers = jnp.pad(table, [(0, 1)] + [(0, 0)] * (table.ndim - 1)), row_numbers + 1
     at = table.at[row_numbers]
     if in_bounds:
@@ -104,17 +106,18 @@ def take(
 
 
 def _sorts(options: GatherOptions, table: jax.Array) -> bool:
-    """Whether the terms of the gradient are sorted before they are added to the table.
+    """Returns whether the terms of the gradient are sorted before they are added to the table.
 
-    On TPU, XLA does that itself up to 2^15 rows; beyond, sorted terms have half the estimated time (compiled for v5e,
-    2^16 rows) to 0.7 of it (2^18). Not on several chips, where sorting terms of a cut batch would gather them.
+    On TPU, XLA sorts them itself for tables of up to 2^15 rows. For larger ones, sorted terms take half of the
+    estimated time (compiled for v5e, 2^16 rows) to 0.7 of it (2^18). On several chips they are not sorted, because
+    sorting the terms of a sharded batch would gather them.
     """
     alone = jax.default_backend() == "tpu" and jax.device_count() == 1 and options.sharding is None
     return alone and not options.one_hot and table.shape[0] > 2**15
 
 
 def _take_sorted(table: jax.Array, row_numbers: jax.Array) -> jax.Array:
-    """`take` with zeros outside, whose transpose gathers the terms into the order of the rows and adds them in it."""
+    """Does what `take` does, with zeros outside. Its transpose sorts the terms by row before it adds them."""
     flat = row_numbers.ravel()
     order = jnp.argsort(flat)
     at = table.at[flat[order]]
@@ -126,10 +129,10 @@ def _take_sorted(table: jax.Array, row_numbers: jax.Array) -> jax.Array:
 def _product(
     options: GatherOptions, table: jax.Array, row_numbers: jax.Array, factor: Any, fill_value: Any = None
 ) -> Any:
-    """The rows as a product with a one-hot matrix: no gather, and in the gradient no scatter but a product as well.
+    """Returns the rows as a product with a one-hot matrix. The gradient is a product too, and not a scatter.
 
-    Exact: each element is one product with 1, for which bfloat16 needs one pass through the matrix unit, and wider
-    factors (of the rows, or of the gradient's terms) all of them.
+    The rows are exact, because each element is one product with 1. A bfloat16 factor needs one pass through the matrix
+    unit for that. A wider one (of the rows, or of the terms of the gradient) needs the highest precision.
     """
     one_hot = jax.nn.one_hot(row_numbers, table.shape[0], dtype=table.dtype)
     precision = None if factor == jnp.bfloat16 else jax.lax.Precision.HIGHEST
@@ -141,7 +144,7 @@ def _product(
 
 
 def _filler(dtype: Any) -> Any:
-    """What `jnp.take` has for rows outside of the table."""
+    """Returns the value of `jnp.take` for rows outside of the table."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.asarray(jnp.nan, dtype)
     info = jnp.iinfo(dtype)
@@ -149,24 +152,25 @@ def _filler(dtype: Any) -> Any:
 
 
 def _counts(options: GatherOptions, row_numbers: jax.Array, num_rows: int) -> jax.Array:
-    """How often each of the row numbers appears among them."""
+    """Returns how often each row number appears among `row_numbers`."""
     everywhere = per_id = None
     if options.sharding is not None:
         mesh, spec = options.sharding.mesh, options.sharding.spec
         everywhere = NamedSharding(mesh, PartitionSpec(None))
         per_id = NamedSharding(mesh, PartitionSpec(*spec[: row_numbers.ndim]))
-    counts = jnp.zeros(num_rows + 1, jnp.int32)  # the last one counts the ids outside the table
+    counts = jnp.zeros(num_rows + 1, jnp.int32)  # the last one is for ids outside the table
     counts = counts.at[row_numbers].add(1, out_sharding=everywhere)
     return counts.at[row_numbers].get(out_sharding=per_id)
 
 
 def row_numbers_of(ids: Any, num_rows: int, mode: Mode = "fill") -> jax.Array:
-    """Ids of any integer type as int32 row numbers; `num_rows` stands for every id outside the table.
+    """Returns ids of any integer type as int32 row numbers.
 
-    With "clip" the first or last row does, also for negative ids; "promise_in_bounds" takes ids as they are.
+    With "fill", negative ids count from the end, and `num_rows` stands for every id outside the table. "clip" takes the
+    first or last row for ids outside (the first for negative ids). "promise_in_bounds" takes ids as they are.
 
-    Narrow types widen before the sum that wraps negative ids, and wide ones are clipped (by numpy where the
-    ids are its own) before they narrow, so that no id turns into another one.
+    Narrow types are widened before negative ids are wrapped. Wide types are clipped before they are narrowed (by NumPy
+    if the ids are its arrays). So no id turns into another one.
     """
     if mode == "promise_in_bounds":
         return jnp.asarray(ids).astype(jnp.int32)
@@ -182,9 +186,10 @@ def row_numbers_of(ids: Any, num_rows: int, mode: Mode = "fill") -> jax.Array:
 
 
 def row_sharding(table: jax.Array, row_numbers: jax.Array, wanted: Sharding) -> NamedSharding | None:
-    """The sharding of the rows; None where no mesh axis is Explicit.
+    """Returns the sharding of the rows; None if no mesh axis is Explicit.
 
-    Unless it is given: the ids' own, then that of the features less the mesh axes that the ids use already.
+    If `wanted` is None, the batch axes are sharded as the ids, and the features as those of the table, without the mesh
+    axes that the ids use already.
     """
     of_table, of_ids = jax.typeof(table).sharding, jax.typeof(row_numbers).sharding
     context = jax.sharding.get_abstract_mesh()

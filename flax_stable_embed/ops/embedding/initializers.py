@@ -1,4 +1,11 @@
-"""How a table begins: Xavier, pretrained, a zero padding row."""
+"""Initializes an embedding table: Xavier uniform, a pretrained table, a padding row of zeros.
+
+These are initializers as in Flax, `init(key, shape, dtype) -> table`, so `jax.nn.initializers` fit as well. The default
+is that of torch and bitsandbytes. Flax's default has the variance 1 / features instead.
+
+A module has to recognize `pretrained`, because its padding row stays as given, while the padding row of any other table
+is set to zero.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +19,7 @@ Initializer = Callable[..., Any]
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """The initial table of torch's and bitsandbytes' reset_parameters; an empty one is allowed, as there.
+    """Returns a random table, as in `reset_parameters` of torch and bitsandbytes. An empty table is allowed, as there.
 
         U(-a, a),  a = sqrt(6 / (num_embeddings + features))
 
@@ -25,18 +32,18 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
 
 
 def pretrained(table: Any) -> Initializer:
-    """An initializer that returns `table`: torch's `_weight` and `from_pretrained`.
+    """Returns an initializer that starts from a given table, as torch's `_weight` and `from_pretrained` do.
 
-    The table is used as given: cast to `param_dtype`, its padding row not zeroed, also inside a wrapper such
-    as `nn.with_partitioning`. It stays trainable: mask it out of the optimizer to freeze it. Under `jax.jit`
-    the table becomes a constant of the compiled initialisation, so initialise outside of it with a large one.
+    The table is cast to `param_dtype` and otherwise used as given. Its padding row is not set to zero. This also holds
+    inside a wrapper such as `nn.with_partitioning`. The table is trainable; mask it out of the optimizer to freeze it.
+    Under `jax.jit` the table becomes a constant of the compiled initialization, so initialize outside of `jax.jit` if
+    it is large.
 
     Args:
-      table: (num_embeddings, features), a jax or numpy array or nested lists.
+      table: (num_embeddings, features), a JAX or NumPy array, or nested lists.
 
     Raises:
-      ValueError: the table is not 2-D, or (when a module initialises its parameter) not of the module's
-        shape.
+      ValueError: The table is not 2-D, or does not have the shape of the parameter that a module initializes.
 
     >>> pretrained([[1.0, 2.0]])(jax.random.key(0), (1, 2), jnp.float32)
     Array([[1., 2.]], dtype=float32)
@@ -45,31 +52,31 @@ def pretrained(table: Any) -> Initializer:
 
 
 class _Pretrained:
-    """A class and not a closure: it can be recognised, and pickled together with the module that holds it."""
+    """The initializer of `pretrained`: a class, so that it can be recognized, and pickled with the module."""
 
     def __init__(self, table: Any):
         if len(table.shape) != 2:
-            raise ValueError(f"`table` must be of shape (num_embeddings, features), got {tuple(table.shape)}.")
+            raise ValueError(f"`table` must have shape (num_embeddings, features), got {tuple(table.shape)}.")
         self.table = table
 
     def __call__(self, key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
         if tuple(self.table.shape) != tuple(shape):
             raise ValueError(
-                f"`table` has shape {tuple(self.table.shape)}, but the module wants {tuple(shape)}. "
-                "Give it the table's own num_embeddings and features."
+                f"`table` has shape {tuple(self.table.shape)}, but the module needs {tuple(shape)}. Build the module "
+                "with the num_embeddings and features of the table."
             )
-        return jnp.array(self.table, dtype)  # a copy: a training step may donate it
+        return jnp.array(self.table, dtype)  # a copy, because a training step may donate it
 
     def __repr__(self) -> str:
         return f"pretrained(<table of shape {tuple(self.table.shape)}>)"
 
 
 def is_pretrained(initializer: Initializer) -> bool:
-    """Whether an initializer is `pretrained(...)`, looking through Flax's wrappers that add metadata."""
+    """Returns whether an initializer is `pretrained(...)`, also inside of Flax's wrappers that add metadata."""
     return isinstance(inspect.unwrap(initializer), _Pretrained)
 
 
 def zero_padding_row(table: jax.Array, padding_idx: int) -> jax.Array:
-    """The table with row `padding_idx` set to zero (a scatter would refuse a sharded table)."""
+    """Returns the table with row `padding_idx` set to zero, without a scatter, which refuses a sharded table."""
     is_padding = jnp.arange(table.shape[0]) == padding_idx
     return jnp.where(is_padding[:, None], jnp.zeros((), table.dtype), table)

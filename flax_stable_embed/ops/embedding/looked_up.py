@@ -1,8 +1,10 @@
-"""Derivatives with respect to the rows that a loss looks up, and not to the table.
+"""Differentiates a loss with respect to the rows that it looks up, instead of the table.
 
     rows_k = table[i_k] + tap_k,   tap = 0;      dL/dtap_k is the gradient of row i_k
 
-`jax.grad` of a lookup has the shape of the table. The tap is as small as what was looked up, and so is its gradient.
+`jax.grad` of a lookup has the shape of the table. The tap has only the rows that were looked up, and so has its
+gradient. `fse.row_value_and_grad` first records which rows a loss looks up (`recording`), then runs it on a
+`LookedUpTable` with a tap for them.
 """
 
 from collections.abc import Iterator
@@ -20,20 +22,21 @@ from jax.extend.core import get_opaque_trace_state
 from ..dtypes import at_least_float32
 from ..sharding import varying_like
 from .gather import GatherOptions, plain_gather, rows_of_tangent, take
-from .rows import SparseRows, positions, sealed, unsealed
+from .rows import SparseRows, find_rows, sealed, unsealed
 
 
 @jax.custom_vjp
 def _not_differentiated(table: Array, dummy: Array) -> Array:
-    """The table. Whatever has a gradient with respect to it, other than zero by construction, is an error."""
+    """Returns the table. A gradient with respect to it that is not zero by construction is an error."""
     del dummy
     return table
 
 
 def _no_gradient(residuals: None, cotangent: Array) -> Any:
     raise TypeError(
-        "the loss uses a table with `sparse=True` in another way than by a lookup, which has a dense gradient. Leave "
-        "the table out there (of a sum over all parameters, say), or use jax.value_and_grad and sparse=False."
+        "The loss uses a table with `sparse=True` for more than lookups, so the table has a dense gradient. Leave the "
+        "table out of that part of the loss (a sum over all parameters, say), or use jax.value_and_grad and "
+        "sparse=False."
     )
 
 
@@ -43,11 +46,13 @@ _not_differentiated.defvjp(lambda table, dummy: (table, None), _no_gradient)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LookedUpTable:
-    """A table in the place of its parameter while a loss is differentiated with respect to the rows that it looks up.
+    """Takes the place of a parameter while a loss is differentiated with respect to the rows that it looks up.
 
-    The first leaf has the parameter's shape, for Flax, and raises an error if anything is differentiated with respect
-    to it. Lookups read `constant`. `tap`, zeros of shape (n, features) for the n `indices`, adds nothing to the rows
-    and receives their gradient.
+    table: Has the shape of the parameter, for Flax. Its gradient is an error.
+    constant: The table that lookups read.
+    tap: Zeros of shape (n, features), one row for each of n indices. It adds nothing to the rows and receives their
+        gradient.
+    sealed_indices: The n row numbers, sealed so that no arithmetic applies to them.
     """
 
     table: Array
@@ -58,7 +63,7 @@ class LookedUpTable:
     @classmethod
     def at(cls, table: Array, indices: Array) -> "LookedUpTable":
         tap = jnp.zeros((indices.size, table.shape[1]), at_least_float32(table.dtype))
-        # Inside of shard_map every device has its own rows: one tap for all would add up gradients of different ones.
+        # Inside of shard_map every device has its own rows. One tap for all would add up gradients of different rows.
         tap = varying_like(tap, indices, table)
         return cls(table, table, tap, sealed(indices))
 
@@ -72,31 +77,31 @@ class LookedUpTable:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"the table of a module with `sparse=True` has no {name!r} inside of fse.row_value_and_grad, where it can "
-            "be looked up and nothing else. Use jax.value_and_grad for what needs all of the table."
+            f"The table of a module with `sparse=True` has no {name!r} inside of fse.row_value_and_grad, where it "
+            "supports lookups only. Use jax.value_and_grad for a loss that needs the full table."
         )
 
     def differentiated(self, tap: Array, dummy: Array) -> "LookedUpTable":
-        """The same with a tap, and a number of no consequence, that a derivative is taken with respect to."""
+        """Returns the same table with `tap` and `dummy`, a number without effect, as inputs of a derivative."""
         return replace(self, table=_not_differentiated(self.table, dummy), tap=tap)
 
     def gradient(self, d_tap: Array) -> SparseRows:
-        """What arrived at the tap, as the gradient of the table."""
+        """Returns the gradient of the tap as the row gradient of the table."""
         return SparseRows(unsealed(self.sealed_indices), d_tap.astype(self.dtype), self.shape[0])
 
     def gather(self, options: GatherOptions, row_numbers: Array) -> Array:
-        """Rows by number. A number that is not among the indices gives NaN: its gradient would be lost."""
+        """Returns rows by number. One that is not among the indices gives NaN, because its gradient would be lost."""
         num_rows, n = self.shape[0], self.tap.shape[0]
-        at = positions(unsealed(self.sealed_indices), row_numbers, num_rows)
+        at = find_rows(unsealed(self.sealed_indices), row_numbers, num_rows)
         known = jnp.where(at < n, row_numbers, num_rows)
         if options.padding_idx is not None:
             at = jnp.where(row_numbers == options.padding_idx, n, at)
-        options = options._replace(in_bounds=False)  # those that are not known are outside
+        options = options._replace(in_bounds=False)  # unknown numbers are outside
         return _gather_tapped(options, self.constant, known, self.tap, at)
 
 
 def is_looked_up_table(x: Any) -> bool:
-    """Whether `x` is a LookedUpTable, for the `is_leaf` of tree functions."""
+    """Returns whether `x` is a LookedUpTable, for the `is_leaf` of tree functions."""
     return isinstance(x, LookedUpTable)
 
 
@@ -109,7 +114,7 @@ _gather_tapped = jax.custom_jvp(_gather_tapped_primal, nondiff_argnums=(0,))
 
 
 def _gather_tapped_jvp(options, primals, tangents):
-    """The tangent of the tap; that of the table too, for who differentiates what `row_value_and_grad` returns."""
+    """Returns the tangent of the tap, plus that of the table, for derivatives of `row_value_and_grad` itself."""
     table, row_numbers, tap, at = primals
     rows = _gather_tapped(options, table, row_numbers, tap, at)
     d_rows = jnp.zeros_like(rows)
@@ -141,7 +146,7 @@ _TAPE: ContextVar[_Tape | None] = ContextVar("lookups", default=None)
 
 @contextmanager
 def recording() -> Iterator[list[Lookup]]:
-    """A list that fills with the lookups of `sparse=True` tables while the context is open."""
+    """Yields a list that collects the lookups of `sparse=True` tables while the context is open."""
     tape = _Tape([], get_opaque_trace_state(convention="flax_stable_embed"))
     token = _TAPE.set(tape)
     try:
@@ -151,18 +156,18 @@ def recording() -> Iterator[list[Lookup]]:
 
 
 def record(table: Any, row_numbers: Array) -> None:
-    """Notes a lookup, if anyone is recording.
+    """Records a lookup, if a recording is open.
 
     Raises:
-        ValueError: it is inside a transformation that began after the recording, which keeps its ids to itself.
+        ValueError: The lookup is inside a transformation that started after the recording, so its ids are tracers.
     """
     tape = _TAPE.get()
     if tape is None:
         return
     if tape.trace != get_opaque_trace_state(convention="flax_stable_embed"):
         raise ValueError(
-            f"a table of shape {table.shape} with `sparse=True` is looked up inside of jax.jit, jax.checkpoint, "
-            "jax.vmap, jax.lax.scan or the like, which keeps its ids to itself. Say which ids the loss will look up: "
+            f"A table of shape {table.shape} with `sparse=True` is looked up inside of jax.jit, jax.checkpoint, "
+            "jax.vmap, jax.lax.scan or the like, which keeps its ids to itself. Pass the ids that the loss looks up: "
             "fse.row_value_and_grad(loss_fn, token_ids=lambda params, batch: batch['ids'])."
         )
     tape.lookups.append(Lookup(table, row_numbers))

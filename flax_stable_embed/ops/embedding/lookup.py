@@ -1,10 +1,8 @@
-"""The arithmetic of an embedding, shared by the Linen and the NNX modules.
+"""Looks up rows of an embedding table: the arithmetic that the Linen and the NNX modules share.
 
     rows = table[ids]                    NaN rows for ids outside the table
     rows <- renorm(rows)                 with max_norm
-    y = normalise(rows, scale, bias)     StableEmbed only
-
-Below: what both modules need when they are built (`pretrained`, the zero padding row, checks of options).
+    y = normalize(rows, scale, bias)     StableEmbed only
 
 Source: torch.nn.Embedding (padding_idx, max_norm, scale_grad_by_freq) and bitsandbytes.nn.StableEmbedding.
 """
@@ -17,9 +15,11 @@ import jax.numpy as jnp
 
 from ..dtypes import at_least_float32
 from .gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_sharding
-from .layer_norm import NORM_EPSILON, normalise
+from .layer_norm import NORM_EPSILON, normalize
 from .looked_up import LookedUpTable, record
-from .normalised_rows.api import Options, has_kernel, normalised_rows
+from .normalized_rows.api import normalized_rows
+from .normalized_rows.capabilities import has_kernel
+from .normalized_rows.reference import Options
 from .options import NO_FREQUENCY, NO_ONE_HOT, Method
 from .rows import distinct, set_rows, take_rows
 
@@ -41,48 +41,48 @@ def lookup(
     dtype: Any = None,
     out_sharding: Sharding = None,
 ) -> jax.Array:
-    """Rows of `table` at `ids`, with torch's embedding options.
+    """Returns the rows of `table` at `ids`, with torch's embedding options.
 
         y_i = renorm(table[ids_i]);      dL/dtable[k] = s_k * (sum of dL/dy_i over the i with ids_i = k)
         s_k = 1 / count(k) with scale_grad_by_freq, else 1;      s_k = 0 at padding_idx
 
-    The renormalised rows are not written back to the table. The gradient is taken at them, not through
-    the renormalisation. `count` is over the ids of this one call: the global batch under jit, one
+    The renormalized rows are not written back to the table. The gradient is taken at these rows and does not pass
+    through the renormalization. `count` is over the ids of one call: those of the global batch under jit, those of one
     example under a vmap over examples.
 
-    The gradient is summed in float32 (float64 for such a table) and rounded to the table's dtype once. A
-    token that appears 65536 times with cotangent 1 gets exactly 65536 from a float32 and from a bfloat16
-    table; a sum in bfloat16 stops at 256. A 16-bit table pays for it with one float32 buffer of its size in
-    the backward pass.
+    The gradient is summed in float32 (float64 for a float64 table) and rounded to the dtype of the table once. A token
+    that appears 65536 times with cotangent 1 gets exactly 65536 from a float32 and from a bfloat16 table, where a sum
+    in bfloat16 would stop at 256. For a 16-bit table this takes one float32 buffer of its size in the backward pass.
 
     Args:
-      table: (num_embeddings, features), any dtype; or a `looked_up.LookedUpTable`, where a loss is differentiated with
-        respect to the rows alone.
-      ids: (*batch), integers of any width. -1 .. -num_embeddings count from the end. Ids outside the
-        table give rows of NaN (integer tables: the fill value of `jnp.take`) and no gradient.
-      padding_idx: the row without a gradient, 0 .. num_embeddings - 1.
-      max_norm: looked-up rows longer than this are scaled down to it.
-      norm_type: the p of that p-norm.
-      stored: the looked-up rows are scaled in the table already, so that max_norm has nothing to do.
-      scale_grad_by_freq: divide a token's gradient by the number of times that it appears.
-      sparse: note the lookup, if `looked_up.recording` is on.
-      method: "take" gathers; "one_hot" multiplies with a one-hot matrix, num_embeddings times the arithmetic and the
-        same rows bit for bit, and its gradient is a product too: what some prefer on TPU. There a NaN or infinity in
-        the table spreads to its whole column in the result, and one in the gradient likewise.
-      mode: for ids outside the table. "fill" gives NaN; "clip" takes the first or last row, the first for negative
-        ids too; "promise_in_bounds" promises that all ids are 0 .. num_embeddings - 1, and has no mask over the rows:
-        for others the rows are anything.
-      dtype: dtype of the result, by default the table's. The gradient's terms arrive in it, so to look up in
-        bfloat16 and compute in float32, ask for float32 here and not afterwards.
-      out_sharding: sharding of the result under a mesh with Explicit axes; ignored elsewhere, as in Flax. By
-        default the ids' own, then that of the table's features, less the mesh axes that the ids use already.
+      table: (num_embeddings, features) of any dtype. Or a `looked_up.LookedUpTable`, if a loss is differentiated with
+        respect to rows.
+      ids: (*batch), integers of any width. -1 .. -num_embeddings count from the end. Ids outside the table give rows of
+        NaN (for integer tables the fill value of `jnp.take`) and no gradient.
+      padding_idx: Index of the row that gets no gradient, 0 .. num_embeddings - 1. max_norm: Largest norm of a
+      looked-up row. Longer rows are scaled down to it. norm_type: The p of this p-norm. stored: True if the rows are
+      already scaled in the table, so that max_norm has no effect. scale_grad_by_freq: True to divide the gradient of a
+      token by the number of times that it appears. sparse: True to record the lookup, if `looked_up.recording` is open.
+      method: "take" gathers. "one_hot" multiplies with a one-hot matrix, and its gradient is a product too. It gives
+      the
+        same rows bit for bit for num_embeddings times the arithmetic, which can be faster on TPU. A NaN or infinity in
+        the table spreads to its full column of the result, and likewise in the gradient.
+      mode: How to treat ids outside the table. "fill" returns rows of NaN. "clip" takes the first or last row (the
+      first
+        for negative ids). "promise_in_bounds" skips the check and the mask over the rows; ids outside
+        0 .. num_embeddings - 1 then give undefined rows.
+      dtype: Dtype of the result, by default that of the table. The terms of the gradient have it too. So to look up in
+        bfloat16 and compute in float32, ask for float32 here instead of casting the result.
+      out_sharding: Sharding of the result under a mesh with Explicit axes; ignored under other meshes, as in Flax. By
+        default the batch axes are sharded as the ids, and the features as those of the table, without the mesh axes
+        that the ids use already.
 
     Returns:
-      (*batch, features) in `dtype`. A table of one row, with no option set, ignores ids as in Flax.
+      (*batch, features) in `dtype`. A table of one row ignores the ids if no option is set, as in Flax.
 
     Raises:
-      TypeError: ids are not an array, or max_norm is set and the table is not floating.
-      ValueError: ids are not integers.
+      TypeError: The ids are not an array, or max_norm is set and the table is not floating point.
+      ValueError: The ids are not integers.
 
     >>> table = jnp.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
     >>> lookup(table, jnp.array([1, -1, 0]), max_norm=5.0)
@@ -102,10 +102,17 @@ def lookup(
         row_numbers = jnp.zeros_like(row_numbers)
     sharding = row_sharding(table, row_numbers, out_sharding)
     dtype = jnp.dtype(dtype or table.dtype)
-    options = GatherOptions(padding_idx, scale_grad_by_freq, sharding, dtype, mode != "fill", method == "one_hot")
+    options = GatherOptions(
+        padding_idx,
+        by_frequency=scale_grad_by_freq,
+        sharding=sharding,
+        dtype=dtype,
+        in_bounds=mode != "fill",
+        one_hot=method == "one_hot",
+    )
     if looked_up is None:
         if sparse:
-            record(given, row_numbers)  # the very array: an outer derivative would make another of it here
+            record(given, row_numbers)  # not `table`: under an outer derivative jnp.asarray makes another array
         rows = gather(options, table, row_numbers)
     elif scale_grad_by_freq:
         raise ValueError(NO_FREQUENCY)
@@ -116,7 +123,7 @@ def lookup(
     return rows if max_norm is None or stored else _as_if_stored(rows, table.dtype, max_norm, norm_type)
 
 
-def normalised_lookup(
+def normalized_lookup(
     table: jax.Array | LookedUpTable,
     ids: jax.Array,
     scale: jax.Array,
@@ -126,69 +133,69 @@ def normalised_lookup(
     dtype: Any = None,
     **options: Any,
 ) -> jax.Array:
-    """`normalise(lookup(table, ids, **options), scale, bias, epsilon)` in `dtype`, by default the table's.
+    """Returns `normalize(lookup(table, ids, **options), scale, bias, epsilon)`.
 
-    Computed in float32 whatever the dtypes. On one GPU or TPU, kernels do it where rows are neither scaled nor
-    weighted.
+    The arithmetic is in float32 whatever the dtypes. On one GPU or TPU a kernel runs if no option scales rows or
+    gradients.
 
     Args:
-      table, ids, options: as of `lookup`, with `dtype` that of the result.
-      scale, bias: (features,), of the norm.
+      table: As in `lookup`.
+      ids: As in `lookup`.
+      scale: (features,), of the norm.
+      bias: (features,), of the norm.
+      epsilon: As in `normalize`.
+      dtype: Dtype of the result, by default that of the table.
+      **options: Options of `lookup`.
 
     Raises:
-      TypeError, ValueError: as `lookup` and `normalise` do.
+      TypeError, ValueError: As in `lookup` and `normalize`.
 
     >>> table = jnp.array([[1.0, 3.0], [2.0, 2.0]])
-    >>> normalised_lookup(table, jnp.array([0, 1]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
+    >>> normalized_lookup(table, jnp.array([0, 1]), jnp.ones(2), jnp.full(2, 0.5), epsilon=3.0)
     Array([[0. , 1. ],
            [0.5, 0.5]], dtype=float32)
     """
     _check_ids(ids)
     table = table if hasattr(table, "dtype") else jnp.asarray(table)
     dtype, mode = jnp.dtype(dtype or table.dtype), options.get("mode", "fill")
-    if not isinstance(table, LookedUpTable) and table.shape[0] != 1 and _asks_for_nothing_more(options):
-        how = Options(float(epsilon), options.get("padding_idx"), mode != "fill", dtype)
+    other_options = any(options.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    plain = not other_options and options.get("method", "take") == "take"
+    if plain and not isinstance(table, LookedUpTable) and table.shape[0] != 1:
+        how = Options(float(epsilon), options.get("padding_idx"), in_bounds=mode != "fill", dtype=dtype)
         table, scale, bias = map(jnp.asarray, (table, scale, bias))
         if has_kernel(how, table, scale, bias, ids):
             row_numbers = row_numbers_of(ids, table.shape[0], mode)
             if row_sharding(table, row_numbers, options.get("out_sharding")) is None:
-                return normalised_rows(how, table, scale, bias, row_numbers)
+                return normalized_rows(how, table, scale, bias, row_numbers)
     rows = lookup(table, ids, dtype=at_least_float32(table.dtype), **options)
-    return normalise(rows, scale, bias, epsilon).astype(dtype)
-
-
-def _asks_for_nothing_more(options: dict[str, Any]) -> bool:
-    """Whether rows are looked up as they are, and no note is taken."""
-    asked = any(options.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
-    return not asked and options.get("method", "take") == "take"
+    return normalize(rows, scale, bias, epsilon).astype(dtype)
 
 
 def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Array:
-    """Scale the rows whose p-norm exceeds `max_norm` down to it, and leave the others as they are.
+    """Scales rows whose p-norm exceeds `max_norm` down to it, and returns the others unchanged.
 
         n = (sum |x|^p)^(1/p);      x <- x * max_norm / (n + 1e-7) where n > max_norm
 
-    p = inf is the largest magnitude, p = 0 the number of non-zeros. Zero rows stay zero and NaN rows NaN.
-    Norms are computed in float32 for narrower rows (torch rounds the norm of a half-precision row to half
-    precision).
+    p = inf is the largest magnitude, p = 0 the number of non-zeros. Zero rows stay zero, and NaN rows stay NaN. Norms
+    of narrow rows are computed in float32. (torch rounds the norm of a half-precision row to half precision.)
 
     Args:
-      rows: (..., features), floating.
-      max_norm: the largest norm that is left alone.
-      norm_type: p, zero or more.
+      rows: (..., features), floating point.
+      max_norm: The largest norm of the result.
+      norm_type: The p of the p-norm, zero or more.
 
     Returns:
-      The same shape and dtype.
+      Rows of the same shape and dtype.
 
     Raises:
-      TypeError: rows are not floating.
+      TypeError: The rows are not floating point.
 
     >>> renorm(jnp.array([[3.0, 4.0], [0.25, 0.5]]), max_norm=1.0, norm_type=jnp.inf)
     Array([[0.75, 1.  ],
            [0.25, 0.5 ]], dtype=float32)
     """
     if not jnp.issubdtype(rows.dtype, jnp.inexact):
-        raise TypeError(f"`max_norm` needs a floating table, got {rows.dtype}. Set param_dtype=float32.")
+        raise TypeError(f"`max_norm` needs a floating point table, got {rows.dtype}. Set param_dtype=float32.")
     x = rows.astype(at_least_float32(rows.dtype))
     norm = jnp.linalg.norm(x, ord=norm_type, axis=-1, keepdims=True)
     scaled = x * (max_norm / (norm + RENORM_GUARD))
@@ -197,7 +204,7 @@ def renorm(rows: jax.Array, max_norm: float, norm_type: float = 2.0) -> jax.Arra
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _as_if_stored(rows: jax.Array, table_dtype: Any, max_norm: float, norm_type: float) -> jax.Array:
-    """Rows renormalised as torch does: in the table, in its dtype, before the gradient is taken."""
+    """Renormalizes rows as torch does: in the dtype of the table, and before the gradient is taken."""
     return renorm(rows.astype(table_dtype), max_norm, norm_type).astype(rows.dtype)
 
 
@@ -207,17 +214,17 @@ def _as_if_stored_jvp(table_dtype, max_norm, norm_type, primals, tangents):
 
 
 def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_type: float, mode: Mode) -> jax.Array:
-    """The whole table, with the rows of `token_ids` renormalised as if a lookup had stored them.
+    """Returns the full table, with the rows of `token_ids` renormalized as if a lookup had stored them.
 
     Raises:
-      TypeError: a loss is being differentiated with respect to looked-up rows alone.
-      ValueError: `token_ids` without max_norm, or ids that are no integers.
+      TypeError: A loss is being differentiated with respect to looked-up rows.
+      ValueError: `token_ids` is given without max_norm, or has ids that are not integers.
     """
     if isinstance(table, LookedUpTable):
         raise TypeError(
-            "`attend` has a gradient for every row of the table, so it has no place in fse.row_value_and_grad. Compare "
-            "with the rows of sampled ids instead, jnp.einsum('...d,kd->...k', query, embed(candidates)), or use "
-            "jax.value_and_grad and sparse=False."
+            "`attend` has a gradient for every row of the table, so fse.row_value_and_grad does not support it. "
+            "Compare with the rows of sampled ids instead, jnp.einsum('...d,kd->...k', query, embed(candidates)), or "
+            "use jax.value_and_grad and sparse=False."
         )
     table = jnp.asarray(table)
     if token_ids is None:
@@ -230,7 +237,7 @@ def table_for_logits(table: Any, token_ids: Any, max_norm: float | None, norm_ty
 
 
 def renormed_rows(table: jax.Array, ids: jax.Array, max_norm: float, norm_type: float, mode: Mode) -> jax.Array:
-    """The table with the rows of `ids` renormalised: what torch's lookup leaves behind. Differentiates as `table`."""
+    """Returns the table with the rows of `ids` renormalized, as torch stores it. It has the derivative of `table`."""
     _check_ids(ids)
     indices = distinct(row_numbers_of(ids, table.shape[0], mode), table.shape[0])
     rows = take_rows(table, indices)

@@ -1,6 +1,8 @@
-"""A few rows of a large table: gradients and updates of the rows that a batch touched, and nothing of the rest.
+"""Gradients and updates of some rows of a large table, those that a batch looked up.
 
-`SparseRows` is distinct row numbers, and one row of values for each; all other rows are zero.
+A dense gradient of a table has the size of the table, even if a batch looks up a thousandth of its rows. `SparseRows`
+holds distinct row numbers and one row of values for each. All other rows are zero. The number of rows is static, so it
+works under jit.
 """
 
 from typing import Any
@@ -17,11 +19,11 @@ from .gather import row_numbers_of, row_sharding, take
 
 
 def _no_randomness(*args: Any) -> Any:
-    raise TypeError("row numbers are no random keys; see flax_stable_embed.SparseRows.")
+    raise TypeError("Row numbers of a SparseRows cannot be used as random keys. See flax_stable_embed.SparseRows.")
 
 
-# Row numbers have a dtype of their own, in which nothing can be scaled, added or cast: whoever takes them for numbers
-# of a gradient gets an error, and its text names it. JAX has such dtypes for random keys.
+# Row numbers are sealed in a dtype of their own that cannot be scaled, added or cast. Code that treats them as numbers
+# of a gradient gets an error, and the text of the error has the tag below. JAX has such dtypes for random keys.
 _ROW_NUMBERS = jax.extend.random.define_prng_impl(
     key_shape=(1,),
     seed=_no_randomness,
@@ -34,19 +36,19 @@ _ROW_NUMBERS = jax.extend.random.define_prng_impl(
 
 
 def sealed(row_numbers: Array) -> Array:
-    """Row numbers in that dtype."""
+    """Returns row numbers in the sealed dtype."""
     return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None], impl=_ROW_NUMBERS)
 
 
 def unsealed(numbers: Array) -> Array:
-    """Row numbers as int32."""
+    """Returns sealed row numbers as int32."""
     return jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
 
 
 def distinct(row_numbers: Array, num_rows: int) -> Array:
-    """The distinct row numbers in ascending order, padded with distinct ones from `num_rows` on.
+    """Returns the distinct row numbers in ascending order, padded with distinct numbers from `num_rows` up.
 
-    Its size is static: that of `row_numbers`, or the table's if that is less. Two sorts and no scatter.
+    The size is static: that of `row_numbers`, or `num_rows` if that is less. It takes two sorts and no scatter.
 
     >>> distinct(jnp.array([[3, 1], [3, 5]]), num_rows=5)
     Array([1, 3, 7, 8], dtype=int32)
@@ -58,15 +60,15 @@ def distinct(row_numbers: Array, num_rows: int) -> Array:
 
 
 def _everywhere(x: Array) -> Array:
-    """The array, replicated where its mesh has Explicit axes."""
+    """Returns the array, replicated if its mesh has Explicit axes."""
     sharding = explicit_sharding(x)
     if sharding is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
-    """Where each row number is among `indices` (from `distinct`); their number where it is not."""
+def find_rows(indices: Array, row_numbers: Array, num_rows: int) -> Array:
+    """Returns the place of each row number among `indices` (from `distinct`), or `len(indices)` if it is not there."""
     if indices.size == 0:
         return jnp.zeros_like(row_numbers)
     numbers = _everywhere(row_numbers)
@@ -76,23 +78,23 @@ def positions(indices: Array, row_numbers: Array, num_rows: int) -> Array:
 
 
 def take_rows(table: Array, indices: Array) -> Array:
-    """Rows of a table; zeros for padding."""
+    """Returns rows of a table, and zeros for padding."""
     return take(table, indices, row_sharding(table, indices, None), fill_value=0)
 
 
-def beside_rows(table: Array, indices: Array, values: Array) -> Array:
-    """Values for rows of a table, where a mesh has Explicit axes placed as these rows are."""
+def placed_like_rows(table: Array, indices: Array, values: Array) -> Array:
+    """Returns values for rows of a table. Under a mesh with Explicit axes they are sharded as the rows."""
     sharding = row_sharding(table, indices, None)
     return values if sharding is None else jax.sharding.reshard(values, sharding)
 
 
 def set_rows(table: Array, indices: Array, values: Array) -> Array:
-    """The table with `values` in these distinct rows. On a donated table, in place."""
+    """Returns the table with `values` in these distinct rows. A donated table changes in place."""
     return table.at[indices].set(values.astype(table.dtype), **_scatter_options(table))
 
 
 def add_to_rows(table: Array, indices: Array, values: Array) -> Array:
-    """The table with `values` added to these distinct rows, rounded to its dtype once. On a donated table, in place."""
+    """Returns the table with `values` added to these distinct rows, rounded once. A donated table changes in place."""
     if jnp.promote_types(table.dtype, values.dtype) != table.dtype:
         return set_rows(table, indices, take_rows(table, indices) + values)
     return table.at[indices].add(values.astype(table.dtype), **_scatter_options(table))
@@ -105,22 +107,22 @@ def _scatter_options(table: Array) -> dict[str, Any]:
 
 @jax.tree_util.register_pytree_with_keys_class
 class SparseRows:
-    r"""Some rows of a (num_rows, features) array whose other rows are zero: a row gradient, or a row update.
+    r"""Holds some rows of a (num_rows, features) array whose other rows are zero: a row gradient, or a row update.
 
     $$x = \sum_k e_{i_k} v_k^T, \quad i_k \text{ distinct}$$
 
-    Always: `indices` (n,) int32 is distinct and ascending; those of `num_rows` and more are padding, with values zero.
-    `values` (n, features) holds a row for each. n is static: under jit, the number of ids that were looked up.
+    Always: `indices` (n,) int32 is distinct and ascending. Indices of `num_rows` and more are padding and have zeros as
+    values. `values` (n, features) holds one row for each index. n is static; under jit it is the number of ids that
+    were looked up.
 
-    A tree with `values` and sealed row numbers for leaves. optax's transforms cannot compute with the latter and raise
-    an error, instead of scaling or adding row numbers; `fse.row_sparse`, `fse.global_norm`,
-    `fse.clip_by_global_norm` and `fse.sum_microbatches` understand them. `table + rows` adds the values to the rows of
-    a table, so that `optax.apply_updates` takes an update of this kind.
+    It is a pytree with `values` and sealed row numbers as leaves. optax's transforms cannot compute with the sealed
+    numbers, so they raise an error instead of scaling or adding row numbers. `fse.row_sparse`, `fse.global_norm`,
+    `fse.clip_by_global_norm` and `fse.sum_microbatches` support it. `table + rows` adds the values to the rows of a
+    table, so that `optax.apply_updates` works with a row update.
 
-    The names are those of torch's and TensorFlow's sparse gradients. `rows * number`, `rows / number`, `-rows`,
-    `rows + rows` (of n1 + n2 rows) and `rows - rows` are what they are for dense arrays. Inside of `jax.shard_map`, the
-    sum over devices is that of all their rows: `SparseRows.of_lookups(all_gather(rows.indices, axis),
-    all_gather(rows.values, axis), rows.num_rows)`.
+    The names are those of torch's and TensorFlow's sparse gradients. `rows * number`, `rows / number`, `-rows`, `rows +
+    rows` (with n1 + n2 rows) and `rows - rows` mean the same as for dense arrays. Inside of `jax.shard_map`, sum over
+    devices by `SparseRows.of_lookups(all_gather(rows.indices, axis), all_gather(rows.values, axis), rows.num_rows)`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> gradient = fse.SparseRows.of_lookups(jnp.array([3, 1, 3]), jnp.ones((3, 2)), num_rows=5)
@@ -130,54 +132,56 @@ class SparseRows:
     Array([ 0. , -0.5,  0. , -1. ,  0. ], dtype=float32)
     """
 
-    __array_ufunc__ = None  # numpy's arrays and numbers leave arithmetic to the methods below
+    __array_ufunc__ = None  # NumPy's arrays and numbers leave arithmetic to the methods below
 
     def __init__(self, indices: Array, values: Array, num_rows: int):
         self._sealed, self.values, self.num_rows = sealed(indices), values, num_rows
 
     @classmethod
     def of_lookups(cls, ids: Any, terms: Any, num_rows: int) -> "SparseRows":
-        """The sum of `terms` (*batch, features) over equal `ids` (*batch), in at least float32.
+        """Sums `terms` (*batch, features) over equal `ids` (*batch), in at least float32.
 
-        Negative ids count from the end; those outside the table are dropped.
+        Negative ids count from the end. Ids outside the table are dropped.
 
         Raises:
-            ValueError: terms that do not fit the ids, or ids that are no integers.
+            ValueError: The terms do not fit the ids, or the ids are not integers.
         """
         ids, terms = jnp.asarray(ids), jnp.asarray(terms)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"`ids` must be integers, got {ids.dtype}.")
+            raise ValueError(f"`ids` must be integers, got {ids.dtype}. Try ids.astype(jnp.int32).")
         if terms.shape[:-1] != ids.shape or terms.ndim == 0:
-            raise ValueError(f"`terms` must have the shape of `ids`, {ids.shape}, and features; got {terms.shape}.")
+            raise ValueError(
+                f"`terms` must have the shape of `ids`, {ids.shape}, and an axis of features, got {terms.shape}."
+            )
         row_numbers = row_numbers_of(ids, num_rows).ravel()
         indices = distinct(row_numbers, num_rows)
         return cls(indices, _summed(indices, row_numbers, terms.reshape(-1, terms.shape[-1]), num_rows), num_rows)
 
     @property
     def indices(self) -> Array:
-        """(n,) int32, distinct and ascending; padding from `num_rows` on."""
+        """Returns the row numbers, (n,) int32, distinct and ascending. Those of `num_rows` and more are padding."""
         return unsealed(self._sealed)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the dense array."""
+        """Returns the shape of the dense array."""
         return self.num_rows, self.values.shape[-1]
 
     @property
     def dtype(self) -> Any:
-        """The values' dtype."""
+        """Returns the dtype of the values."""
         return self.values.dtype
 
     def with_values(self, values: Array) -> "SparseRows":
-        """The same rows with other values."""
+        """Returns the same rows with other values."""
         return self.tree_unflatten(self.num_rows, (values, self._sealed))
 
     def summed_over_first_axis(self) -> "SparseRows":
-        """The sum of what `jax.lax.scan` or `jax.vmap` has stacked: indices (k, n), values (k, n, features)."""
+        """Sums rows that `jax.lax.scan` or `jax.vmap` stacked: indices (k, n), values (k, n, features)."""
         return _merged(self.indices, self.values, self.num_rows)
 
     def to_dense(self) -> Array:
-        """The dense array, (num_rows, features)."""
+        """Returns the dense array, (num_rows, features)."""
         return set_rows(jnp.zeros(self.shape, self.dtype), self.indices, self.values)
 
     def tree_flatten(self):
@@ -198,11 +202,11 @@ class SparseRows:
         )
 
     def __radd__(self, table: Any) -> Any:
-        if isinstance(table, int) and table == 0:  # where `sum` begins
+        if isinstance(table, int) and table == 0:  # the start of `sum`
             return self
         table = jnp.asarray(table)
         if table.shape != self.shape:
-            raise ValueError(f"rows of a table of shape {self.shape} cannot be added to an array of {table.shape}.")
+            raise ValueError(f"Rows of a table of shape {self.shape} cannot be added to an array of {table.shape}.")
         return add_to_rows(table, self.indices, self.values)
 
     def __rsub__(self, table: Any) -> Array:
@@ -212,7 +216,7 @@ class SparseRows:
         if not isinstance(other, SparseRows):
             return self.__radd__(other)
         if other.shape != self.shape:
-            raise ValueError(f"rows of tables of the shapes {self.shape} and {other.shape} cannot be added.")
+            raise ValueError(f"Rows of tables of the shapes {self.shape} and {other.shape} cannot be added.")
         indices = jnp.concatenate([self.indices, other.indices])
         return _merged(indices, jnp.concatenate([self.values, other.values]), self.num_rows)
 
@@ -233,12 +237,12 @@ class SparseRows:
 
 def _scalar(x: Any) -> Any:
     if jnp.ndim(x) != 0:
-        raise ValueError(f"SparseRows can be multiplied by numbers, got an array of shape {jnp.shape(x)}.")
+        raise ValueError(f"SparseRows can only be multiplied by numbers, got an array of shape {jnp.shape(x)}.")
     return x
 
 
 def _merged(indices: Array, values: Array, num_rows: int) -> SparseRows:
-    """One SparseRows of the rows in all that were put one after the other, those of equal number summed."""
+    """Returns one SparseRows of concatenated rows, with rows of equal number summed."""
     row_numbers = jnp.minimum(indices.ravel(), num_rows)
     kept = distinct(row_numbers, num_rows)
     return SparseRows(kept, _summed(kept, row_numbers, values.reshape(-1, values.shape[-1]), num_rows), num_rows)
@@ -246,15 +250,15 @@ def _merged(indices: Array, values: Array, num_rows: int) -> SparseRows:
 
 def _summed(indices: Array, row_numbers: Array, terms: Array, num_rows: int) -> Array:
     wide = jnp.zeros((indices.size, terms.shape[-1]), at_least_float32(terms.dtype))
-    at = positions(indices, row_numbers, num_rows)
+    at = find_rows(indices, row_numbers, num_rows)
     return wide.at[at].add(terms.astype(wide.dtype), mode="drop").astype(terms.dtype)
 
 
 def is_sparse_rows(x: Any) -> bool:
-    """Whether `x` is a SparseRows, for the `is_leaf` of tree functions."""
+    """Returns whether `x` is a SparseRows, for the `is_leaf` of tree functions."""
     return isinstance(x, SparseRows)
 
 
 def is_none_or_rows(x: Any) -> bool:
-    """Whether `x` stands for one gradient without being an array, for the `is_leaf` of tree functions."""
+    """Returns whether `x` is None or a SparseRows, for the `is_leaf` of functions over trees of gradients."""
     return x is None or is_sparse_rows(x)

@@ -15,8 +15,9 @@ from jax import Array
 from ...ops.blockwise_step.api import Implementation, step_blockwise
 from ...ops.blockwise_step.step import Operands, Step, apply_rule, row_mean_square, square, widest
 from ...ops.counter_random import array_key, random_bits
+from ...ops.dtypes import at_least_float32
 from ...ops.rounding import stochastic_round
-from ..storage.moments import in_memory, memory_of, wide_dtype
+from ..storage.moments import in_memory, memory_of
 from ..storage.plan import LeafPlan
 from .method import Method
 from .tail import Tail
@@ -91,7 +92,7 @@ class LeafStep(NamedTuple):
             return np.dtype(np.float32)
         if plan.bits == 32 and self.method.moments:
             return leaf.stored[self.method.moments[0].name].dtype
-        return wide_dtype(dtype)
+        return at_least_float32(dtype)
 
     def _rule(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], *, fused: bool, dtype, compute):
         """Runs the update rule, with what `apply_rule` adds, on moments in any storage."""

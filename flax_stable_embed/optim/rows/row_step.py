@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from ...ops.embedding.rows import SparseRows, beside_rows, set_rows, take_rows
+from ...ops.embedding.rows import SparseRows, placed_like_rows, set_rows, take_rows
 from ...ops.sharding import explicit_sharding
 from ..boxes import as_jax
 from ..fused_update import fused_update
@@ -198,7 +198,7 @@ def step_on_rows(
         indices, values = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x.indices, x.values))
         p = None if table is None else take_rows(table, indices)
         like = next((a for a in (table, *arrays.values()) if a is not None and a.ndim == 2), None)
-        values = values if like is None else beside_rows(like, indices, values)
+        values = values if like is None else placed_like_rows(like, indices, values)
         rows = TableRows(values, p, {i: take_rows(a, indices) for i, a in arrays.items()})
         return indices, rows if catch_up is None else catch_up(place, indices, rows)
 

@@ -20,7 +20,7 @@ from jax.tree_util import GetAttrKey
 
 from ..engine.records import StoredMoment, trace_init
 from ..storage.format_code import format_difference
-from ..storage.moments import Sums, decode, encode, in_memory, is_codes, memory_of
+from ..storage.moments import Sums, dequantize_moment, in_memory, is_codes, memory_of, quantize_moment
 from ..trees import path_name
 
 # What the trace sums in a chain of these states, which are those of optax's SGD, LARS and RMSprop.
@@ -350,13 +350,13 @@ def _decoded(values: list[Array], leaf: StoredMoment | None) -> Array:
         return values[0]
     if leaf.moment is not None and leaf.blocks is not None:
         codes, absmax = values
-        return decode(codes, absmax, leaf.moment, leaf.blocks)
+        return dequantize_moment(codes, absmax, leaf.moment, leaf.blocks)
     return jnp.broadcast_to(values[0], leaf.shape)  # one value for each row, or all
 
 
 def _encoded(x: Array, leaf: StoredMoment | None, want: Any) -> tuple[Array, ...]:
     if leaf is not None and leaf.moment is not None and leaf.blocks is not None:
-        return encode(x.astype(jnp.float32), leaf.moment._replace(stochastic=False), leaf.blocks)
+        return quantize_moment(x.astype(jnp.float32), leaf.moment._replace(stochastic=False), leaf.blocks)
     if x.shape != want.shape:
         x = jnp.mean(x, axis=-1, keepdims=True)
     return (x if x.dtype == want.dtype else x.astype(want.dtype),)

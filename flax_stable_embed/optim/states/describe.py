@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
+from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
 from ..placement import Placed, placed_by_path
-from ..storage.moments import wide_dtype
 from ..storage.plan import TARGET, LeafPlan
 from .abstract_state import abstract_state
 from .straddling import straddling
@@ -185,7 +185,7 @@ def describe(
 
 def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
     moments = [x for x in record.moments if x.path == plan.path]
-    itemsize = wide_dtype(plan.dtype).itemsize if moments else 0
+    itemsize = at_least_float32(plan.dtype).itemsize if moments else 0
     row = Row(
         plan.path,
         plan.shape,

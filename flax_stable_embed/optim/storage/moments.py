@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -18,6 +17,7 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import Code
 from ...ops.blockwise.quantize import dequantize, quantize
 from ...ops.blockwise_step.step import Moment
+from ...ops.dtypes import at_least_float32
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
 from .plan import LeafPlan
@@ -62,10 +62,10 @@ def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
         rows = Blocks(len(p.shape) - 1, max(1, p.shape[-1]))
         shape = rows.absmax_shape(p.shape)
         place = _sharding(p, shape, rows)
-        rows_of_p = jnp.full(shape, moment.initial, wide_dtype(p.dtype), device=place)
+        rows_of_p = jnp.full(shape, moment.initial, at_least_float32(p.dtype), device=place)
         values = rebox_scales(box, in_memory(rows_of_p, kind), rows, 0)
     else:
-        dtype = jnp.bfloat16 if plan.bits == "bf16" else wide_dtype(p.dtype)
+        dtype = jnp.bfloat16 if plan.bits == "bf16" else at_least_float32(p.dtype)
         values = rebox(box, in_memory(jnp.full_like(p, moment.initial, dtype=dtype), kind))
     return values, no_scales(box, kind)
 
@@ -97,7 +97,7 @@ def memory_of(x: Any) -> str:
     return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
 
 
-def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
+def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
     """Codes and scales of a moment; `key` (`array_key`) where it is rounded stochastically."""
     rounding = "stochastic" if moment.stochastic else "nearest"
     return quantize(
@@ -111,8 +111,8 @@ def encode(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -
     )
 
 
-def decode(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
-    """The float32 moment that `encode` stored."""
+def dequantize_moment(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
+    """The float32 moment that `quantize_moment` stored."""
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
 
 
@@ -128,13 +128,6 @@ def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
 def is_codes(dtype: Any) -> bool:
     """Whether a moment of this dtype is in 8 bits."""
     return dtype in (jnp.int8, jnp.uint8)
-
-
-def wide_dtype(dtype: Any) -> np.dtype:
-    """The dtype of moments that are not in 8 bits: float32, or what is wider; complex as it is."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    wide = jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64
-    return np.dtype(dtype if wide else jnp.float32)
 
 
 def _sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSharding | None:

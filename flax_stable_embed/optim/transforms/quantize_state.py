@@ -1,6 +1,6 @@
 """Any optax transform with the moments in its state kept in one byte each.
 
-    state = decode(codes, absmax);   u, state <- tx.update(g, state, p);   codes, absmax <- encode(state)
+    state = dequantize(codes, absmax);   u, state <- tx.update(g, state, p);   codes, absmax <- quantize(state)
 
 A moment is a field of the state that the table `moments` names, and in it every array that lies where a parameter lies
 and has its shape. Everything else stays as `tx` makes it, and a transform that has nothing else is refused.
@@ -22,12 +22,13 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import array_key
-from ...ops.sharding import lying_like, placed_like
+from ...ops.dtypes import at_least_float32
+from ...ops.sharding import placed_like, sharded_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
-from ..storage.moments import MomentName, bits_of, decode, encode, is_codes, no_scales, wide_dtype
+from ..storage.moments import MomentName, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules
 from ..storage.state_format import StateFormat
@@ -314,7 +315,7 @@ class _Stored(NamedTuple):
 
     @property
     def decoded(self) -> Array:
-        return placed_like(decode(self.codes, self.absmax, self.moment, self.blocks), self.codes)
+        return placed_like(dequantize_moment(self.codes, self.absmax, self.moment, self.blocks), self.codes)
 
     def encoded(self, x: Array, key: Array | None) -> tuple[Array, Array]:
         """New codes and scales; those that there are where `tx` left a block as it was.
@@ -322,7 +323,7 @@ class _Stored(NamedTuple):
         With the other codes that follows from the encoding, but the signed dynamic map has no -1 to give back.
         """
         axis, code = self.blocks.axis, self.moment.code
-        codes, absmax = encode(x, self.moment, self.blocks, key)
+        codes, absmax = quantize_moment(x, self.moment, self.blocks, key)
         if 0 < code.bottom < code.top and x.shape:
             same = split(x == self.decoded, self.blocks, zero=1)
             kept = jnp.all(same, axis=axis + 1)
@@ -330,7 +331,7 @@ class _Stored(NamedTuple):
             kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
         # The compiler alone would gather an axis on which devices cut through blocks.
-        return lying_like(codes, self.codes), placed_like(absmax, self.absmax)
+        return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
 def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
@@ -339,8 +340,8 @@ def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
     if plan.blocks is None:
         wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
-    codes, scales = encode(x, _moment(field, plan.state_format)._replace(stochastic=False), plan.blocks)
-    return rebox(box, lying_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
+    codes, scales = quantize_moment(x, _moment(field, plan.state_format)._replace(stochastic=False), plan.blocks)
+    return rebox(box, sharded_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:
@@ -397,7 +398,7 @@ def _bytes(box: Any) -> int:
 
 def _wide(dtype: Any) -> Any:
     """Float32 for half precision, else the dtype itself."""
-    return wide_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return at_least_float32(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _widened(tree: Any) -> Any:

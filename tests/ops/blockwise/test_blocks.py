@@ -1,4 +1,4 @@
-"""Where blocks lie, on awkward shapes."""
+"""The axis and the size of blocks, for awkward shapes."""
 
 from math import prod
 
@@ -49,12 +49,12 @@ def test_scalars_and_empty_arrays_have_blocks():
     assert choose_blocks((64, 0)).absmax_shape((64, 0)) in {(1, 0), (2, 0)}
 
 
-def test_vectors_and_embedding_tables_block_along_their_rows():
+def test_vectors_and_embedding_tables_have_blocks_along_their_rows():
     assert choose_blocks((4096, 1024), along_rows=True).axis == 1
     assert choose_blocks((4096,), block_axis=-2).axis == 0
 
 
-def test_size_and_axis_can_be_set():
+def test_size_and_axis_of_blocks_can_be_set():
     assert choose_blocks((512, 512), block_size=256, block_axis=-1) == Blocks(1, 256)
     assert choose_blocks((512, 100), block_size=256, block_axis=1) == Blocks(1, 100)
     with pytest.raises(ValueError, match=r"`block_axis` 2 is not an axis of an array of shape \(4, 4\)"):
@@ -62,10 +62,10 @@ def test_size_and_axis_can_be_set():
 
 
 def bytes_per_parameter(shape, blocks):
-    """Of two moments: a byte each, and four for each scale."""
+    """Returns the bytes of two moments: one per code, and four per scale."""
     return 2 * (prod(shape) + 4 * prod(blocks.absmax_shape(shape))) / prod(shape)
 
 
-def test_bytes_per_parameter_are_those_of_codes_and_scales():
+def test_bytes_per_parameter_count_codes_and_scales():
     assert bytes_per_parameter((4096, 4096), Blocks(0, 256)) == 2.03125
     assert bytes_per_parameter((64, 64), Blocks(0, 32)) == 2.25

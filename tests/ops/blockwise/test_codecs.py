@@ -1,4 +1,4 @@
-"""Codecs against brute force over all 256 codes, and the dynamic map against bitsandbytes' own bits."""
+"""Compares codecs with brute force over all 256 codes, and the dynamic map with the bits of bitsandbytes."""
 
 import json
 import re
@@ -19,7 +19,7 @@ ALL = pytest.mark.parametrize("codec", list(CODECS))
 
 
 def values_and_codes(codec, signed):
-    """All numbers a codec can store with their codes, ascending; -128 of the int8 codecs is never written."""
+    """Returns all numbers that a codec can store and their codes, ascending. int8 codecs never write -128."""
     values = table(codec, signed)
     codes = np.arange(256) if CODECS[codec](signed).dtype == np.uint8 else np.arange(-128, 128)
     keep = codes != -128
@@ -27,7 +27,7 @@ def values_and_codes(codec, signed):
 
 
 def probes(values, signed):
-    """Two million numbers: every value and midpoint, their neighbours one ulp away, and all magnitudes."""
+    """Returns two million numbers: every value and midpoint, their neighbors one ulp away, and all magnitudes."""
     rng = np.random.default_rng(0)
     middles = (values[1:] + values[:-1]) * np.float32(0.5)
     special = np.concatenate([values, middles])
@@ -55,7 +55,7 @@ def test_values_are_distinct_and_include_zero_and_one(codec, signed):
 
 @pytest.mark.parametrize("codec", ["dynamic", "linear"])
 @SIGNS
-def test_nearest_is_what_brute_force_over_all_midpoints_gives(codec, signed):
+def test_nearest_rounding_equals_brute_force_over_all_midpoints(codec, signed):
     values, codes = values_and_codes(codec, signed)
     x = probes(values, signed)
     midpoints = (values[1:] + values[:-1]) * np.float32(0.5)
@@ -85,7 +85,7 @@ def test_root_is_within_one_code_of_the_closest_value(signed):
     assert np.abs(got - closest).max() <= 1
 
 
-def test_unsigned_root_keeps_zero_for_zero_alone():
+def test_unsigned_root_uses_code_zero_for_zero_only():
     x = np.float32([0.0, TINY, 1e-30, 1e-12, 1.0])
     np.testing.assert_array_equal(encode(jnp.asarray(x), CODECS["root"](False)), [0, 1, 1, 1, 255])
 
@@ -93,7 +93,7 @@ def test_unsigned_root_keeps_zero_for_zero_alone():
 @ALL
 @SIGNS
 @pytest.mark.one_in(2)
-def test_a_stored_number_is_stored_as_itself_again(codec, signed):
+def test_encoding_a_decoded_number_gives_its_code_again(codec, signed):
     values, codes = values_and_codes(codec, signed)
     code = CODECS[codec](signed)
     np.testing.assert_array_equal(encode(jnp.asarray(values), code), codes)
@@ -105,7 +105,7 @@ def test_a_stored_number_is_stored_as_itself_again(codec, signed):
 @ALL
 @SIGNS
 @pytest.mark.one_in(2)
-def test_stochastic_rounding_picks_a_neighbour_and_is_unbiased(codec, signed):
+def test_stochastic_rounding_picks_a_neighbor_and_is_unbiased(codec, signed):
     code, n = CODECS[codec](signed), 1 << 17
     values, _ = values_and_codes(codec, signed)
     smallest = values[values > 0][0]

@@ -1,4 +1,4 @@
-"""Quantize and dequantize against NumPy, on numbers that are not ordinary, and the round-trip error as numbers."""
+"""Compares quantize and dequantize with NumPy on unusual numbers, and asserts the round-trip error."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ BLOCK = 256
 
 
 def by_brute_force(x, codec, signed):
-    """Codes and scales of rows of `BLOCK` numbers, in NumPy, from the definition."""
+    """Returns codes and scales of rows of `BLOCK` numbers, in NumPy, from the definition."""
     x = x.reshape(-1, BLOCK)
     magnitude = np.abs(x) if signed else np.maximum(x, 0)
     live = (magnitude >= TINY) & np.isfinite(magnitude)
@@ -34,7 +34,7 @@ def by_brute_force(x, codec, signed):
 
 
 def hard_numbers(seed=0):
-    """Rows of one block each: of all scales, with zeros, denormals, NaN, infinities, and rows of nothing else."""
+    """Returns rows of one block each, of all scales, with zeros, subnormals, NaN and infinities, some of only those."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((3000, BLOCK)).astype(np.float32) * (10 ** rng.uniform(-44, 37, (3000, 1))).astype(
         np.float32
@@ -51,7 +51,7 @@ def hard_numbers(seed=0):
 @ALL
 @SIGNS
 @pytest.mark.one_in(2)
-def test_codes_and_scales_are_those_of_the_definition(codec, signed):
+def test_codes_and_scales_equal_the_definition(codec, signed):
     x = hard_numbers()
     codes, absmax = quantize(x, signed=signed, codec=codec, block_size=BLOCK)
     expected_codes, expected_absmax = by_brute_force(x, codec, signed)
@@ -62,12 +62,12 @@ def test_codes_and_scales_are_those_of_the_definition(codec, signed):
 @ALL
 @SIGNS
 @pytest.mark.one_in(2)
-def test_what_is_not_finite_leaves_the_rest_of_its_block_alone(codec, signed):
+def test_non_finite_numbers_do_not_affect_the_rest_of_their_block(codec, signed):
     x = np.abs(np.random.default_rng(0).standard_normal((4, BLOCK)).astype(np.float32))
     clean, absmax = quantize(np.where(np.arange(BLOCK) < 3, 0, x), signed=signed, codec=codec)
     x[:, :3] = np.nan, np.inf, -np.inf
-    codes, spoilt_absmax = quantize(x, signed=signed, codec=codec)
-    np.testing.assert_array_equal(spoilt_absmax, absmax)
+    codes, spoiled_absmax = quantize(x, signed=signed, codec=codec)
+    np.testing.assert_array_equal(spoiled_absmax, absmax)
     np.testing.assert_array_equal(codes[:, 3:], clean[:, 3:])
     back = dequantize(codes, absmax, signed=signed, codec=codec)
     assert np.all(np.isfinite(back))
@@ -108,7 +108,7 @@ ROUND_TRIP = {
 
 @pytest.mark.parametrize(("codec", "block_size"), list(ROUND_TRIP))
 @pytest.mark.one_in(2)
-def test_round_trip_error_is_what_it_was(codec, block_size):
+def test_round_trip_error_has_not_changed(codec, block_size):
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((256, 1024)).astype(np.float32)
     heavy = rng.standard_t(2, (256, 1024)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_round_trip_error_is_what_it_was(codec, block_size):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("shape", [(96, 70), (1, 300), (5, 64, 3)], ids=str)
 @pytest.mark.one_in(4)
-def test_blocks_lie_along_the_axis_and_the_last_may_be_short(codec, axis, shape):
+def test_blocks_are_along_the_axis_and_the_last_may_be_short(codec, axis, shape):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     codes, absmax = quantize(x, signed=True, codec=codec, block_size=32, axis=axis)
     assert codes.shape == shape
@@ -138,7 +138,7 @@ def test_blocks_lie_along_the_axis_and_the_last_may_be_short(codec, axis, shape)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_every_float_is_taken_and_scales_are_float32(dtype):
+def test_every_float_dtype_is_accepted_and_scales_are_float32(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(np.linspace(-1, 1, 128), dtype)
         codes, absmax = quantize(x, signed=True)
@@ -147,7 +147,7 @@ def test_every_float_is_taken_and_scales_are_float32(dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 4), (4, 0), (3, 0, 2)], ids=str)
-def test_scalars_and_empty_arrays_go_through(shape):
+def test_scalars_and_empty_arrays_survive_a_round_trip(shape):
     x = jnp.full(shape, -3.0)
     codes, absmax = quantize(x, signed=True)
     assert codes.shape == shape
@@ -163,7 +163,7 @@ def test_stochastic_rounding_depends_on_the_seed_alone():
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.2
 
 
-def test_quantize_is_vectorised_and_traced():
+def test_quantize_works_under_vmap_and_jit():
     x = np.random.default_rng(0).standard_normal((3, 4, 64)).astype(np.float32)
     one = [quantize(row, signed=True)[0] for row in x]
     many, _ = jax.jit(jax.vmap(lambda row: quantize(row, signed=True)))(x)
@@ -174,25 +174,25 @@ def test_quantize_is_vectorised_and_traced():
     ("change", "message"),
     [
         ({"codec": "fp4"}, r"`codec` must be one of 'root', 'dynamic', 'linear', got 'fp4'"),
-        ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0; try 256"),
+        ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0. Try 256"),
         ({"block_size": 2.5}, r"`block_size` must be an integer of at least 1, got 2.5"),
         ({"axis": 2}, r"`axis` must be in \[-2, 1\] for an array of shape \(4, 4\), got 2"),
         ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'"),
-        ({"rounding": "stochastic"}, r"needs `seed`, an integer; got None"),
+        ({"rounding": "stochastic"}, r"needs an integer `seed`, got None"),
     ],
 )
-def test_bad_arguments_are_named_with_their_value(change, message):
+def test_errors_name_the_argument_and_its_value(change, message):
     with pytest.raises(ValueError, match=message):
         quantize(jnp.ones((4, 4)), **({"signed": True} | change))
 
 
-def test_numbers_that_are_not_real_floats_are_refused():
+def test_quantizing_numbers_that_are_not_real_floats_raises():
     for x in (jnp.ones(4, jnp.int32), jnp.ones(4, jnp.complex64)):
         with pytest.raises(TypeError, match=r"`x` must be real floating point, got (int32|complex64)"):
             quantize(x, signed=True)
 
 
-def test_codes_and_scales_that_do_not_belong_together_are_refused():
+def test_codes_and_scales_that_do_not_match_raise():
     codes, absmax = quantize(jnp.ones((4, 512)), signed=True)
     with pytest.raises(ValueError, match="`codes` of codec 'dynamic' with signed=True are uint8, got int8"):
         dequantize(codes, absmax, signed=True, codec="dynamic")

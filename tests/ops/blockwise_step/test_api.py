@@ -1,4 +1,4 @@
-"""A named implementation runs or raises."""
+"""A named implementation is used or raises."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from flax_stable_embed.ops.blockwise_step.api import check_implementation
 
 
 @pytest.mark.parametrize("name", [None, "xla", "pallas_tpu", "pallas_gpu"])
-def test_names_that_exist_are_accepted(name):
+def test_names_of_implementations_are_accepted(name):
     check_implementation(name)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_of_implementations_raise():
     with pytest.raises(ValueError, match=r"`implementation` must be None, 'xla', .*got 'cuda'"):
         fse.adamw8bit(1e-3, implementation="cuda")

@@ -1,4 +1,4 @@
-"""The step: chunks against the reference, in place and without temporaries, and the same bits on every mesh."""
+"""Compares the step in chunks with the reference: in place, without temporaries, and with equal bits on every mesh."""
 
 import dataclasses
 import re
@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
-from flax_stable_embed.ops.blockwise_step import reference as xla
+from flax_stable_embed.ops.blockwise_step import cpu
 from flax_stable_embed.ops.blockwise_step.api import step_blockwise
+from flax_stable_embed.ops.blockwise_step.reference import plain
 from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step, UpdateRule, update_rule
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -39,7 +40,7 @@ def operands_of(step, shape, seed=0, dtype=jnp.float32):
 
 
 def run(function, step, operands, steps=3):
-    """A few steps with growing gradients; the output of the last."""
+    """Runs a few steps with growing gradients, and returns the results of the last."""
     out = None
     for i in range(steps):
         out, codes, absmax = function(step, operands._replace(g=operands.g * (i + 1)))
@@ -48,9 +49,9 @@ def run(function, step, operands, steps=3):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
-    """Pieces of 1024 elements, so that small arrays take many, with remainders on every axis."""
-    monkeypatch.setattr(xla, "PIECE", 1 << 10)
+def small_chunks(monkeypatch):
+    """Makes chunks of 1024 elements, so that small arrays take many, with remainders on every axis."""
+    monkeypatch.setattr(cpu, "CHUNK", 1 << 10)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -63,11 +64,11 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
 @pytest.mark.one_in(12)
-def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_pieces):
+def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_chunks):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
-    out, codes, absmax = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    want_out, want_codes, want_absmax = run(jax.jit(xla.plain, static_argnums=0), step, operands)
+    out, codes, absmax = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    want_out, want_codes, want_absmax = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip((*codes, *absmax), (*want_codes, *want_absmax)):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_allclose(out, want_out, rtol=2e-7, atol=2e-7)  # one rounding: of p + u, contracted or not
@@ -75,35 +76,35 @@ def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_p
 
 @pytest.mark.parametrize("numbers", [np.nan, np.inf, 1e30, 3e38], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
-def test_chunks_with_what_is_not_finite_are_the_reference(numbers, fused, small_pieces):
-    """In some pieces and not in others: NaN, infinities, squares that overflow, and finite sums that do."""
+def test_chunks_with_non_finite_numbers_equal_the_reference(numbers, fused, small_chunks):
+    """NaN, infinities, squares that overflow and sums that overflow, in some chunks and not in others."""
     step = a_step((64, 96), fused=fused)
     operands = operands_of(step, (64, 96))
     operands = operands._replace(g=operands.g.at[3, 5].set(numbers).at[40, 7:90].set(-numbers))
-    found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(xla.plain, static_argnums=0), step, operands)))):
+    found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(plain, static_argnums=0), step, operands)))):
         np.testing.assert_allclose(got, want, rtol=2e-7, atol=2e-7 if got.ndim == 2 and got.dtype == np.float32 else 0)
 
 
 @pytest.mark.parametrize("shape", [(512, 1024), (64, 96), (3, 5, 700)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.one_in(3)
-def test_chunks_give_the_bits_of_the_reference_for_gradients_of_16_bits(shape, dtype):
+def test_chunks_give_the_bits_of_the_reference_for_16_bit_gradients(shape, dtype):
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)._replace(g=operands_of(step, shape, seed=1, dtype=dtype).g)
-    _, *found = run(jax.jit(xla.chunked, static_argnums=0), step, operands)
-    _, *wanted = run(jax.jit(xla.plain, static_argnums=0), step, operands)
+    _, *found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    _, *wanted = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip(*map(jax.tree.leaves, (found, wanted))):
         np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.one_in(3)
-def test_every_codec_runs_in_chunks(codec, small_pieces):
+def test_every_codec_runs_in_chunks(codec, small_chunks):
     shape = (96, 128)
     step = a_step(shape, codec=codec)
-    got = run(jax.jit(xla.chunked, static_argnums=0), step, operands_of(step, shape))
-    want = run(jax.jit(xla.plain, static_argnums=0), step, operands_of(step, shape))
+    got = run(jax.jit(cpu.chunked, static_argnums=0), step, operands_of(step, shape))
+    want = run(jax.jit(plain, static_argnums=0), step, operands_of(step, shape))
     for a, b in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(want[1:])):
         np.testing.assert_array_equal(a, b)
 
@@ -117,18 +118,18 @@ def test_a_scalar_is_one_block():
 
 @pytest.mark.parametrize("shape", [(2048, 2048), (1024, 4000), (300, 50, 256), (1 << 22,), (1000, 4099)], ids=str)
 @pytest.mark.one_in(2)
-def test_fused_step_works_in_place_without_temporaries_of_the_parameters_size(shape):
+def test_a_fused_step_works_in_place_without_temporaries_of_the_parameters_size(shape):
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)
     memory = compiled(
         lambda g, p, codes, absmax: operands._replace(g=g, p=p, codes=codes, absmax=absmax), step, operands
     )
-    assert memory.temp_size_in_bytes < 0.5 * operands.p.nbytes + 8e6  # a few pieces of 1 MB
+    assert memory.temp_size_in_bytes < 0.5 * operands.p.nbytes + 8e6  # a few chunks of 1 MB
     assert memory.alias_size_in_bytes == memory.output_size_in_bytes - memory_of_tuple(step)
 
 
 def memory_of_tuple(step):
-    """XLA counts the pointers of the output tuple as output: eight bytes an array."""
+    """Returns the bytes of the pointers in the output tuple, which XLA counts as output: eight per array."""
     return 8 * (1 + 2 * len(step.moments))
 
 
@@ -140,10 +141,10 @@ def compiled(place, step, operands):
 
 RULES = {
     "adam": adam_like,
-    "of the old moment": UpdateRule(
+    "reads the old moment": UpdateRule(
         lambda g, m, v, b1, b2: (jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g, v))
     ),
-    "of the gradient": UpdateRule(lambda g, m, v, b1, b2: (g, (b1 * m + g, b2 * v + g * g))),
+    "returns the gradient": UpdateRule(lambda g, m, v, b1, b2: (g, (b1 * m + g, b2 * v + g * g))),
 }
 
 
@@ -151,8 +152,8 @@ RULES = {
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.one_in(3)
-def test_no_turn_of_the_loop_copies_a_whole_array(rule, fused, dtype):
-    """Whatever the order in which a rule reads what is overwritten, and with a dtype that XLA on CPU casts."""
+def test_no_turn_of_the_loop_copies_a_full_array(rule, fused, dtype):
+    """In any order that a rule reads overwritten arrays, and for a dtype that XLA on CPU casts."""
     shape = (4096, 4096)
     step = dataclasses.replace(a_step(shape, fused=fused, dtype=np.dtype(dtype)), rule=RULES[rule])
     operands = operands_of(step, shape, dtype=dtype)
@@ -167,7 +168,7 @@ def test_no_turn_of_the_loop_copies_a_whole_array(rule, fused, dtype):
     assert memory.temp_size_in_bytes < as_integers + 10e6  # codes alone have 16.8e6 bytes
 
 
-def test_update_has_at_most_the_updates_themselves():
+def test_an_update_needs_no_memory_beyond_the_updates():
     shape = (2048, 2048)
     step = a_step(shape, fused=False)
     operands = operands_of(step, shape)
@@ -195,7 +196,7 @@ def test_a_gradient_made_in_the_same_program_is_overwritten_by_the_update():
     assert memory.temp_size_in_bytes < 1.0 * operands.p.nbytes + 8e6
 
 
-# --- on meshes ---
+# --- on meshes -------------------------------------------------------------------------------------------------------
 
 MESHES = [((8,), ("a",)), ((2, 4), ("a", "b")), ((4,), ("a",)), ((2,), ("a",))]
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -211,30 +212,29 @@ PLACES = [  # every mesh, kind and shape, not every combination
 ALL_PLACES = [(s, *m, k) for s in {p[0] for p in PLACES} for m in MESHES for k in (AUTO, EXPLICIT)]
 
 
-def ways_of(mesh, spec):
-    """In how many pieces `spec` cuts each axis."""
+def shards_of(mesh, spec):
+    """Returns the number of shards along each axis."""
     return [int(np.prod([mesh.shape[n] for n in ((s,) if isinstance(s, str) else s or ())])) for s in spec]
 
 
 def placed(operands, mesh, spec):
-    """`operands` on the mesh; the scales keep those cuts that divide."""
+    """Returns operands on the mesh. An axis of the scales that does not divide is replicated."""
 
     def put(x):
         if x.ndim != operands.g.ndim:
             return x
-        ways = [int(np.prod([mesh.shape[n] for n in ((s,) if isinstance(s, str) else s or ())])) for s in spec]
-        return jax.device_put(
-            x, NamedSharding(mesh, PartitionSpec(*[s if d % w == 0 else None for s, d, w in zip(spec, x.shape, ways)]))
-        )
+        divides = [d % n == 0 for d, n in zip(x.shape, shards_of(mesh, spec))]
+        fitting = PartitionSpec(*[names if fits else None for names, fits in zip(spec, divides)])
+        return jax.device_put(x, NamedSharding(mesh, fitting))
 
     return jax.tree.map(put, operands)
 
 
 def specs_for(names, ndim):
     last = (None,) * (ndim - 1)
-    whole = tuple(names)
+    both = tuple(names)
     if len(names) == 2 and ndim >= 2:
-        return [(*names, *(None,) * (ndim - 2)), (*(None,) * (ndim - 2), *names[::-1]), (*last, whole), (whole, *last)]
+        return [(*names, *(None,) * (ndim - 2)), (*(None,) * (ndim - 2), *names[::-1]), (*last, both), (both, *last)]
     return [(names[0], *last), (*last, names[-1])][:ndim]
 
 
@@ -244,14 +244,14 @@ def specs_for(names, ndim):
     ids=str,
 )
 @pytest.mark.one_in(10)
-def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_pieces):
+def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_chunks):
     step = a_step(shape, fused=True, stochastic=True)
     operands = operands_of(step, shape)
     want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
     mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
     tried = 0
     for spec in specs_for(names, len(shape)):
-        if any(d % w for d, w in zip(shape, ways_of(mesh, spec))):
+        if any(d % w for d, w in zip(shape, shards_of(mesh, spec))):
             continue
         with jax.set_mesh(mesh):
             there = placed(operands, mesh, spec)
@@ -268,7 +268,7 @@ def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, s
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_a_block_across_two_shards_gives_the_same_bits(kind):
-    shape, blocks = (512, 64), Blocks(0, 256)  # four ways: 128 rows a shard
+    shape, blocks = (512, 64), Blocks(0, 256)  # four shards of 128 rows
     step = a_step(shape, blocks=blocks, fused=True, stochastic=True)
     operands = operands_of(step, shape)
     want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
@@ -279,7 +279,7 @@ def test_a_block_across_two_shards_gives_the_same_bits(kind):
         np.testing.assert_array_equal(a, b)
 
 
-def test_it_runs_in_shard_map_scan_cond_and_remat():
+def test_the_step_runs_in_shard_map_scan_cond_and_remat():
     shape = (256, 64)
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)
@@ -295,15 +295,15 @@ def test_it_runs_in_shard_map_scan_cond_and_remat():
     taken = jax.jit(lambda yes: jax.lax.cond(yes, function, jax.checkpoint(function), operands))(True)
     np.testing.assert_array_equal(taken[1][0], function(operands)[1][0])
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
-    scalar, cut = PartitionSpec(), PartitionSpec(None, "a")
-    specs = jax.tree.map(lambda x: cut if x.ndim else scalar, operands)
+    scalar, sharded = PartitionSpec(), PartitionSpec(None, "a")
+    specs = jax.tree.map(lambda x: sharded if x.ndim else scalar, operands)
     with jax.set_mesh(mesh):
-        mapped = jax.jit(jax.shard_map(function, in_specs=(specs,), out_specs=cut))(operands)
+        mapped = jax.jit(jax.shard_map(function, in_specs=(specs,), out_specs=sharded))(operands)
     for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(function(operands))):
         np.testing.assert_array_equal(a, b)
 
 
-def test_vmap_and_derivatives_take_the_reference():
+def test_vmap_and_derivatives_use_the_reference():
     shape = (64, 32)
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)

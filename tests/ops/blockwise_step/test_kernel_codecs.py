@@ -1,4 +1,4 @@
-"""The kernels' arithmetic gives the codes of the reference, but for numbers a few ulp from the boundary of two."""
+"""Kernels compute the codes of the reference, except for numbers a few ulp from the boundary between two codes."""
 
 import importlib
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_stable_embed.ops.blockwise import codecs
-from flax_stable_embed.ops.blockwise_step.kernel_codecs import arithmetic_of, by_logarithm, by_square_roots
+from flax_stable_embed.ops.blockwise_step.kernel_codecs import by_logarithm, by_square_roots, kernel_codec
 from flax_stable_embed.ops.blockwise_step.step import Moment
 
 quantize = importlib.import_module("flax_stable_embed.ops.blockwise.quantize")
@@ -19,17 +19,20 @@ CODES_APART = 1e-4  # of all codes may differ, by one
 @pytest.mark.parametrize("fourth_root", [by_logarithm, by_square_roots])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
-def test_all_256_codes_and_a_million_numbers(codec, signed, fourth_root):
+def test_kernel_codecs_agree_with_the_reference_on_all_codes_and_a_million_numbers(codec, signed, fourth_root):
     moment = Moment(signed, codec)
-    way, code = arithmetic_of(moment, fourth_root), moment.code
+    kernel, code = kernel_codec(moment, fourth_root), moment.code
     every = np.arange(256).astype(np.uint8).view(code.dtype)
-    decoded, want = jax.jit(lambda c: way.decode(c, jnp.ones(256)))(every), codecs.decode(jnp.asarray(every), code)
+    decoded, want = (
+        jax.jit(lambda c: kernel.dequantize(c, jnp.ones(256)))(every),
+        codecs.decode(jnp.asarray(every), code),
+    )
     np.testing.assert_allclose(decoded, want, rtol=6e-7)
     np.testing.assert_array_equal(np.asarray(decoded) == 0, np.asarray(want) == 0)
 
     @jax.jit
     def codes_of(x):
-        return way.encode(x, way.prepare(jnp.ones_like(x)), None)
+        return kernel.quantize(x, kernel.factor(jnp.ones_like(x)), None)
 
     usual = (np.abs(np.asarray(want)) <= 1) & (np.asarray(want) >= (-1 if signed else 0))
     if (codec == "root" and signed) or (codec == "linear" and signed):

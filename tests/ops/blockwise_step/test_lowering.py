@@ -1,7 +1,7 @@
-"""The kernels for TPU and GPU, interpreted on CPU, make the step of the reference.
+"""Compares the kernels for TPU and GPU, interpreted on CPU, with the reference.
 
-Its arithmetic is not the reference's to the last bit: codes differ by one where a number lies within a few ulp of the
-boundary of two, which is counted here.
+Their arithmetic does not equal the reference bit for bit. A code can differ by one if a number is within a few ulp of
+the boundary between two codes. The tests count such codes.
 """
 
 import importlib
@@ -19,8 +19,10 @@ import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.blocks import Blocks
 from flax_stable_embed.ops.blockwise_step import lowering as kernels
 from flax_stable_embed.ops.blockwise_step import pallas_gpu, pallas_tpu
-from flax_stable_embed.ops.blockwise_step import reference as xla
+from flax_stable_embed.ops.blockwise_step.capabilities import PLATFORMS, refusal
+from flax_stable_embed.ops.blockwise_step.reference import plain
 from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step
+from flax_stable_embed.ops.lowering import rule
 from flax_stable_embed.optim.methods.adam import adam
 from tests import cases
 
@@ -28,14 +30,15 @@ quantize = importlib.import_module("flax_stable_embed.ops.blockwise.quantize")
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 CODES_APART = 1e-4  # of all codes may differ, by one
-# Whole tiles, cut ones, and blocks whose last one is short, in every way that blocks can lie.
+# Full tiles, odd ones that extend beyond the array, and short last blocks, for blocks along every axis. The length of a
+# name is the seed of its numbers.
 ARRAYS = {
     "a vector": ((2048,), Blocks(0, 256)),
-    "rows, cut tiles": ((576, 640), Blocks(0, 64)),
+    "rows, odd tiles": ((576, 640), Blocks(0, 64)),
     "rows, narrow": ((1024, 48), Blocks(0, 128)),
     "rows, a short block": ((200, 130), Blocks(0, 96)),
     "rows of an axis of three": ((256, 16, 70), Blocks(0, 64)),
-    "rows of an axis before the last, cut": ((2, 3, 256, 130), Blocks(2, 32)),
+    "rows of an axis before the last, odd": ((2, 3, 256, 130), Blocks(2, 32)),
     "rows before three axes": ((64, 3, 8, 128), Blocks(0, 32)),
     "along rows": ((70, 512), Blocks(1, 128)),
     "along rows, a short block": ((100, 300), Blocks(1, 256)),
@@ -44,7 +47,7 @@ ARRAYS = {
 
 
 def step_and_operands(array, codec="root", rounding="nearest", dtype=jnp.float32, fused=True, skip=False):
-    """A step of AdamW on numbers of many sizes, with a block of zeros and columns whose moments are zero."""
+    """Returns a step of AdamW on numbers of many sizes, with a block of zeros and columns whose moments are zero."""
     shape, blocks = ARRAYS[array]
     rng = np.random.default_rng(len(array))
     moments = Moment(True, codec), Moment(False, codec, rounding == "stochastic")
@@ -66,13 +69,13 @@ def step_and_operands(array, codec="root", rounding="nearest", dtype=jnp.float32
 
 
 def both(name, step, operands):
-    """What the kernel gives, and what the reference gives."""
+    """Returns the results of the kernel and of the reference."""
     kernel = jax.jit(lambda operands: KERNELS[name].run(step, operands, interpret=True))(operands)
-    return kernel, jax.jit(lambda operands: xla.plain(step, operands))(operands)
+    return kernel, jax.jit(lambda operands: plain(step, operands))(operands)
 
 
 def assert_same_step(kernel, reference, p, ulps=4):
-    """Output within some ulp of the largest number it is made of, scales within some, codes by one and seldom."""
+    """Checks that outputs and scales differ by a few ulp at most, and codes by one and seldom."""
     (out, codes, absmax), (want, want_codes, want_absmax) = kernel, reference
     assert out.dtype == want.dtype
     size = np.maximum(np.abs(np.asarray(p, np.float32)), np.abs(np.asarray(want, np.float32)))
@@ -93,29 +96,29 @@ def assert_same_step(kernel, reference, p, ulps=4):
 @pytest.mark.parametrize("array", ARRAYS)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(4)
-def test_every_way_that_blocks_lie(name, array):
+def test_kernels_equal_the_reference_for_blocks_along_every_axis(name, array):
     step, operands = step_and_operands(array)
-    assert kernels.refusal(name, step.blocks, operands.g.shape) is None
+    assert refusal(name, step.blocks, operands.g.shape) is None
     assert_same_step(*both(name, step, operands), operands.p)
 
 
-@pytest.mark.parametrize("array", ["rows, cut tiles", "along rows", "rows of an axis before the last, cut"])
+@pytest.mark.parametrize("array", ["rows, odd tiles", "along rows", "rows of an axis before the last, odd"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(13)
-def test_every_codec_rounding_dtype_and_output(name, array, dtype, fused, rounding, codec):
+def test_kernels_equal_the_reference_for_every_codec_rounding_and_dtype(name, array, dtype, fused, rounding, codec):
     step, operands = step_and_operands(array, codec, rounding, dtype, fused)
     assert_same_step(*both(name, step, operands), operands.p)
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("array", ["rows, cut tiles", "along rows, a short block"])
+@pytest.mark.parametrize("array", ["rows, odd tiles", "along rows, a short block"])
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(3)
-def test_what_is_not_finite_stays_its_own_affair(name, array, skip):
+def test_non_finite_numbers_do_not_affect_other_elements_in_kernels(name, array, skip):
     step, operands = step_and_operands(array, skip=skip)
     rows = np.asarray(operands.g).copy()
     rows[..., 3, 1], rows[..., 40, 2], rows[..., 50, 3], rows[..., 60, 4] = np.nan, np.inf, 1e30, -3e38
@@ -127,7 +130,7 @@ def test_what_is_not_finite_stays_its_own_affair(name, array, skip):
     assert_same_step((kept[0], *kernel[1:]), (kept[1], *reference[1:]), operands.p)
 
 
-def test_tiles_hold_whole_blocks_and_cover_the_array():
+def test_tiles_hold_full_blocks_and_cover_the_array():
     for shape, blocks in ARRAYS.values():
         if len(shape) == 1:
             continue
@@ -142,18 +145,19 @@ def test_tiles_hold_whole_blocks_and_cover_the_array():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Programs for CPU take the kernels as those for TPU and GPU do, and interpret them."""
-    lower = {"pallas_tpu": kernels._lower_for_tpu, "pallas_gpu": kernels._lower_for_cuda}
+    """Lets programs for CPU use the kernels as those for TPU and GPU do, interpreted."""
+    reference, may_run = kernels._reference, kernels._may_run
+    rules = {name: rule(reference, platform, kernels._run_kernel, may_run) for platform, name in PLATFORMS.items()}
     for module in KERNELS.values():
         monkeypatch.setattr(module, "run", partial(module.run, interpret=True))
-    as_elsewhere = lambda context, *flat, kernel: lower[kernel.name](context, *flat, kernel=kernel)  # noqa: E731
+    as_elsewhere = lambda context, *flat, kernel: rules[kernel.name](context, *flat, kernel=kernel)  # noqa: E731
     mlir.register_lowering(kernels._step_by_kernel, as_elsewhere, platform="cpu")
     yield
-    mlir.register_lowering(kernels._step_by_kernel, kernels._lower_elsewhere, platform="cpu")
+    mlir.register_lowering(kernels._step_by_kernel, rule(reference, None, None, may_run), platform="cpu")
 
 
 def trained(tx, params, steps=3):
-    """Parameters and state after some steps; gradients of many sizes."""
+    """Returns parameters and state after some steps with gradients of many sizes."""
     state, step = tx.init(params), jax.jit(lambda g, s, p: fse.fused_update(tx, g, s, p))
     rng = np.random.default_rng(3)
 
@@ -166,7 +170,7 @@ def trained(tx, params, steps=3):
 
 
 def assert_trained_alike(found, want):
-    """Nearly the same parameters, and codes that seldom differ."""
+    """Checks that parameters are nearly equal, and that codes seldom differ."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
         if a.dtype in (jnp.int8, jnp.uint8) and a.ndim > 1:
             apart = np.abs(np.asarray(a, np.int32) - np.asarray(b, np.int32))
@@ -174,7 +178,7 @@ def assert_trained_alike(found, want):
         else:
             a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
             apart = np.abs(a - b)
-            differ = apart > 1e-5 * (1 + np.abs(b))  # where a code differs, the next step does
+            differ = apart > 1e-5 * (1 + np.abs(b))  # if a code differs, so does the next step
             assert differ.sum() <= 2 + 1e-3 * differ.size
             assert apart.max() < 2e-3 * (1 + np.abs(b).max())
 
@@ -187,7 +191,7 @@ def some_params():
 @pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(5, start=1)
-def test_every_optimizer(name, case, interpreted):
+def test_every_optimizer_trains_alike_with_a_kernel_and_with_xla(name, case, interpreted):
     options = {"state_format": fse.StateFormat(min_size=0)}
     kernel = trained(case.ours(**case.hyper, **options, implementation=name), some_params())
     assert_trained_alike(kernel, trained(case.ours(**case.hyper, **options, implementation="xla"), some_params()))
@@ -197,8 +201,8 @@ def test_every_optimizer(name, case, interpreted):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(5)
-def test_every_device_runs_it_on_its_own_piece(name, spec, kind, interpreted):
-    """Also stochastic rounding, whose bits are those of the whole array."""
+def test_every_device_runs_the_kernel_on_its_shard(name, spec, kind, interpreted):
+    """With stochastic rounding too, whose bits depend on the index in the global array."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), (kind, kind))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     options = {"state_format": fse.StateFormat(min_size=0, rounding="stochastic")}
@@ -214,7 +218,7 @@ def test_every_device_runs_it_on_its_own_piece(name, spec, kind, interpreted):
     assert_trained_alike(found, want)
 
 
-def test_vmap_takes_the_reference(interpreted):
+def test_vmap_uses_the_reference(interpreted):
     params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), some_params())
     tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), implementation="pallas_tpu")
     state = jax.vmap(tx.init)(params)
@@ -228,7 +232,7 @@ def test_vmap_takes_the_reference(interpreted):
 
 
 @pytest.mark.parametrize(("name", "on"), [("pallas_tpu", "TPU"), ("pallas_gpu", "GPUs with CUDA")])
-def test_by_name_it_raises_on_another_platform(name, on):
+def test_a_named_kernel_raises_on_another_platform(name, on):
     params = {"kernel": jnp.ones((256, 96))}
     tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), implementation=name)
     with pytest.raises(NotImplementedError, match=rf"runs on {on}, not on cpu\. Use None"):
@@ -236,7 +240,7 @@ def test_by_name_it_raises_on_another_platform(name, on):
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (100,), (3, 5, 96)], ids=str)
-def test_by_name_it_raises_for_an_array_that_it_cannot_take_and_none_takes_another(shape):
+def test_a_named_kernel_raises_for_an_array_it_cannot_take_and_none_takes_xla(shape):
     params = {"block": {"kernel": jnp.ones(shape)}}
     options = {"state_format": fse.StateFormat(min_size=0), "rules": ((".*", 8),)}
     with pytest.raises(ValueError, match=r"Parameter 'block/kernel': .*cannot take an array of shape .*: .*Use None"):
@@ -253,14 +257,14 @@ def test_by_name_it_raises_for_an_array_that_it_cannot_take_and_none_takes_anoth
         ({"other": PartitionSpec("x")}, ValueError, "has no entry for parameter 'kernel', but for other"),
     ],
 )
-def test_specs_that_fit_nothing_are_refused(specs, error, message):
+def test_partition_specs_that_fit_no_parameter_raise(specs, error, message):
     params = some_params()
     with pytest.raises(error, match=message):
         tx = fse.adamw8bit(0.01, partition_specs=specs)
         tx.update(params, tx.init(params), params)
 
 
-def test_describe_says_what_runs(monkeypatch):
+def test_describe_tells_which_implementation_runs(monkeypatch):
     params = some_params() | {"odd": jnp.ones((3, 3, 64, 512))}
     assert {row.implementation for row in fse.describe(fse.adamw8bit(0.01), params).rows} == {"xla"}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -273,7 +277,7 @@ def test_describe_says_what_runs(monkeypatch):
     assert rows["kernel"] == "xla: no partition_specs"
 
 
-# --- what None must never fail for -----------------------------------------------------------------------------------
+# --- cases that must work with implementation=None -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e-18, 1e-15, 3e18])
@@ -300,7 +304,7 @@ def test_moments_of_every_size_keep_their_digits(size, codec):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_with_64_bits_numbers_are_still_of_32(name, interpreted):
+def test_kernels_compute_in_32_bits_when_jax_has_64_bits_enabled(name, interpreted):
     with jax.enable_x64(True):
         params = some_params()
         options = {"state_format": fse.StateFormat(min_size=0), "implementation": name}
@@ -321,7 +325,7 @@ def test_a_program_for_several_platforms_has_the_kernel_for_one_of_them():
     )
 
 
-def test_gradients_that_each_device_has_of_its_own_inside_of_shard_map():
+def test_devices_can_have_different_gradients_inside_of_shard_map():
     mesh, params = jax.make_mesh((4,), ("x",), (AxisType.Auto,)), some_params()
     tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0))
     state, grads = tx.init(params), {"kernel": jnp.stack([k * params["kernel"] for k in range(1, 5)])}
@@ -342,7 +346,7 @@ def test_gradients_that_each_device_has_of_its_own_inside_of_shard_map():
     [PartitionSpec("z"), PartitionSpec(None, None, "x"), PartitionSpec(PartitionSpec.UNCONSTRAINED, "x"), None],
     ids=str,
 )
-def test_specs_that_say_nothing_of_the_mesh_leave_the_choice_to_the_compiler(spec):
+def test_partition_specs_that_do_not_fit_the_mesh_leave_the_choice_to_the_compiler(spec):
     params = some_params()
     tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), partition_specs={"kernel": spec})
     with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"), (AxisType.Auto,) * 2)):
@@ -350,7 +354,7 @@ def test_specs_that_say_nothing_of_the_mesh_leave_the_choice_to_the_compiler(spe
     assert np.isfinite(optax.tree.norm(updates))
 
 
-def test_specs_are_of_no_matter_where_a_step_is_one_devices_own():
+def test_partition_specs_are_ignored_inside_of_shard_map():
     mesh, params = jax.make_mesh((4,), ("x",), (AxisType.Auto,)), some_params()
     specs = {"kernel": NamedSharding(mesh, PartitionSpec("x"))}
     tx = fse.adamw8bit(0.01, state_format=fse.StateFormat(min_size=0), partition_specs=specs)

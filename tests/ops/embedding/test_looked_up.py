@@ -1,6 +1,6 @@
-"""The table that stands for a parameter while a loss is differentiated, and the record of lookups.
+"""Tests the table that takes the place of a parameter in a loss, and the record of lookups.
 
-That gradients are right is in tests/optim/rows/test_row_value_and_grad.py.
+The gradients are tested in tests/optim/rows/test_row_value_and_grad.py.
 """
 
 import jax
@@ -11,13 +11,13 @@ from flax_stable_embed.ops.embedding.looked_up import LookedUpTable, record, rec
 from flax_stable_embed.ops.embedding.rows import distinct
 
 
-def test_a_table_that_is_looked_up_has_the_shape_and_dtype_of_its_parameter():
+def test_a_looked_up_table_has_the_shape_and_dtype_of_its_parameter():
     table = LookedUpTable.at(jnp.ones((9, 3), jnp.bfloat16), distinct(jnp.array([1, 2]), 9))
     assert (table.shape, table.dtype, table.tap.shape, table.tap.dtype) == ((9, 3), jnp.bfloat16, (2, 3), jnp.float32)
     assert jax.tree.leaves(table)[0].shape == (9, 3)
 
 
-def test_lookups_are_noted_while_someone_records_and_only_where_their_ids_can_be_seen():
+def test_lookups_are_recorded_while_a_recording_is_open_unless_their_ids_are_traced():
     record(jnp.ones((9, 3)), jnp.array([1]))
     with recording() as lookups:
         record(jnp.ones((9, 3)), jnp.array([1]))

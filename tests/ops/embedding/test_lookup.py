@@ -1,4 +1,4 @@
-"""The embedding arithmetic against numpy and against sums done by hand."""
+"""Compares lookups and their gradients with NumPy and with sums by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_stable_embed.ops.embedding import gather as _gather
-from flax_stable_embed.ops.embedding import lookup as embedding
-from flax_stable_embed.ops.embedding.lookup import lookup, normalised_lookup, renorm
+from flax_stable_embed.ops.embedding.lookup import lookup, normalized_lookup, renorm
 
 TABLE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 IDS = np.array([[1, 4, 4], [0, 4, 1]], np.int32)
@@ -25,7 +24,7 @@ def table_gradient(table, ids, cotangent, **options):
     return gradient(table, np.asarray(cotangent, np.float32))
 
 
-# --- which row an id means -------------------------------------------------------------------------------------------
+# --- the rows of ids -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
@@ -39,7 +38,7 @@ def test_ids_of_every_integer_type_find_their_rows(dtype):
         np.testing.assert_array_equal(lookup(table, jnp.asarray(ids))[:, 0], np.array(wanted, np.float32))
 
 
-def test_wide_ids_do_not_wrap_into_the_table():
+def test_64_bit_ids_do_not_wrap_into_the_table():
     table = jnp.arange(300.0)[:, None]
     ids = [2**32, 2**32 + 5, -(2**32), 2**31, 7, -1]
     wanted = [np.nan, np.nan, np.nan, np.nan, 7, 299]
@@ -97,7 +96,7 @@ def test_ids_that_are_not_an_array_raise_a_clear_error(ids):
 @pytest.mark.parametrize("padding_idx", [None, 4])
 @pytest.mark.parametrize("by_frequency", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_the_gradient_is_the_sum_that_the_docstring_states(padding_idx, by_frequency, max_norm):
+def test_the_gradient_equals_the_sum_in_the_docstring(padding_idx, by_frequency, max_norm):
     expected = np.zeros_like(TABLE)
     for id, cotangent in zip(IDS.ravel(), COTANGENT.reshape(-1, 4), strict=True):
         if id != padding_idx:
@@ -131,7 +130,7 @@ def test_the_padding_row_has_no_gradient_whatever_its_cotangent():
     np.testing.assert_array_equal(found, [[0, 0], [1, 2]])
 
 
-def test_an_infinite_weight_passes_through():
+def test_infinite_weights_are_returned_unchanged():
     table = jnp.array([[jnp.inf, 1.0], [2.0, 3.0]])
     np.testing.assert_array_equal(lookup(table, np.array([0, 1]), padding_idx=1, scale_grad_by_freq=True), table)
 
@@ -157,13 +156,13 @@ def test_frequency_is_counted_per_example_under_vmap():
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones((3, 1)))[:, 0], [0, 2, 1])
 
 
-def test_inference_does_not_count():
+def test_inference_does_not_count_tokens():
     options = {"padding_idx": 1, "scale_grad_by_freq": True, "max_norm": 1.0}
     text = jax.jit(lambda table, ids: lookup(table, ids, **options)).lower(TABLE, IDS).as_text()
     assert "scatter" not in text
 
 
-def test_a_16_bit_table_costs_no_float32_copy_forwards():
+def test_the_lookup_of_a_16_bit_table_makes_no_float32_copy():
     table = jnp.zeros((4096, 64), jnp.bfloat16)
     compiled = jax.jit(lambda table, ids: lookup(table, ids, dtype=jnp.float32)).lower(table, IDS).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 64
@@ -240,103 +239,8 @@ def test_renorm_keeps_zero_rows_nan_rows_and_empty_ones():
 
 
 def test_renorm_of_integers_raises():
-    with pytest.raises(TypeError, match="`max_norm` needs a floating table, got int32"):
+    with pytest.raises(TypeError, match="`max_norm` needs a floating point table, got int32"):
         renorm(jnp.ones((2, 2), jnp.int32), 1.0)
-
-
-# --- what the modules share at construction --------------------------------------------------------------------------
-
-
-def test_the_initial_table_is_xavier_uniform():
-    table = embedding.xavier_uniform(jax.random.key(0), (500, 100))
-    bound = np.sqrt(6 / 600)
-    assert bound * 0.999 < np.abs(table).max() <= bound
-    np.testing.assert_allclose(np.std(table), bound / np.sqrt(3), rtol=0.01)
-
-
-def test_pretrained_gives_a_copy_in_the_dtype_asked_for():
-    init = embedding.pretrained(np.array([[1.5, 2.0]]))
-    assert init(jax.random.key(0), (1, 2), jnp.bfloat16).dtype == jnp.bfloat16
-    table = jnp.ones((2, 2))
-    copy = embedding.pretrained(table)(jax.random.key(0), (2, 2), jnp.float32)
-    copy.delete()
-    assert not table.is_deleted()
-
-
-def test_pretrained_tables_of_the_wrong_shape_raise():
-    with pytest.raises(ValueError, match=r"`table` must be of shape \(num_embeddings, features\), got \(3,\)"):
-        embedding.pretrained(np.ones(3))
-    with pytest.raises(ValueError, match=r"`table` has shape \(3, 2\), but the module wants \(2, 3\)"):
-        embedding.pretrained(np.ones((3, 2)))(jax.random.key(0), (2, 3), jnp.float32)
-
-
-DEFAULTS = {
-    "num_embeddings": 4,
-    "padding_idx": None,
-    "max_norm": None,
-    "norm_type": 2.0,
-    "scale_grad_by_freq": False,
-    "sparse": False,
-    "lookup": "take",
-    "mode": "fill",
-}
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "message"),
-    [
-        ({"padding_idx": 4}, ValueError, r"`padding_idx` must be within -4 \.\. 3, got 4.*num_embeddings=5"),
-        ({"padding_idx": -5}, ValueError, r"`padding_idx` must be within -4 \.\. 3, got -5"),
-        ({"padding_idx": 1.0}, TypeError, r"`padding_idx` must be an integer or None, got 1\.0"),
-        ({"padding_idx": True}, TypeError, r"`padding_idx` must be an integer or None, got True"),
-        ({"max_norm": 0}, ValueError, r"`max_norm` must be positive, got 0\..*None"),
-        ({"max_norm": -2.0}, ValueError, r"`max_norm` must be positive, got -2\.0"),
-        ({"max_norm": float("nan")}, ValueError, r"`max_norm` must be positive, got nan"),
-        ({"max_norm": "1"}, TypeError, r"`max_norm` must be a Python number, got '1'"),
-        ({"max_norm": jnp.ones(())}, TypeError, r"`max_norm` must be a Python number, got Array"),
-        ({"norm_type": -1}, ValueError, r"`norm_type`, the p of a p-norm, must be 0 or more, got -1\. Try 2\.0"),
-        ({"norm_type": None}, TypeError, r"`norm_type` must be a Python number, got None"),
-        (
-            {"sparse": True, "scale_grad_by_freq": True},
-            ValueError,
-            r"`scale_grad_by_freq=True` does not go with.*sparse",
-        ),
-        ({"sparse": True, "lookup": "one_hot"}, ValueError, r"`lookup='one_hot'` has a dense gradient"),
-        ({"lookup": "gather"}, ValueError, r"`lookup` must be 'take' or 'one_hot', got 'gather'"),
-        ({"mode": "wrap"}, ValueError, r"`mode` must be 'fill', 'clip' or 'promise_in_bounds', got 'wrap'"),
-    ],
-    ids=str,
-)
-def test_options_outside_their_range_raise(option, error, message):
-    with pytest.raises(error, match=message):
-        embedding.check_options(**(DEFAULTS | option))
-
-
-def test_negative_padding_is_counted_from_the_end():
-    given = (-4, -1, 0, np.int64(3))
-    assert [embedding.check_options(**(DEFAULTS | {"padding_idx": i})) for i in given] == [0, 3, 0, 3]
-
-
-@pytest.mark.parametrize(
-    ("norm_epsilon", "param_dtype", "dtype", "error", "message"),
-    [
-        (0.0, jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite in float32, got 0\.0"),
-        (1e-46, jnp.float32, None, ValueError, r"`norm_epsilon` must be positive and finite in float32, got 1e-46"),
-        (
-            float("inf"),
-            jnp.float32,
-            None,
-            ValueError,
-            r"`norm_epsilon` must be positive and finite in float32, got inf",
-        ),
-        ("1e-5", jnp.float32, None, TypeError, r"`norm_epsilon` must be a Python number"),
-        (1e-5, jnp.int8, None, TypeError, r"`param_dtype` of a StableEmbed must be a real floating dtype, got int8"),
-        (1e-5, jnp.float32, jnp.complex64, TypeError, r"`dtype` of a StableEmbed .* got complex64"),
-    ],
-)
-def test_options_of_the_norm_outside_their_range_raise(norm_epsilon, param_dtype, dtype, error, message):
-    with pytest.raises(error, match=message):
-        embedding.check_norm_options(norm_epsilon, param_dtype, dtype)
 
 
 # --- how rows are looked up -------------------------------------------------------------------------------------------
@@ -344,7 +248,7 @@ def test_options_of_the_norm_outside_their_range_raise(norm_epsilon, param_dtype
 
 def value_and_gradient(table, ids, **options):
     """The rows, and the gradient of their product with fixed numbers."""
-    rows, pullback = jax.vjp(lambda table: embedding.lookup(table, ids, **options), table)
+    rows, pullback = jax.vjp(lambda table: lookup(table, ids, **options), table)
     cotangent = np.random.default_rng(1).standard_normal(rows.shape)
     return rows, pullback(jnp.asarray(cotangent, rows.dtype))[0]
 
@@ -368,7 +272,7 @@ def test_a_one_hot_product_gives_the_rows_of_a_gather_and_their_gradient(options
 
 def test_a_one_hot_product_sums_the_gradient_in_float32():
     table, ids = jnp.zeros((3, 1), jnp.bfloat16), jnp.ones(4096, jnp.int32)
-    gradient = jax.grad(lambda t: embedding.lookup(t, ids, method="one_hot").astype(jnp.float32).sum())(table)
+    gradient = jax.grad(lambda t: lookup(t, ids, method="one_hot").astype(jnp.float32).sum())(table)
     assert gradient[1, 0] == 4096
 
 
@@ -389,7 +293,7 @@ def test_clip_takes_the_nearest_row():
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
+def test_modes_give_the_same_bits_for_ids_inside_the_table(options):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
     ids = jnp.array([[1, 4, 4, 3], [49, 0, 1, 7]], jnp.uint8)
     for mode in ("promise_in_bounds", "clip"):
@@ -397,9 +301,9 @@ def test_a_promise_of_ids_inside_the_table_changes_no_bit(options):
         jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
-def test_a_promise_saves_the_mask_over_the_rows():
+def test_promise_in_bounds_has_no_mask_over_the_rows():
     def select_ops(mode):
-        lowered = jax.jit(lambda t, ids: embedding.lookup(t, ids, mode=mode)).lower(jnp.ones((50, 8)), jnp.arange(16))
+        lowered = jax.jit(lambda t, ids: lookup(t, ids, mode=mode)).lower(jnp.ones((50, 8)), jnp.arange(16))
         return sum("select" in line and "16x8" in line for line in lowered.as_text().splitlines())
 
     assert (select_ops("fill"), select_ops("clip"), select_ops("promise_in_bounds")) == (1, 0, 0)
@@ -407,33 +311,22 @@ def test_a_promise_saves_the_mask_over_the_rows():
 
 @pytest.mark.one_in(2, start=1)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_terms_that_are_sorted_first_give_the_same_gradient(options, monkeypatch):
+def test_sorting_the_terms_gives_the_same_gradient(options, monkeypatch):
     table = jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)), jnp.float32)
     want = value_and_gradient(table, ALL_IDS, **options)
     monkeypatch.setattr(_gather, "_sorts", lambda options, table: True)
     found = value_and_gradient(table, ALL_IDS, **options)
     np.testing.assert_array_equal(*(x[0].astype(jnp.float32) for x in (found, want)))
     np.testing.assert_allclose(found[1], want[1], rtol=1e-6, atol=1e-6)
-    _, tangent = jax.jvp(lambda t: embedding.lookup(t, ALL_IDS, **options), (table,), (jnp.ones_like(table),))
+    _, tangent = jax.jvp(lambda t: lookup(t, ALL_IDS, **options), (table,), (jnp.ones_like(table),))
     assert jnp.isfinite(tangent).all()
 
 
-def test_terms_are_sorted_on_one_tpu_and_for_large_tables_alone(monkeypatch):
-    options = _gather.GatherOptions(None, False, None, np.dtype(np.float32))
-    large, small = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (2**15 + 1, 2**15))
-    assert not _gather._sorts(options, large)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert not _gather._sorts(options, large)  # eight devices
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert _gather._sorts(options, large) and not _gather._sorts(options, small)
-    assert not _gather._sorts(options._replace(one_hot=True), large)
-
-
-def test_stable_embed_forward_writes_the_rows_and_the_result_and_nothing_more_of_that_size():
-    """Mean, variance, scale and bias take no array of their own (on CPU, where arrays are large enough to be fused)."""
+def test_stable_embed_forward_writes_only_the_rows_and_the_result():
+    """Mean, variance, scale and bias need no arrays of that size (on CPU, for arrays large enough to be fused)."""
 
     def forward(table, scale, bias, ids):
-        return normalised_lookup(table, ids, scale, bias)
+        return normalized_lookup(table, ids, scale, bias)
 
     shapes = [(5000, 512), (512,), (512,)]
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct((4096,), jnp.int32)]

@@ -1,4 +1,4 @@
-"""Rows of a table: distinct numbers, sums over equal ids, and arithmetic that is that of dense arrays."""
+"""Tests rows of a table: distinct numbers, sums over equal ids, and the arithmetic of dense arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, positions
+from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, find_rows
 
 
 def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
@@ -18,7 +18,7 @@ def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 30])
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 1000])
 @pytest.mark.one_in(2)
-def test_distinct_numbers_are_those_of_numpy(size, num_rows):
+def test_distinct_equals_numpys_unique(size, num_rows):
     for seed in range(5):
         numbers = np.random.default_rng([seed, size]).integers(0, num_rows + 1, size)  # num_rows: outside
         found = np.asarray(distinct(jnp.asarray(numbers, jnp.int32), num_rows))
@@ -28,10 +28,10 @@ def test_distinct_numbers_are_those_of_numpy(size, num_rows):
         assert (np.diff(found) > 0).all() and (found[len(want) :] >= num_rows).all()
 
 
-def test_positions_are_where_the_numbers_are_and_past_the_end_where_they_are_not():
+def test_find_rows_gives_the_place_of_a_number_and_past_the_end_for_missing_ones():
     indices = distinct(jnp.array([4, 2, 4, 9]), 7)  # 2, 4 and two of padding
-    assert positions(indices, jnp.array([[2, 4, 3], [0, 7, 8]]), 7).tolist() == [[0, 1, 4], [4, 4, 4]]
-    assert positions(jnp.zeros(0, jnp.int32), jnp.array([2]), 7).tolist() == [0]
+    assert find_rows(indices, jnp.array([[2, 4, 3], [0, 7, 8]]), 7).tolist() == [[0, 1, 4], [4, 4, 4]]
+    assert find_rows(jnp.zeros(0, jnp.int32), jnp.array([2]), 7).tolist() == [0]
 
 
 @pytest.mark.parametrize("ids", [[3, 1, 3, -1, 9, -10, 8], [[2, 2], [2, 2]], [], 5], ids=str)
@@ -54,7 +54,7 @@ def test_terms_in_half_precision_are_summed_in_float32():
     assert found.dtype == jnp.bfloat16 and found.to_dense()[0, 0] == 4096
 
 
-def test_arithmetic_is_that_of_dense_arrays():
+def test_arithmetic_equals_that_of_dense_arrays():
     a, b = rows([1, 5, 5, 2], seed=1), rows([8, 2, 2], seed=2)
     table = jnp.asarray(np.random.default_rng(3).standard_normal((9, 3)), jnp.float32)
     dense_a, dense_b = a.to_dense(), b.to_dense()
@@ -73,7 +73,7 @@ def test_arithmetic_is_that_of_dense_arrays():
     assert (a + b).values.shape == (7, 3)
 
 
-def test_a_half_precision_table_is_rounded_once():
+def test_adding_rows_rounds_a_half_precision_table_once():
     table = jnp.full((9, 3), 256, jnp.bfloat16)  # of spacing 2: the sum in bfloat16 would forget 1.5
     update = SparseRows.of_lookups(jnp.array([4]), jnp.full((1, 3), 1.5), 9)
     assert (table + update).dtype == jnp.bfloat16
@@ -87,10 +87,13 @@ def test_a_half_precision_table_is_rounded_once():
         (lambda x: x + rows([1], num_rows=8), r"shapes \(9, 3\) and \(8, 3\) cannot be added"),
         (lambda x: x * jnp.ones(3), r"multiplied by numbers, got an array of shape \(3,\)"),
         (lambda x: SparseRows.of_lookups(jnp.ones(2), jnp.ones((2, 3)), 9), "`ids` must be integers, got float32"),
-        (lambda x: SparseRows.of_lookups(jnp.arange(2), jnp.ones((3, 3)), 9), r"shape of `ids`, \(2,\), and features"),
+        (
+            lambda x: SparseRows.of_lookups(jnp.arange(2), jnp.ones((3, 3)), 9),
+            r"shape of `ids`, \(2,\), and an axis of features",
+        ),
     ],
 )
-def test_what_does_not_fit_raises(wrong, message):
+def test_operands_that_do_not_fit_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong(rows([1, 2]))
 
@@ -119,7 +122,7 @@ UNAWARE = {
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", UNAWARE)
-def test_optax_raises_where_it_would_take_row_numbers_for_numbers(name, jitted):
+def test_optax_transforms_raise_instead_of_computing_with_row_numbers(name, jitted):
     tx, params = UNAWARE[name], {"embedding": jnp.ones((9, 3)), "kernel": jnp.ones(2)}
     state, grads = tx.init(params), {"embedding": rows([1, 2]), "kernel": jnp.ones(2)}
     update = jax.jit(tx.update) if jitted else tx.update
@@ -136,17 +139,17 @@ def test_optax_raises_where_it_would_take_row_numbers_for_numbers(name, jitted):
     ],
     ids=["norm", "add", "astype"],
 )
-def test_so_does_arithmetic_on_its_leaves(sum_up):
+def test_arithmetic_on_the_leaves_of_sparse_rows_raises(sum_up):
     with pytest.raises((TypeError, NotImplementedError)):
         sum_up({"embedding": rows([1, 2])})
 
 
-def test_errors_of_jax_name_what_understands_row_gradients():
+def test_errors_of_jax_name_the_functions_that_support_row_gradients():
     with pytest.raises(TypeError, match=r"fse\.SparseRows, which fse\.row_sparse"):
         jax.tree.map(lambda x: 0.5 * x, rows([1, 2]))
 
 
-def test_it_goes_through_jit_scan_cond_and_vmap():
+def test_sparse_rows_work_in_jit_scan_cond_and_vmap():
     x = rows([1, 5, 5])
     twice = jax.jit(lambda x: x * 2)(x)
     np.testing.assert_array_equal(twice.to_dense(), 2 * x.to_dense())

@@ -268,7 +268,7 @@ def given(ids):
         (no_table, ValueError, "looks up no table with `sparse=True`"),
         (cast_table, ValueError, "no parameter is this array. Either it was cast"),
         (integer_table, TypeError, "'embedding' has dtype int32, but only floating"),
-        (frequency, ValueError, "scale_grad_by_freq=True` does not go with a sparse gradient, as in torch"),
+        (frequency, ValueError, "scale_grad_by_freq=True` does not work with a sparse gradient, as in torch"),
         (given(IDS), ValueError, "`token_ids` is one array, but there are 3 tables.*Name the table"),
         (given({"tokens": IDS}), ValueError, "names 'tokens', which is not a table. It may name: .*tokens/embedding"),
         (given({"tokens/embedding": [1, 2]}), TypeError, "must be an array of integers, got 1"),
@@ -326,7 +326,7 @@ def test_a_sum_over_chosen_parameters_raises(jit):
         def decayed(p, ids, chosen=chosen):
             return loss(p, ids) + sum(jnp.sum(x**2) for x in jax.tree.leaves(p) if chosen(x))
 
-        with pytest.raises(TypeError, match="in another way than by a lookup, which has a dense gradient"):
+        with pytest.raises(TypeError, match="for more than lookups, so the table has a dense gradient"):
             jit(fse.row_value_and_grad(decayed))(params, IDS)
 
 

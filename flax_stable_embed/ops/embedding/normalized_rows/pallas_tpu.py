@@ -1,18 +1,18 @@
-"""Normalised rows and their gradient as two Mosaic kernels for TPU. The table stays in HBM, and its rows are copied.
+"""Normalized rows and their gradient as two Mosaic kernels for TPU. The table stays in HBM, and its rows are copied.
 
-Forward: a program for each tile of tokens. It starts the copies of the next tile's rows, waits for its own, and
-normalises them in VMEM. A row outside the table is filled with NaN there.
+Forward: one program per tile of tokens. It starts the copies of the next tile's rows, waits for its own rows, and
+normalizes them in VMEM. A row outside the table is filled with NaN in VMEM.
 
-Gradient: tokens sorted by row, and a program for each tile of `ROWS` rows of the table. The output's gradients, which
-lie anywhere, come in the order of the rows through a ring of copies that reaches over the ends of tiles. They are
-added up in registers from a row's first token on, and each sum is written over the last, so that the whole one stays.
-Then those rows that have tokens, copied while the tile before was in work, are normalised once.
+Gradient: tokens are sorted by row, and a program takes a tile of `ROWS` rows of the table. The output's gradients are
+scattered in HBM. A ring of copies brings them in the order of the rows, across the ends of tiles. They are summed in
+registers from the first token of a row. Each partial sum overwrites the one before, so that the total remains. Then the
+rows that have tokens are normalized, once. They were copied while the program worked on the tile before.
 
-A single row of a float32 array in HBM is cut into pieces of 128 lanes, 8 rows apart. For a sum that fills registers
-these become the rows of a matrix: (tokens / 8, pieces, 8, 128) is what the array is in memory, and a view of it.
+In HBM a row of a float32 array consists of segments of 128 lanes, stored 8 rows apart. For a sum in full registers, the
+segments become the rows of a matrix: the array is viewed as (tokens / 8, segments, 8, 128), its layout in memory.
 
-What limits them: for wide rows memory, for narrow ones the dozen instructions that start a copy. Compiled for v5e, v5p
-and v6e; they have not run on one yet.
+What limits them: memory for wide rows, and for narrow rows the dozen instructions that start a copy. They have been
+compiled for v5e, v5p and v6e, and have not run on hardware yet.
 """
 
 from functools import partial
@@ -26,31 +26,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a float32 register
-
-
 PACKED = 16  # rows of a bfloat16 register
-
-
-TILE_BYTES = 2 << 20  # of rows that are copied at a time, enough to fill the time that a copy takes to arrive
-
-
+TILE_BYTES = 2 << 20  # of rows copied at a time, enough to hide the latency of a copy
 MOST_TOKENS = 256  # of a forward tile
-
-
-ROWS = 64  # of the table, for each program of the gradient
-
-
-OUTSIDE, NOWHERE = ROWS, ROWS + 1  # stand for the row outside the table, and for tokens of other tiles
-
-
+ROWS = 64  # of the table, per program of the gradient
+OUTSIDE, NOWHERE = ROWS, ROWS + 1  # rows for tokens outside the table, and for tokens of other tiles
 MOST_CHUNKS = 32  # of 8 tokens in the ring
-
-
 VMEM_BYTES = 32 << 20
 
 
 def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: Array, interpret: Any = False) -> Array:
-    """Outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
+    """Returns outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
     with enable_x64(False):  # Mosaic knows no 64-bit indices
         (tokens,), features = row_numbers.shape, table.shape[1]
         tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
@@ -58,7 +44,7 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
         row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, -1)
         row_numbers = jnp.pad(row_numbers, (0, tiles * tile - tokens)).reshape(tiles, 1, tile)
         numbers = partial(pl.BlockSpec, (None, None, tile), memory_space=pltpu.SMEM)
-        whole = pl.BlockSpec((1, features), lambda i: (0, 0))
+        vector = pl.BlockSpec((1, features), lambda i: (0, 0))
         return pl.pallas_call(
             partial(_forward, options.epsilon, _unroll(interpret)),
             grid=(tiles,),
@@ -66,8 +52,8 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
                 numbers(lambda i: (i, 0, 0)),
                 numbers(lambda i: (jnp.minimum(i + 1, tiles - 1), 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
-                whole,
-                whole,
+                vector,
+                vector,
             ],
             out_specs=pl.BlockSpec((tile, features), lambda i: (i, 0)),
             out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
@@ -77,7 +63,7 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
                 pltpu.SemaphoreType.DMA((2,)),
             ],
             compiler_params=_parameters(),
-            name="normalised_rows",
+            name="normalized_rows",
             interpret=interpret,
         )(row_numbers, row_numbers, table, scale[None], bias[None])
 
@@ -85,16 +71,16 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
 def gradient(
     options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: Any = False
 ) -> tuple[Array, Array, Array]:
-    """Gradients of table, scale and bias for that of the outputs, (tokens, features)."""
+    """Returns the gradients of table, scale and bias for that of the outputs, (tokens, features)."""
     with enable_x64(False):  # Mosaic knows no 64-bit indices
-        (tokens, features), tiles, pieces = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
+        (tokens, features), tiles, segments = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
         codes, starts, outside = _sorted_tokens(table, row_numbers)
-        height = pl.cdiv(pieces, SUBLANES) * SUBLANES
+        height = pl.cdiv(segments, SUBLANES) * SUBLANES
         chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(height)))
         dy = jnp.pad(dy.astype(jnp.float32), ((0, codes.size - tokens), (0, 0)))
-        dy = dy.reshape(-1, SUBLANES, pieces, LANES).transpose(0, 2, 1, 3)
+        dy = dy.reshape(-1, SUBLANES, segments, LANES).transpose(0, 2, 1, 3)
         of_norm = jax.ShapeDtypeStruct((SUBLANES, features), jnp.float32)
-        whole = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
+        sums = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
         d_table, d_scale, d_bias = pl.pallas_call(
             partial(_gradient, options, _unroll(interpret)),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -105,7 +91,7 @@ def gradient(
                     pl.BlockSpec(memory_space=pl.ANY),
                     pl.BlockSpec((1, features), lambda i, *_: (0, 0)),
                 ],
-                out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), whole, whole],
+                out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), sums, sums],
                 scratch_shapes=[
                     pltpu.VMEM((chunks, SUBLANES, height, LANES), jnp.float32),
                     pltpu.SemaphoreType.DMA((chunks,)),
@@ -119,7 +105,7 @@ def gradient(
             ),
             out_shape=[jax.ShapeDtypeStruct(table.shape, table.dtype), of_norm, of_norm],
             compiler_params=_parameters(),
-            name="normalised_rows_gradient",
+            name="normalized_rows_gradient",
             interpret=interpret,
         )(codes, starts, dy, table, scale[None])
         d_scale = jnp.where(outside, np.float32(np.nan), d_scale.sum(axis=0))
@@ -127,14 +113,14 @@ def gradient(
 
 
 def _parameters() -> pltpu.CompilerParams:
-    """Checks of bounds would double the instructions of a copy, and addresses are within them."""
+    """Disables bounds checks, which would double the instructions of a copy. All addresses are within bounds."""
     return pltpu.CompilerParams(
         dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
     )
 
 
 def _unroll(interpret: Any) -> int:
-    """Turns of a loop to write out; the interpreter's program need not be as long."""
+    """Returns how far to unroll a loop. The interpreter gets a shorter program."""
     return 1 if interpret else SUBLANES
 
 
@@ -147,7 +133,7 @@ def _forward(epsilon: float, unroll: int, numbers, next_numbers, table, scale, b
     slot, (tile, features) = step & 1, y.shape
 
     def fetch(numbers: Any, slot: Array) -> None:
-        """Starts a tile's copies, and notes whether a number is negative."""
+        """Starts the copies of a tile, and records whether a row number is negative."""
 
         def one(k, signs):
             row = numbers[k]
@@ -172,20 +158,20 @@ def _forward(epsilon: float, unroll: int, numbers, next_numbers, table, scale, b
     @pl.loop(0, tile // PACKED)
     def _(k):
         rows = pl.ds(pl.multiple_of(k * PACKED, PACKED), PACKED)
-        unit, _ = _standardised(x[slot, rows], epsilon)
+        unit, _ = _standardized(x[slot, rows], epsilon)
         y[rows] = (unit * scale[...] + bias[...]).astype(y.dtype)
 
 
 def _wait(copied: Any, semaphore: Any) -> None:
-    """For as many bytes as `copied` has, by any number of copies."""
+    """Waits for as many bytes as `copied` has, from any number of copies."""
     pltpu.make_async_copy(copied, copied, semaphore).wait()
 
 
-def _standardised(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """As in layer_norm.py."""
-    centred = x - _mean(x)
-    reciprocal = lax.rsqrt(_mean(centred * centred) + epsilon)
-    return centred * reciprocal, reciprocal
+def _standardized(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Standardizes rows as `layer_norm.py` does."""
+    centered = x - _mean(x)
+    reciprocal = lax.rsqrt(_mean(centered * centered) + epsilon)
+    return centered * reciprocal, reciprocal
 
 
 def _mean(x: Array) -> Array:
@@ -193,10 +179,10 @@ def _mean(x: Array) -> Array:
 
 
 def _sorted_tokens(table: Array, row_numbers: Array) -> tuple[Array, Array, Array]:
-    """Codes of tokens in the order of their rows, where each tile of rows starts in it, and whether any has no row.
+    """Returns the codes of tokens sorted by row, where each tile of rows starts, and whether any token has no row.
 
-    A code is the token's number, its row in the tile, whether that row is to be read, and whether it is another one
-    than before. There are zeros after the last code, up to a multiple of 8.
+    A code holds the number of the token, its row in the tile, whether to read this row, and whether it is the first
+    token of its row. The codes are padded with zeros to a multiple of 8.
     """
     tokens, tiles = row_numbers.size, pl.cdiv(table.shape[0], ROWS)
     known = jnp.where(_exists(row_numbers, table), row_numbers, table.shape[0])
@@ -229,7 +215,7 @@ def _is_first(code: Array) -> Array:
 def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_table, d_scale, d_bias, *scratch):
     ring, arrived, x, read, wanted, total, known, filled = scratch
     step, steps = pl.program_id(0), pl.num_programs(0)
-    slot, pieces, height = step & 1, dy.shape[1], ring.shape[2]
+    slot, segments, height = step & 1, dy.shape[1], ring.shape[2]
     chunks, start, end = codes.shape[0] // SUBLANES, starts[step], starts[step + 1]
 
     def fetch_terms(chunk):
@@ -239,13 +225,13 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
         def _(k):
             token = _token(codes[chunk * SUBLANES + k])
             source = dy.at[token >> 3, :, token & 7]
-            pltpu.make_async_copy(source, ring.at[place, k, pl.ds(0, pieces)], arrived.at[place]).start()
+            pltpu.make_async_copy(source, ring.at[place, k, pl.ds(0, segments)], arrived.at[place]).start()
 
     def fetch_rows(tile, slot):
-        """All rows at once where they are no more than the tile's tokens, else each row that has one."""
+        """Copies all rows of a tile at once if it has at least as many tokens, else each row that has a token."""
         first, last = starts[tile], starts[tile + 1]
         rows = min(ROWS, table.shape[0])
-        whole = (last - first >= rows) & (tile * ROWS + rows <= table.shape[0])
+        at_once = (last - first >= rows) & (tile * ROWS + rows <= table.shape[0])
 
         def fetch(row, count):
             source = table.at[pl.ds(tile * ROWS + row, count)]
@@ -256,13 +242,13 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
             pl.when(needed)(lambda: fetch(_row(codes[k]), 1))
             return count + needed
 
-        pl.when(whole)(lambda: fetch(0, rows))
-        count = lax.fori_loop(first, jnp.where(whole, first, last), of_token, jnp.int32(0))
-        wanted[slot] = jnp.where(whole, rows, count)
+        pl.when(at_once)(lambda: fetch(0, rows))
+        count = lax.fori_loop(first, jnp.where(at_once, first, last), of_token, jnp.int32(0))
+        wanted[slot] = jnp.where(at_once, rows, count)
 
     def add(chunk, total_of_row):
         place = chunk & (ring.shape[0] - 1)
-        pl.when(chunk * SUBLANES >= start)(lambda: _wait(ring.at[place, :, pl.ds(0, pieces)], arrived.at[place]))
+        pl.when(chunk * SUBLANES >= start)(lambda: _wait(ring.at[place, :, pl.ds(0, segments)], arrived.at[place]))
 
         def add_one(k, total_of_row):
             token = chunk * SUBLANES + k
@@ -280,15 +266,15 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
         return total_of_row
 
     def totals(group):
-        """(8, features) of eight rows, zero where they have no token; and which have one."""
+        """Returns the sums of eight rows, (8, features), zero for rows without tokens, and which rows have tokens."""
         exists = known[pl.ds(group * SUBLANES, SUBLANES)][:, :1] == step
-        of_pieces = [total[pl.ds(group * SUBLANES * height + k, SUBLANES, stride=height)] for k in range(pieces)]
-        return jnp.where(exists, jnp.concatenate(of_pieces, axis=1), 0.0), exists
+        of_segments = [total[pl.ds(group * SUBLANES * height + k, SUBLANES, stride=height)] for k in range(segments)]
+        return jnp.where(exists, jnp.concatenate(of_segments, axis=1), 0.0), exists
 
     def finish(group):
         rows = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
         of_rows, exists = totals(group)
-        unit, reciprocal = _standardised(jnp.where(exists, x[slot, rows], 0.0), options.epsilon)
+        unit, reciprocal = _standardized(jnp.where(exists, x[slot, rows], 0.0), options.epsilon)
         h = of_rows * scale[...]
         d_rows = reciprocal * (h - _mean(h) - unit * _mean(h * unit))
         if options.padding_idx is not None:
@@ -324,6 +310,6 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
             )
 
     @pl.when(step == steps - 1)
-    def _():  # the row outside has a gradient of the bias
+    def _():  # tokens outside the table contribute to the gradient of the bias
         of_rows, _ = totals(OUTSIDE // SUBLANES)
         d_bias[...] += jnp.where(lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0) == 0, of_rows, 0.0)

@@ -1,13 +1,13 @@
-"""Normalised rows and their gradient as two Triton kernels for GPU.
+"""Normalized rows and their gradient as two Triton kernels for GPU.
 
-Forward: one program for each token. It reads the row, keeps it in registers for both sums, and writes the output.
+Forward: one program per token. It reads the row, keeps it in registers for both sums, and writes the output.
 
-Gradient: tokens sorted by row, and one program for each `RUN` of them. It adds up the output's gradients of tokens
-with the same row and, where the row changes, reads it and writes its gradient. A row whose tokens reach over the end
-of a run gets its gradient in parts, which are added in memory, in no certain order. So a frequent token is shared by
-many programs, and no program waits. Those of scale and bias are added up in registers, and then of all programs.
+Gradient: tokens are sorted by row, and a program takes `RUN` of them. It sums the output's gradients of tokens with the
+same row. When the row changes, it reads the row and writes its gradient. If the tokens of a row extend over the end of
+a run, its gradient is added in memory in parts, in no fixed order. So many programs share a frequent token, and no
+program waits. The gradients of scale and bias are summed in registers, then over all programs.
 
-What limits them: memory, and for the gradient also the zeros that rows without tokens need.
+What limits them: memory, and for the gradient also the zeros of rows without tokens.
 """
 
 from functools import partial
@@ -20,23 +20,21 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-RUN = 32  # tokens of a program; partial sums of scale and bias have 1/32 of the gradient's bytes, twice
-
-
-PER_WARP = 32 * 32  # features of a row for each warp
+RUN = 32  # tokens per program; partial sums of scale and bias take 1/32 of the gradient's bytes each
+PER_WARP = 32 * 32  # features per warp
 
 
 def forward(
     options: Any, table: Array, scale: Array, bias: Array, row_numbers: Array, interpret: bool = False
 ) -> Array:
-    """Outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
+    """Returns outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
     (tokens,), features = row_numbers.shape, table.shape[1]
     return pl.pallas_call(
         partial(_forward, options, table.shape),
         grid=(tokens,),
         out_shape=jax.ShapeDtypeStruct((tokens, features), options.dtype),
         compiler_params=_parameters(features),
-        name="normalised_rows",
+        name="normalized_rows",
         interpret=interpret,
     )(table, scale, bias, row_numbers)
 
@@ -44,12 +42,12 @@ def forward(
 def gradient(
     options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: bool = False
 ) -> tuple[Array, Array, Array]:
-    """Gradients of table, scale and bias for that of the outputs, (tokens, features)."""
+    """Returns the gradients of table, scale and bias for that of the outputs, (tokens, features)."""
     tokens, features = dy.shape
     programs = pl.cdiv(tokens, RUN)
-    row_numbers = jnp.where(row_numbers < 0, table.shape[0], row_numbers)  # whoever promised otherwise
+    row_numbers = jnp.where(row_numbers < 0, table.shape[0], row_numbers)  # even if the caller promised none
     order = jnp.argsort(row_numbers).astype(jnp.int32)
-    none = np.int32(-1)  # stands for the row of no token: before the first, after the last
+    none = np.int32(-1)  # the row before the first token and after the last
     rows = jnp.pad(row_numbers[order], (1, programs * RUN - tokens + 1), constant_values=none)
     partial_sums = jax.ShapeDtypeStruct((programs, features), jnp.float32)
     d_table, d_scale, d_bias = pl.pallas_call(
@@ -58,7 +56,7 @@ def gradient(
         out_shape=[jax.ShapeDtypeStruct(table.shape, jnp.float32), partial_sums, partial_sums],
         input_output_aliases={5: 0},
         compiler_params=_parameters(features),
-        name="normalised_rows_gradient",
+        name="normalized_rows_gradient",
         interpret=interpret,
     )(dy, table, scale, order, rows, jnp.zeros(table.shape, jnp.float32))
     of_norm = (x.sum(axis=0).astype(scale.dtype) for x in (d_scale, d_bias))
@@ -74,7 +72,7 @@ def _forward(options: Any, shape: tuple[int, ...], table, scale, bias, row_numbe
     load, at, inside = _rows_of(shape[1])
     row = plgpu.load(row_numbers.at[token])
     exists = (row >= 0) & (row < shape[0])
-    unit, _ = _standardised(load(table, jnp.where(exists, row, 0)), inside, shape[1], options.epsilon)
+    unit, _ = _standardized(load(table, jnp.where(exists, row, 0)), inside, shape[1], options.epsilon)
     found = unit * load(scale) + load(bias)
     plgpu.store(y.at[at(token)], jnp.where(exists, found, np.float32(np.nan)).astype(y.dtype), mask=inside)
 
@@ -88,7 +86,7 @@ def _gradient(options: Any, shape: tuple[int, ...], tokens: int, add_to: Any, *r
     factor = load(scale)
     zero = jnp.zeros_like(factor)
 
-    def row_at(k: Any) -> Array:  # of the k-th token of this program, where -1 is the one before it
+    def row_at(k: Any) -> Array:  # of the k-th token of this program; of the one before it for k = -1
         return plgpu.load(rows.at[first + k + 1])
 
     before, after = row_at(-1), row_at(RUN)
@@ -97,7 +95,7 @@ def _gradient(options: Any, shape: tuple[int, ...], tokens: int, add_to: Any, *r
         """Writes the row's gradient for the sum of its tokens' gradients."""
         exists = row < shape[0]
         x = jnp.where(exists, load(table, jnp.where(exists, row, 0)), np.float32(np.nan))
-        unit, reciprocal = _standardised(x, inside, shape[1], options.epsilon)
+        unit, reciprocal = _standardized(x, inside, shape[1], options.epsilon)
         h = total * factor
         mean, along = (jnp.sum(v if inside is None else jnp.where(inside, v, 0.0)) / shape[1] for v in (h, h * unit))
         d_row = reciprocal * (h - mean - unit * along)
@@ -136,12 +134,12 @@ def _add_atomically(ref: Any, place: tuple, x: Array, mask: Array) -> None:
 
 
 def _add_in_turn(ref: Any, place: tuple, x: Array, mask: Array) -> None:
-    """For the interpreter, which runs one program after the other, and has no masked atomics."""
+    """Adds without atomics, for the interpreter. It runs one program after the other and has no masked atomics."""
     plgpu.store(ref.at[place], plgpu.load(ref.at[place], mask=mask, other=0.0) + x, mask=mask)
 
 
 def _rows_of(features: int) -> tuple:
-    """How a program reads vectors and rows, where row k lies, and which of its elements there are (None: all)."""
+    """Returns functions that load a vector or row and that address a row, and a mask of its elements (None: all)."""
     length = pl.next_power_of_2(features)
     inside = None if length == features else jnp.arange(length) < features
 
@@ -155,9 +153,9 @@ def _rows_of(features: int) -> tuple:
     return load, at, inside
 
 
-def _standardised(x: Array, inside: Array | None, features: int, epsilon: float) -> tuple[Array, Array]:
-    """As in layer_norm.py, of one row; zero outside of it."""
-    centred = x - jnp.sum(x) / features
-    centred = centred if inside is None else jnp.where(inside, centred, 0.0)
-    reciprocal = lax.rsqrt(jnp.sum(centred * centred) / features + epsilon)
-    return centred * reciprocal, reciprocal
+def _standardized(x: Array, inside: Array | None, features: int, epsilon: float) -> tuple[Array, Array]:
+    """Standardizes one row as `layer_norm.py` does, with zeros outside of it."""
+    centered = x - jnp.sum(x) / features
+    centered = centered if inside is None else jnp.where(inside, centered, 0.0)
+    reciprocal = lax.rsqrt(jnp.sum(centered * centered) / features + epsilon)
+    return centered * reciprocal, reciprocal

@@ -1,4 +1,4 @@
-"""The stable embedding as one operation: kernels against the reference, and every transformation of JAX."""
+"""Compares the kernels of normalized rows with the reference, under every transformation of JAX."""
 
 from typing import Any
 
@@ -9,16 +9,17 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import flax_stable_embed as fse
-from flax_stable_embed.ops.embedding.normalised_rows import api as operation
-from flax_stable_embed.ops.embedding.normalised_rows import pallas_gpu, pallas_tpu
-from flax_stable_embed.ops.embedding.normalised_rows.api import Options, normalised_rows, reference
+from flax_stable_embed.ops.embedding.normalized_rows import pallas_gpu, pallas_tpu
+from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
+from flax_stable_embed.ops.embedding.normalized_rows.capabilities import LEAST_FEATURES, MOST_FEATURES
+from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
 
 RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
 
 
 def case(rows=9, features=12, tokens=40, dtype=jnp.float32, out=jnp.float32, padding_idx=None, outside=False):
-    """Options, parameters, row numbers and a gradient of the output; the lower the row the more tokens it has."""
+    """Returns options, parameters, row numbers and a gradient of the output. Lower rows have more tokens."""
     keys = jax.random.split(jax.random.key(rows * features + tokens), 5)
     table = jax.random.normal(keys[0], (rows, features)).astype(dtype)
     scale, bias = jax.random.normal(keys[1], (2, features))
@@ -53,7 +54,7 @@ CASES_ON_TPU = {
     "one token": {"tokens": 1},
     "one row for many chunks": {"rows": 2, "tokens": 300},
     "a tile full of tokens": {"rows": ROWS, "tokens": 2 * ROWS},
-    "tiles of rows, the last one cut": {"rows": 3 * ROWS + 5, "tokens": 100},
+    "tiles of rows, the last one partly outside": {"rows": 3 * ROWS + 5, "tokens": 100},
     "tiles without tokens": {"rows": 9 * ROWS, "tokens": 7},
     "more tokens than a tile": {"tokens": pallas_tpu.MOST_TOKENS + 9},
     "features that fill registers": {"features": 8 * LANES},
@@ -78,8 +79,8 @@ def test_the_kernels_for_tpu_equal_the_reference(name):
 
 
 @pytest.mark.slow
-def test_the_kernels_for_tpu_wait_for_what_they_read():
-    """Memory that nobody wrote is NaN, and copies arrive as late as they may."""
+def test_the_kernels_for_tpu_wait_for_the_copies_they_read():
+    """Unwritten memory is NaN, and copies arrive as late as they can."""
     late = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
     assert_equals_the_reference(pallas_tpu, late, rows=3 * ROWS + 5, features=2 * LANES, tokens=300, outside=True)
 
@@ -99,7 +100,7 @@ def assert_equals_the_reference(kernels, interpret: Any = True, **of_case):
 
 
 def test_rows_split_into_runs_of_tokens_sum_up():
-    """By hand: with scale 1, y = (x - mean) r; the gradient of a row that all tokens share is that of their sum."""
+    """By hand: with scale 1, y = (x - mean) r. The gradient of a row that all tokens share is that of their sum."""
     options, tokens = Options(1.0, None, False, FLOAT32), 2 * RUN + 3
     table, ones = jnp.array([[3.0, 5.0], [0.0, 0.0]]), jnp.ones(2)
     dy = jnp.tile(jnp.array([[1.0, 0.0]]), (tokens, 1))
@@ -115,8 +116,8 @@ def test_rows_split_into_runs_of_tokens_sum_up():
     np.testing.assert_array_equal(d_bias, [tokens, 0.0])
 
 
-def test_a_row_of_nan_stays_in_its_row_on_tpu():
-    """Rows without tokens are never read, and those beside it have gradients of their own."""
+def test_nan_in_one_row_does_not_reach_other_rows_on_tpu():
+    """Rows without tokens are never read, and neighboring rows keep their gradients."""
     options, (table, scale, bias), _, _ = case(rows=5, features=LANES)
     table, row_numbers = table.at[jnp.array([1, 3])].set(jnp.nan), jnp.array([0, 1, 2, 0], jnp.int32)
     dy = jnp.ones((4, LANES)).at[1, 0].set(jnp.inf)
@@ -150,13 +151,13 @@ def one_device_of(monkeypatch, platform):
 
 
 def both():
-    """The operation and its reference, as functions of the parameters with a number for a result."""
+    """Returns the operation and its reference, as functions from parameters to a number."""
     options, parameters, row_numbers, _ = case(padding_idx=2)
 
     def loss(f):
         return lambda *args: jnp.sum(jnp.sin(f(options, *args, row_numbers)))
 
-    return loss(normalised_rows), loss(reference), parameters
+    return loss(normalized_rows), loss(reference), parameters
 
 
 def close(a, b):
@@ -185,13 +186,13 @@ TRANSFORMED = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-def test_every_transformation_is_that_of_the_reference(name):
+def test_every_transformation_equals_that_of_the_reference(name):
     ours, theirs, parameters = both()
     close(TRANSFORMED[name](ours)(*parameters), TRANSFORMED[name](theirs)(*parameters))
 
 
 def test_vmap_over_examples_is_one_longer_lookup():
-    """Also backwards: kernels stay."""
+    """In the backward pass too, so kernels stay."""
     options, parameters, row_numbers, dy = case()
     examples, dy = row_numbers.reshape(8, 5).T, dy.reshape(8, 5, -1)
 
@@ -201,9 +202,9 @@ def test_vmap_over_examples_is_one_longer_lookup():
 
         return jax.grad(loss, (0, 1, 2))
 
-    close(gradients(normalised_rows)(*parameters), gradients(reference)(*parameters))
-    found = primitives_of(gradients(normalised_rows), *parameters)
-    assert {"normalised_rows", "normalised_rows_gradient"} <= found
+    close(gradients(normalized_rows)(*parameters), gradients(reference)(*parameters))
+    found = primitives_of(gradients(normalized_rows), *parameters)
+    assert {"normalized_rows", "normalized_rows_gradient"} <= found
 
 
 def test_scale_and_bias_may_have_dtypes_of_their_own():
@@ -211,7 +212,7 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
     args = (table, scale.astype(jnp.bfloat16), bias)
     found, want = (
         jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(options, *a, row_numbers))), (0, 1, 2))(*args)
-        for f in (normalised_rows, reference)
+        for f in (normalized_rows, reference)
     )
     assert [x.dtype for x in found] == [x.dtype for x in args]
     for a, b in zip(found, want):
@@ -219,25 +220,25 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_without_jit_it_runs_and_says_where_a_nan_is_from():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+def test_the_operation_runs_without_jit_and_under_debug_nans():
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     with jax.disable_jit():
-        assert embed.apply(params, jnp.arange(3)).shape == (3, operation.LEAST_FEATURES)
+        assert embed.apply(params, jnp.arange(3)).shape == (3, LEAST_FEATURES)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         embed.apply(params, jnp.array([99]))
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_a_batch_without_a_number_has_no_kernel():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+def test_a_batch_of_symbolic_size_uses_no_kernel():
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
     (batch,) = jax.export.symbolic_shape("batch")
     exported = jax.export.export(jax.jit(embed.apply))(params, jax.ShapeDtypeStruct((batch,), jnp.int32))
-    assert exported.out_avals[0].shape == (batch, operation.LEAST_FEATURES)
+    assert exported.out_avals[0].shape == (batch, LEAST_FEATURES)
 
 
-def test_negative_numbers_against_a_promise_touch_no_row():
+def test_negative_row_numbers_touch_no_row_even_if_the_caller_promised_none():
     options, (table, scale, _), _, _ = case(rows=5)
     row_numbers = jnp.array([-2, -1, -2, 1], jnp.int32)
     dy = jnp.ones((4, table.shape[1]))
@@ -258,8 +259,8 @@ def test_negative_numbers_against_a_promise_touch_no_row():
         ({"scale_grad_by_freq": True}, False),
         ({"sparse": True}, False),
         ({"lookup": "one_hot"}, False),
-        ({"features": operation.LEAST_FEATURES - 1}, False),
-        ({"features": operation.MOST_FEATURES + 1}, False),
+        ({"features": LEAST_FEATURES - 1}, False),
+        ({"features": MOST_FEATURES + 1}, False),
         ({"num_embeddings": 1}, False),
         ({"dtype": jnp.float8_e4m3fn}, False),
     ],
@@ -267,12 +268,12 @@ def test_negative_numbers_against_a_promise_touch_no_row():
 )
 @pytest.mark.usefixtures("one_gpu")
 def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
-    options = {"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options
+    options = {"num_embeddings": 11, "features": LEAST_FEATURES} | options
     embed, ids = fse.linen.StableEmbed(**options), jnp.arange(6).reshape(2, 3)
     params = embed.init(jax.random.key(0), ids)
-    assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
+    assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
     in_nnx = fse.nnx.StableEmbed(**options, rngs=fse.nnx.nnx.Rngs(0))
-    assert ("normalised_rows" in primitives_of(lambda ids: in_nnx(ids), ids)) is expected
+    assert ("normalized_rows" in primitives_of(lambda ids: in_nnx(ids), ids)) is expected
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
         ({"padding_idx": 3, "dtype": jnp.bfloat16, "mode": "clip"}, True),
         ({"param_dtype": jnp.bfloat16}, False),
         ({"dtype": jnp.float16}, False),
-        ({"features": operation.LEAST_FEATURES + 1}, False),
+        ({"features": LEAST_FEATURES + 1}, False),
         ({"max_norm": 1.0}, False),
     ],
     ids=str,
@@ -290,23 +291,23 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
 @pytest.mark.usefixtures("one_tpu")
 def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
     embed, ids = (
-        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": operation.LEAST_FEATURES} | options),
+        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": LEAST_FEATURES} | options),
         jnp.arange(6),
     )
     params = embed.init(jax.random.key(0), ids)
-    assert ("normalised_rows" in primitives_of(embed.apply, params, ids)) is expected
+    assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
 
 
-def test_where_several_devices_compute_it_is_not():
-    embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES), jnp.arange(6)
+def test_several_devices_use_a_lookup_and_a_norm():
+    embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES), jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)
-    assert "normalised_rows" not in primitives_of(embed.apply, params, ids)
+    assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
-def test_the_operation_is_lookup_and_norm(one_gpu, monkeypatch, mode):
+def test_the_operation_equals_a_lookup_and_a_norm(one_gpu, monkeypatch, mode):
     options = {"padding_idx": 0, "mode": mode, "dtype": jnp.bfloat16}
-    embed, ids = fse.linen.StableEmbed(11, operation.LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
+    embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
     params = embed.init(jax.random.key(0), ids)
 
     def loss(params):
@@ -322,6 +323,6 @@ def test_the_operation_is_lookup_and_norm(one_gpu, monkeypatch, mode):
 
 @pytest.mark.usefixtures("one_gpu")
 def test_no_ids_give_no_rows():
-    embed = fse.linen.StableEmbed(11, operation.LEAST_FEATURES)
+    embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
-    assert embed.apply(params, jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, operation.LEAST_FEATURES)
+    assert embed.apply(params, jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, LEAST_FEATURES)

@@ -1,0 +1,37 @@
+"""Defines normalized rows in plain operations: a lookup, then a LayerNorm in float32.
+
+    y_i = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias,    x = table[ids_i]
+
+The kernels compute the same. Where none can run, this runs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+from ...dtypes import at_least_float32
+from ..gather import GatherOptions, gather
+from ..layer_norm import normalize
+
+
+class Options(NamedTuple):
+    """Static options of the operation; hashable.
+
+    epsilon: Added to the variance.
+    padding_idx: The row that gets no gradient; None if every row gets one.
+    in_bounds: True if the caller promises that every row number is in the table.
+    dtype: Dtype of the output.
+    """
+
+    epsilon: float
+    padding_idx: int | None
+    in_bounds: bool
+    dtype: np.dtype
+
+
+def reference(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
+    """Returns the normalized rows, (*batch, features)."""
+    wide = at_least_float32(table.dtype)
+    how = GatherOptions(options.padding_idx, by_frequency=False, sharding=None, dtype=wide, in_bounds=options.in_bounds)
+    return normalize(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)

@@ -1,0 +1,106 @@
+"""JAX primitives that are a reference in plain operations unless a kernel can run.
+
+Which platform a program is for, and for how many devices, is known when it is lowered. So the choice between kernel
+and reference is made there, in the lowering rule of a primitive:
+
+    step = primitive("step", reference, {"tpu": kernel_for_tpu, "cuda": kernel_for_gpu})
+
+The reference defines everything else: the types of the results, derivatives, vmap, and platforms without a kernel.
+A kernel function imports its Pallas module when it is called, because Pallas is imported only when a kernel is lowered.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from .sharding import is_for_one_device
+
+Function = Callable[..., Sequence[Any]]  # of arrays, and of static values by name
+
+
+class Program(NamedTuple):
+    """The program that a primitive is lowered into.
+
+    kernel_platform: platform of the kernel that could run, by JAX's name; None on platforms without a kernel.
+    platforms: all platforms that the program is compiled for.
+    one_device: True if it computes on one device, or is the body of a `jax.shard_map` over all mesh axes.
+    """
+
+    kernel_platform: str | None
+    platforms: Sequence[str]
+    one_device: bool
+
+
+def on_one_device(program: Program, **static: Any) -> bool:
+    """Returns whether a kernel may run. XLA partitions a program for several devices, and cannot partition a kernel."""
+    del static
+    return program.one_device
+
+
+def primitive(
+    name: str,
+    reference: Function,
+    kernels: Mapping[str, Function] | None = None,
+    *,
+    may_run: Callable[..., bool] = on_one_device,
+    types: Callable[..., Sequence[ShapedArray]] | None = None,
+    flat: bool = False,
+) -> Primitive:
+    """Builds a primitive with several results that runs a kernel where one may run, and `reference` elsewhere.
+
+    Args:
+        name: The name of the primitive in a jaxpr.
+        reference: Computes the results in plain operations.
+        kernels: The kernel for each platform, by JAX's name ("tpu", "cuda"); takes and returns what `reference` does.
+        may_run: Called as `may_run(program, **static)` when the primitive is lowered. Returns whether the kernel
+            replaces the reference, or raises.
+        types: Returns the types of the results for those of the arrays. If None, the reference is traced for them.
+        flat: True if each element of the last argument, a vector, has a row in every result. A vmap over this argument
+            alone then becomes one longer vector, and the kernel stays.
+    """
+    new = Primitive(name)
+    new.multiple_results = True
+
+    def traced_types(*avals: Any, **static: Any) -> list[ShapedArray]:
+        return [ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(partial(reference, **static), *avals)]
+
+    def derivative(primals: Any, tangents: Any, **static: Any) -> Any:
+        return jax.jvp(partial(reference, **static), primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+    def batched(args: Any, axes: Any, **static: Any) -> Any:
+        if flat and all(axis is None for axis in axes[:-1]):
+            vectors = jnp.moveaxis(args[-1], axes[-1], 0)
+            results = new.bind(*args[:-1], vectors.ravel(), **static)
+            return [x.reshape(*vectors.shape, *x.shape[1:]) for x in results], [0] * len(results)
+        results = jax.vmap(partial(reference, **static), in_axes=tuple(axes))(*args)
+        return results, [0] * len(results)
+
+    new.def_impl(partial(xla.apply_primitive, new))
+    new.def_abstract_eval(types or traced_types)
+    ad.primitive_jvps[new] = derivative
+    batching.primitive_batchers[new] = batched
+    mlir.register_lowering(new, rule(reference, None, None, may_run))
+    for platform, kernel in (kernels or {}).items():
+        mlir.register_lowering(new, rule(reference, platform, kernel, may_run), platform=platform)
+    return new
+
+
+def rule(
+    reference: Function, platform: str | None, kernel: Function | None, may_run: Callable[..., bool] = on_one_device
+) -> Callable[..., Any]:
+    """Returns the lowering rule for a platform, or for all platforms without a kernel if `kernel` is None."""
+
+    def lower(context: Any, *args: Any, **static: Any) -> Any:
+        module = context.module_context
+        program = Program(platform, module.platforms, is_for_one_device(module.axis_context))
+        runs = may_run(program, **static)
+        function = kernel if runs and kernel is not None else reference
+        return mlir.lower_fun(function, multiple_results=True)(context, *args, **static)
+
+    return lower
