@@ -71,8 +71,8 @@ class Embed(nn.Embed):
     padding_idx: int | None = _option(None)
     max_norm: float | None = _option(None)
     norm_type: float = _option(2.0)
-    scale_grad_by_freq: bool = _option(False)
-    sparse: bool = _option(False)
+    scale_grad_by_freq: bool = _option(default=False)
+    sparse: bool = _option(default=False)
     lookup: maths.Method = _option("take")
     mode: maths.Mode = _option("fill")
 

@@ -50,14 +50,14 @@ def model():
 
 
 def decays(params):
-    """levanter's mask as a function of the parameters: True where a regular expression matches the path."""
+    """Levanter's mask as a function of the parameters: True where a regular expression matches the path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: bool(re.search("weight", jax.tree_util.keystr(path))), params
     )
 
 
 def optimizer(scale_by, **options):
-    """levanter's chain: clipping, scaling, decay, and a learning rate from a schedule by `inject_hyperparams`."""
+    """Levanter's chain: clipping, scaling, decay, and a learning rate from a schedule by `inject_hyperparams`."""
 
     def chain(learning_rate):
         return optax.chain(

@@ -31,7 +31,7 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
     return jax.nn.initializers.xavier_uniform()(key, shape, dtype)
 
 
-def pretrained(table: Any) -> Initializer:
+def pretrained(table: Any) -> "Pretrained":
     """Returns an initializer that starts from a given table, as torch's `_weight` and `from_pretrained` do.
 
     The table is cast to `param_dtype` and otherwise used as given. Its padding row is not set to zero. This also holds
@@ -48,10 +48,10 @@ def pretrained(table: Any) -> Initializer:
     >>> pretrained([[1.0, 2.0]])(jax.random.key(0), (1, 2), jnp.float32)
     Array([[1., 2.]], dtype=float32)
     """
-    return _Pretrained(table if hasattr(table, "shape") else np.asarray(table))
+    return Pretrained(table if hasattr(table, "shape") else np.asarray(table))
 
 
-class _Pretrained:
+class Pretrained:
     """The initializer of `pretrained`: a class, so that it can be recognized, and pickled with the module."""
 
     def __init__(self, table: Any):
@@ -73,7 +73,7 @@ class _Pretrained:
 
 def is_pretrained(initializer: Initializer) -> bool:
     """Returns whether an initializer is `pretrained(...)`, also inside of Flax's wrappers that add metadata."""
-    return isinstance(inspect.unwrap(initializer), _Pretrained)
+    return isinstance(inspect.unwrap(initializer), Pretrained)
 
 
 def zero_padding_row(table: jax.Array, padding_idx: int) -> jax.Array:

@@ -11,8 +11,9 @@ from tests.tools import ALL_FP32, SMALL, assert_nearly, assert_same_bits, gradie
 
 
 def test_two_steps_by_hand():
-    """Moments 0.01 and 0.0025: 1/4 of the largest is level 63.5 of 127, to even 64. Then the moment decides the sign:
+    """Checks the rounding and the sign of two moments, 0.01 and 0.0025.
 
+    1/4 of the largest is level 63.5 of 127, which rounds to even, 64. Then the moment decides the sign, because
     0.9 * 0.01 * (64 / 127)^2 = 0.00229 is more than 0.1 * 0.02.
     """
     tx = fse.scale_by_lion8bit(state_format=SMALL)

@@ -88,7 +88,7 @@ def test_shardings_are_those_of_the_state_of_arrays(name, kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sums_over_an_axis_are_sharded_along_the_others(kind):
-    """optax itself would replicate them."""
+    """Optax itself would replicate them."""
     tx, mesh = optax.adafactor(1e-3, min_dim_size_to_factor=16), mesh_of(kind)
     with jax.set_mesh(mesh):
         params = placed(mesh)

@@ -37,7 +37,7 @@ VMEM_BYTES = 32 << 20
 
 def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: Array, interpret: Any = False) -> Array:
     """Returns outputs, (tokens, features), for int32 row numbers of shape (tokens,)."""
-    with enable_x64(False):  # Mosaic knows no 64-bit indices
+    with enable_x64(False):  # noqa: FBT003  (Mosaic knows no 64-bit indices)
         (tokens,), features = row_numbers.shape, table.shape[1]
         tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
         tiles = pl.cdiv(tokens, tile)
@@ -72,7 +72,7 @@ def gradient(
     options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: Any = False
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of table, scale and bias for that of the outputs, (tokens, features)."""
-    with enable_x64(False):  # Mosaic knows no 64-bit indices
+    with enable_x64(False):  # noqa: FBT003  (Mosaic knows no 64-bit indices)
         (tokens, features), tiles, segments = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
         codes, starts, outside = _sorted_tokens(table, row_numbers)
         height = pl.cdiv(segments, SUBLANES) * SUBLANES
