@@ -1,4 +1,4 @@
-"""Checks of what users pass, made once, at the border."""
+"""Checks the arguments that users pass, once, when they enter the library."""
 
 from numbers import Number
 from typing import Any
@@ -11,15 +11,20 @@ from .trees import is_none
 
 
 def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:
-    """A pytree of booleans, or a prefix of one, as one boolean for each leaf of `tree`; None in both is a leaf too.
+    """Returns a mask as one boolean for each leaf of `tree`, where None counts as a leaf.
+
+    Args:
+        name: The argument that the mask came from, for the error.
+        mask: Pytree of booleans with the structure of `tree`, or a prefix of it. None means True everywhere.
+        tree: Pytree like the parameters.
 
     Raises:
-        ValueError: it has another structure, or does not hold booleans. `name` is the argument that gave it.
+        ValueError: The mask has another structure, or does not hold booleans.
     """
 
     def spread(m, part):
         if isinstance(m, str) or not hasattr(m, "__bool__"):
-            raise ValueError(f"`{name}` must hold booleans, got {m!r}.")
+            raise ValueError(f"`{name}` must hold booleans, got {m!r}. True means that it applies.")
         return jax.tree.map(lambda _: bool(m), part, is_leaf=is_none)
 
     if mask is None:
@@ -41,51 +46,53 @@ def _is_prefix(a: Any, b: Any) -> bool:
 
 
 def refuse_dtype(name: str, dtype: Any) -> None:
-    """Raises where a dtype is asked for that optax takes for its moments."""
+    """Raises if a user sets the dtype of moments, as optax's argument `name` does."""
     if dtype is not None:
         raise TypeError(
-            f"`{name}` must be None, got {dtype!r}: moments are stored in 8 bits or fp32. To choose which, use "
-            "rules=((pattern, 8 or 32),)."
+            f"`{name}` must be None, got {dtype!r}: `rules` choose how moments are stored, in 8 bits or in fp32. "
+            "Use rules=((pattern, 8 or 32),)."
         )
 
 
 def check_numbers(**values: Any) -> None:
-    """Raises where a hyper-parameter is neither a number nor an array."""
+    """Raises unless every hyper-parameter is a number or an array."""
     for name, value in values.items():
         if not isinstance(value, Number) and not hasattr(value, "dtype"):
             raise TypeError(f"`{name}` must be a number, got {value!r}.")
 
 
 def check_schedules(**values: Any) -> None:
-    """Raises where a hyper-parameter is neither a number nor a schedule."""
+    """Raises unless every hyper-parameter is a number, an array or a schedule."""
     check_numbers(**{name: value for name, value in values.items() if not callable(value)})
 
 
 def refuse_sparse_rows(name: str, grads: Any) -> None:
-    """Raises where a gradient is of some rows only, which `fse.row_sparse` turns into arrays."""
+    """Raises if a gradient is a `SparseRows`, which `fse.row_sparse` must turn into an array first."""
     if any(map(is_sparse_rows, jax.tree.leaves(grads, is_leaf=is_sparse_rows))):
         raise TypeError(
-            f"a gradient is a fse.SparseRows, but {name} takes arrays. Put fse.row_sparse around the optimizer, and it "
-            "into fse.row_sparse if it treats rows one by one; or take dense gradients from jax.value_and_grad."
+            f"A gradient is a fse.SparseRows, but {name} takes arrays. Wrap the optimizer in fse.row_sparse, or take "
+            "dense gradients from jax.value_and_grad."
         )
 
 
 def kind_of(state: Any) -> str:
-    """What a state is, for an error message."""
+    """Describes the type of a state, for an error message."""
     names = [type(x).__name__ for x in state] if type(state) is tuple else []
     return type(state).__name__ + (f" of {', '.join(names)}" if names else "")
 
 
 def is_int(value: Any) -> bool:
+    """Returns whether a value is an integer of Python or NumPy. Booleans are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def need_params(params: Any, needed: bool) -> None:
+    """Raises if an optimizer that needs the parameters does not get them."""
     if params is None and needed:
-        raise ValueError("this optimizer needs `params`: call `update(grads, state, params)`; got None.")
+        raise ValueError("This optimizer needs `params`, got None. Call `update(grads, state, params)`.")
 
 
 def check_transform(tx: Any) -> None:
-    """Raises where `tx` is not used as an optax transform. (optax.MultiSteps is, but no GradientTransformation.)"""
+    """Raises unless `tx` has `init` and `update`. (optax.MultiSteps has both, but is not a GradientTransformation.)"""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`tx` must be an optax transform, got {tx!r}.")
+        raise TypeError(f"`tx` must be an optax transform, with `init` and `update`, got {tx!r}.")

@@ -1,4 +1,4 @@
-"""Transforms that can write the parameters themselves: fused_update and chain."""
+"""Updates parameters in place: `fused_update`, and `chain` that keeps it available."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -9,14 +9,14 @@ from .arguments import kind_of
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transform that can write the parameters itself: `fused_update(grads, state, params, **extra_args)`."""
+    """An optax transform that also has `fused_update(grads, state, params, **extra_args) -> (params, state)`."""
 
     fused_update: Callable
 
     def __new__(cls, init, update, fused_update=None):
-        """A pair `(init, update)`, as optax unpacks it, with `fused_update` beside it.
+        """Makes the pair `(init, update)`, which optax unpacks, with `fused_update` as an attribute.
 
-        To JAX it is a tree of two functions: one that was taken apart and put together has lost the third.
+        To JAX it is a pytree of two functions. If it is flattened and unflattened, it loses the attribute.
         """
         self = super().__new__(cls, init, update)
         if fused_update is not None:
@@ -24,11 +24,12 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         return self
 
     def __getnewargs__(self):
-        """What a copy is made from."""
+        """Returns the arguments from which `copy` makes a copy."""
         return (*self, getattr(self, "fused_update", None))
 
 
 def check_members(state: Any, n: int) -> None:
+    """Raises unless the state of a chain is a tuple of `n` states."""
     if not isinstance(state, tuple) or len(state) != n:
         raise TypeError(
             f"`state` must be a tuple of {n}, as `init` makes it, got {kind_of(state)}. The order is update(grads, "
@@ -37,33 +38,37 @@ def check_members(state: Any, n: int) -> None:
 
 
 def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
-    """Whether a transform can write the parameters itself."""
+    """Returns whether a transform can update the parameters in place."""
     return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")
 
 
 def fused_update(
     tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args
 ) -> tuple[Any, Any]:
-    """One step that writes the parameters: `(params, state)`, with no tree of updates in between.
+    """Runs one step and returns the new `(params, state)`, without a pytree of updates in memory.
 
-    The state is the same tree with the same bits as `tx.update` gives; float32 parameters agree within 1 ulp of the
-    largest of |parameter|, |update| and |their sum|; bfloat16 parameters are rounded once here, twice by
-    `optax.apply_updates`.
-    Under `jit`, donate parameters and state, and take them in the order in which they are returned, parameters first:
-    JAX pairs donated with returned arrays of the same shape and dtype one by one, and where a moment's memory is given
-    to a parameter, XLA must copy both. Optimizers that need norms of whole parameters (LAMB, LARS) hold their
-    directions meanwhile, as `update` does.
+    The state has the same structure and the same bits as the state that `tx.update` returns. float32 parameters agree
+    with `optax.apply_updates` within 1 ulp of the largest of |parameter|, |update| and |their sum|. bfloat16 parameters
+    are rounded once here, but twice with `optax.apply_updates`.
+
+    Under `jit`, donate parameters and state. Let your function take them in the order in which it returns them,
+    parameters first. JAX pairs donated and returned arrays of the same shape and dtype in their order, and if the
+    memory of a moment goes to a parameter, XLA must copy both. Optimizers that need the norm of a full parameter (LAMB,
+    LARS) keep their directions in memory until the norm is known, as `update` does.
 
     Args:
-        tx: an `*8bit` optimizer of this library, `fse.stochastic_round_updates` of any optimizer, or `fse.chain(...,
-            one of them)`.
-        grads: the gradients, a tree like `params`.
-        state: from `tx.init(params)`.
-        params: the parameters.
-        **extra_args: passed on to the members of a chain.
+        tx: An `*8bit` optimizer of this library, `fse.stochastic_round_updates` of any optimizer, or `fse.chain(...)`
+            with one of them as its last member.
+        grads: The gradients, a pytree like `params`.
+        state: The state from `tx.init(params)`, or from the step before.
+        params: The parameters.
+        **extra_args: Passed on to the members of a chain.
+
+    Returns:
+        The new parameters and the new state.
 
     Raises:
-        TypeError: `tx` hides its optimizer, as optax's wrappers do.
+        TypeError: `tx` is not such a transform, because a wrapper of optax hides it, for example.
 
     >>> import functools, jax, jax.numpy as jnp, flax_stable_embed as fse
     >>> tx, params = fse.adamw8bit(0.5, weight_decay=0.0), {"kernel": jnp.ones((64, 64))}
@@ -78,37 +83,37 @@ def fused_update(
         name = getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
             f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name!r} hides what is in it, and only the "
-            "optimizer itself can write parameters. Use tx.update and optax.apply_updates with it, or fse.chain for "
-            "optax.chain."
+            "optimizer itself can update parameters in place. Use fse.chain instead of optax.chain, or tx.update and "
+            "optax.apply_updates."
         )
     return tx.fused_update(grads, state, params, **extra_args)
 
 
 def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
-    """`optax.chain` whose last member is an `*8bit` optimizer, and which keeps that one's `fused_update`.
+    """Chains transforms like `optax.chain`, so that `fse.fused_update` works. The last one is an `*8bit` optimizer.
 
     Raises:
-        TypeError: the last member cannot be fused.
+        TypeError: The last transform has no `fused_update`.
 
     >>> import flax_stable_embed as fse
     >>> tx = chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-3))
     """
     if not transforms or not is_fused(transforms[-1]):
         raise TypeError(
-            f"the last member of `chain` must be an 8-bit optimizer of this library, got {transforms[-1:]}. "
-            "For other chains use optax.chain."
+            f"The last member of `chain` must be an 8-bit optimizer of this library, got {transforms[-1:]}. Use "
+            "optax.chain for other chains."
         )
     last = transforms[-1]
-    prefixes = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]
-    whole = optax.chain(*transforms)
+    before_last = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]
+    chained = optax.chain(*transforms)
 
     def fused(grads, state, params, **extra_args):
         check_members(state, len(transforms))
         states = []
-        for tx, one in zip(prefixes, state):
-            grads, one = tx.update(grads, one, params, **extra_args)
-            states.append(one)
-        params, one = last.fused_update(grads, state[-1], params, **extra_args)
-        return params, (*states, one)
+        for tx, tx_state in zip(before_last, state):
+            grads, tx_state = tx.update(grads, tx_state, params, **extra_args)
+            states.append(tx_state)
+        params, last_state = last.fused_update(grads, state[-1], params, **extra_args)
+        return params, (*states, last_state)
 
-    return FusedTransformation(whole.init, whole.update, fused)
+    return FusedTransformation(chained.init, chained.update, fused)

@@ -1,4 +1,4 @@
-"""Paths of parameters, holes, and what lies at a path."""
+"""Flattens pytrees of parameters by path, with their shapes. A hole is a leaf without an array."""
 
 import re
 from math import prod
@@ -11,63 +11,64 @@ from .boxes import is_box, unbox
 
 
 def is_hole(x: Any) -> bool:
-    """Whether there is no array where a parameter has its place."""
+    """Returns whether a leaf stands for a parameter without an array: None, or optax's MaskedNode."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
 def is_hole_or_box(x: Any) -> bool:
-    """Whether `x` has the place of one parameter; for trees in which arrays are in wrappers."""
+    """Returns whether `x` is one parameter without an array or in a wrapper. An `is_leaf` predicate."""
     return is_hole(x) or is_box(x)
 
 
 def flatten(tree: Any, is_leaf: Any = None) -> list[tuple[tuple, Any]]:
-    """Leaves with their paths; None and MaskedNode are leaves, and so are wrappers unless `is_leaf` says otherwise."""
+    """Returns `(path, leaf)` pairs. By default None, MaskedNode and wrappers are leaves."""
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf or is_hole_or_box)[0]
 
 
 def shapes_of(params: Any, is_leaf: Any = None) -> dict[str, tuple | None]:
-    """The shape of every parameter by its path; None where there is no array."""
+    """Returns the shape of every parameter by its path; None where there is no array."""
     return {path_name(path): getattr(unbox(x), "shape", None) for path, x in flatten(params, is_leaf)}
 
 
 def entry(key: Any) -> str:
-    """One entry of a path, as a word."""
+    """Returns one entry of a key path as a string: "kernel"."""
     return jax.tree_util.keystr((key,), simple=True)
 
 
 def dotted(path: tuple) -> str:
+    """Returns a key path as "0.inner.mu"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-_VALUES = re.compile(r"(/(raw_)?value)+$")
+_VALUES_AT_THE_END = re.compile(r"(/(raw_)?value)+$")
 
 
 def path_name(path: tuple) -> str:
-    """A key path as "block/attention/kernel", without the "value"s at its end.
+    """Returns a key path as "block/attention/kernel", without any "value" at its end.
 
-    NNX variables and Linen boxes add one each, and `init` may see fewer of them than `update`: so all are dropped, that
-    of a parameter of this name too.
+    Every NNX variable and Linen box adds a "value", and `init` may see fewer wrappers than `update`. So all of them are
+    dropped, even the name of a parameter that is called "value".
     """
-    return _VALUES.sub("", jax.tree_util.keystr(path, simple=True, separator="/"))
+    return _VALUES_AT_THE_END.sub("", jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
 def is_array(box: Any) -> bool:
-    """Whether there is an array in the wrapper, and not, say, optax's MaskedNode."""
+    """Returns whether `box` is an array or a wrapper of one. A MaskedNode, for example, is not."""
     return hasattr(unbox(box), "shape") and hasattr(unbox(box), "dtype")
 
 
 def is_none(x: Any) -> bool:
-    """Whether a parameter has no array in a tree, as an `is_leaf`."""
+    """Returns whether `x` is None. As `is_leaf` it makes None a leaf: a parameter without an array."""
     return x is None
 
 
 def with_shape(box: Any) -> Any:
-    """Python numbers as shapes; all else as it is."""
+    """Replaces a Python number by its shape and dtype. Returns everything else as it is."""
     if not isinstance(box, int | float | complex) or is_array(box):
         return box
     return jax.ShapeDtypeStruct((), jax.typeof(box).dtype)
 
 
 def nbytes(box: Any) -> int:
-    """Bytes of an array, also in a wrapper and also where only its shape is known."""
+    """Returns the bytes of an array or of a `ShapeDtypeStruct`, also in a wrapper."""
     return prod(unbox(box).shape) * unbox(box).dtype.itemsize

@@ -1,9 +1,10 @@
-r"""Adagrad with its sum of squares in one byte each.
+r"""Adagrad with an 8-bit sum of squares.
 
     s <- s + g^2;   u <- g / sqrt(s + eps)
+    p <- p - learning_rate u
 
-Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a). Storage: Dettmers et al. 2022, sec. 2
-(arXiv:2110.02861).
+g is the gradient and p the parameter. Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a). Storage:
+Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -26,19 +27,19 @@ from .arithmetic import inverse_root
 
 
 class ScaleByAdagrad8bitState(NamedTuple):
-    """State of Adagrad. `sum_of_squares`: codes, or fp32 values, in the parameter's shape."""
+    """State of Adagrad. `sum_of_squares` holds codes, or floating-point sums, in the shape of the parameter."""
 
-    count: Array  # shape=(), dtype=int32
+    count: Array  # int32, the number of steps
     sum_of_squares: optax.Updates
-    sum_of_squares_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis
-    format: Array  # uint8, names the codecs and block settings
+    sum_of_squares_absmax: optax.Updates  # float32 scales: blocks instead of elements along one axis
+    format: Array  # uint8, says how the state is stored
 
 
 @update_rule("square", "rounded")
 def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
-    """The rule, operation by operation as optax writes it, or with eps outside of the square root."""
-    # Two products and a sum: which of them XLA on CPU contracts, and so the last bit, depends on how an array is cut.
-    # A maximum between them, which changes nothing, keeps it from contracting either.
+    """The update rule, with the same operations as in optax, or with eps outside the square root."""
+    # XLA on CPU contracts one of the two products and the sum into one instruction. It depends on the sharding which
+    # product that is, and so does the last bit. The maximum changes no value, but it prevents the contraction.
     s = jnp.maximum(square(g), 0.0) + jnp.maximum(s, 0.0) if rounded else square(g) + s
     if not eps_in_sqrt:
         return g / (jnp.sqrt(s) + eps), (s,)
@@ -46,7 +47,7 @@ def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
 
 
 def engine(initial_accumulator_value, eps, options: Options, *, eps_in_sqrt) -> Engine:
-    """Adagrad's engine; the options are `Engine`'s."""
+    """Builds Adagrad's engine."""
     check_numbers(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def hyper(before, after, *, eps):
@@ -70,14 +71,14 @@ def scale_by_adagrad8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.scale_by_rss` with one byte each; see `adagrad8bit` for the arguments.
+    r"""Makes `optax.scale_by_rss` with an 8-bit sum of squares. `adagrad8bit` describes the arguments.
 
     $$u_t = \frac{g_t}{\sqrt{s_t + \epsilon}}$$
 
-    Rule, and what differs from bitsandbytes: `adagrad8bit`.
+    Rule and differences from bitsandbytes: see `adagrad8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adagrad8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adagrad8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_adagrad8bit(), optax.scale_by_learning_rate(0.1))
@@ -97,35 +98,34 @@ def adagrad8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.adagrad` with its sum of squares in one byte each: 1.02 to 1.13 bytes of state a parameter.
+    r"""Makes `optax.adagrad` with an 8-bit sum of squares: 1.02 to 1.13 bytes of state per parameter.
 
     $$s_t = s_{t-1} + g_t^2, \quad u_t = -\alpha_t \frac{g_t}{\sqrt{s_t + \epsilon}}$$
 
-    A sum only grows, and late steps add less to it than a code can show: what an element adds is rounded away while its
-    block's scale grows with others'. `StateFormat(rounding="stochastic")` keeps the sums right in the mean.
-    bitsandbytes' `Adagrad8bit` begins from 0, puts eps outside the square root, adds weight decay to the gradient and
-    stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.
+    The formula, the positional arguments and their defaults are the same as in `optax.adagrad`. Moments are stored as
+    in `adamw8bit`.
 
-    Formula, order of arguments and defaults are those of `optax.adagrad`; moments are stored as in `adamw8bit`, and
-    what comes after `*` is ours. Nothing else differs.
+    The sum only grows. In late steps an element adds less than the distance between two codes, and rounding to nearest
+    discards it, while the scale of its block grows with other elements. `StateFormat(rounding="stochastic")` keeps the
+    sums correct on average.
+
+    bitsandbytes' `Adagrad8bit` starts the sum at 0, adds eps outside the square root, adds weight decay to the gradient
+    and stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.
 
     Rule: Duchi et al. 2011, fig. 1 (jmlr.org/papers/v12/duchi11a).
 
     Args:
-        learning_rate: a number or a schedule.
-        initial_accumulator_value: what the sum begins with.
-        eps: inside the square root.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and sum.
+        learning_rate: The step size, a number or a schedule.
+        initial_accumulator_value: Value of the sum before the first step.
+        eps: Small constant added inside the square root, to avoid dividing by zero.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.adagrad8bit(0.1)

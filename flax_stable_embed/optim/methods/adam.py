@@ -1,10 +1,12 @@
-r"""Adam and AdamW with their moments in one byte each.
+r"""Adam and AdamW with 8-bit moments.
 
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
     u <- (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
+    p <- p - learning_rate (u + weight_decay p)
 
-Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980); decoupled weight decay: Loshchilov and Hutter 2017
-(arXiv:1711.05101); Nesterov momentum: Dozat 2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient, p the parameter and t the number of the step. Rule: Kingma and Ba 2014, Alg. 1
+(arXiv:1412.6980). Decoupled weight decay: Loshchilov and Hutter 2017 (arXiv:1711.05101). Nesterov momentum: Dozat
+2016. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -28,19 +30,19 @@ from .arithmetic import correction, over
 
 
 class ScaleByAdam8bitState(NamedTuple):
-    """State of Adam. `mu` and `nu`: int8 or uint8 codes, or fp32 values, in the parameter's shape."""
+    """State of Adam. `mu` and `nu` hold codes (int8, uint8) or floating-point moments in the parameter's shape."""
 
-    count: Array  # shape=(), dtype=int32
+    count: Array  # int32, the number of steps
     mu: optax.Updates
     nu: optax.Updates
-    mu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
+    mu_absmax: optax.Updates  # float32 scales: blocks instead of elements along one axis
     nu_absmax: optax.Updates
-    format: Array  # uint8, names the codecs and block settings
+    format: Array  # uint8, says how the state is stored
 
 
 @update_rule("square", "rounded")
 def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square, rounded):
-    """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t."""
+    """The update rule, with the same operations in the same order as in optax. `c1` is 1 - b1^t, `c2` is 1 - b2^t."""
     m = (1 - b1) * g + b1 * m
     v = (1 - b2) * square(g) + b2 * v
     if nesterov:
@@ -85,14 +87,14 @@ def scale_by_adam8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.scale_by_adam` with its moments in one byte each; see `adamw8bit` for the arguments.
+    r"""Makes `optax.scale_by_adam` with 8-bit moments. `adamw8bit` describes the arguments.
 
     $$u_t = \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
 
-    Rule, and what differs from bitsandbytes: `adamw8bit`.
+    Rule and differences from bitsandbytes: see `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(optax.clip(1.0), fse.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
@@ -116,15 +118,15 @@ def adam8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.adam` with its moments in one byte each; see `adamw8bit`, which adds weight decay, for the arguments.
+    r"""Makes `optax.adam` with 8-bit moments. `adamw8bit`, which adds weight decay, describes the arguments.
 
     $$u_t = -\alpha_t \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
 
-    bitsandbytes' `Adam8bit` has the same formula and decays weights (decoupled) if it is asked to:
+    bitsandbytes' `Adam8bit` has the same formula, and optionally decoupled weight decay:
     `fse.interop.bitsandbytes.adam8bit`. Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980).
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import flax_stable_embed as fse
     >>> tx = fse.adam8bit(1e-3)
@@ -150,54 +152,61 @@ def adamw8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.adamw` with its moments in one byte each, and fp32 moments for embeddings, norms and biases.
+    r"""Makes `optax.adamw` with 8-bit moments. Embeddings, norms and biases keep fp32 moments.
 
     $$u_t = -\alpha_t \left( \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}
     + \lambda \theta_t \right)$$
 
-    Parameters, their order, formula and defaults are those of `optax.adamw`; the rest is keyword-only. Moments are
-    decoded, updated and encoded block by block; the update comes from the fresh moments, before they are rounded, in
-    float32 whatever the parameter's dtype. Parameters that keep fp32 moments get what `optax.adamw` gives them.
+    The formula is the one of `optax.adamw`, and so are the arguments up to `nesterov`, with their order and defaults.
+    All further arguments are keyword-only. Moments are decoded, updated and encoded block by block. The update is
+    computed from the new moments before they are rounded, in float32 whatever the dtype of the parameter. Parameters
+    with fp32 moments get exactly the updates of `optax.adamw`.
 
-    bitsandbytes' `AdamW8bit` has the same formula, a decay of 1e-2 by default, which on CPU comes before the step, its
-    `dynamic` map in blocks of 256, and no Nesterov momentum: `fse.interop.bitsandbytes.adamw8bit`.
+    bitsandbytes' `AdamW8bit` has the same formula. Its weight decay is 1e-2 by default, and on CPU it comes before the
+    step. It stores codes of the `dynamic` map in blocks of 256, and it has no Nesterov momentum:
+    `fse.interop.bitsandbytes.adamw8bit`.
 
     Rule: Kingma and Ba 2014, Alg. 1 (arXiv:1412.6980), Loshchilov and Hutter 2017 (arXiv:1711.05101).
 
     Args:
-        learning_rate: a number or a schedule.
-        b1: decay rate of the first moment.
-        b2: decay rate of the second moment.
-        eps: added outside the square root.
-        eps_root: added inside the square root.
-        mu_dtype: only there for the order of arguments; must be None.
-        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
-        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
-        nesterov: Nesterov momentum.
-        rules: pairs (pattern, 8 | 32 | "bf16" | "rowwise" | Rule), the first match wins, before the defaults:
-            embeddings, norm scales and biases keep fp32. A pattern is a regular expression searched in the parameter's
-            path, "block/attn/kernel", or `fse.where(predicate)`. Or a pytree of such values, labelled like the
-            parameters.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter to the bit, and their moments,
-            which in 8 bits are rounded again if the scale of their block changes. By default they become NaN, as in
-            optax, and no other element is touched.
+        learning_rate: The step size, a number or a schedule (a function that takes the step count and returns one).
+        b1: Exponential decay rate of the first moment, the average of past gradients.
+        b2: Exponential decay rate of the second moment, the average of past squared gradients.
+        eps: Small constant added to the denominator, outside the square root, to avoid dividing by zero.
+        eps_root: Small constant added inside the square root. You need it, for example, to differentiate through Adam.
+        mu_dtype: Must be None. It is only here so that positional arguments match `optax.adamw`.
+        weight_decay: Strength of the weight decay, a number or a schedule. It is multiplied by the learning rate.
+        mask: Pytree of booleans with the structure of the parameters (or a prefix of it), or a function that takes the
+            updates and returns one. Weight decay applies where it is True. None means everywhere.
+        nesterov: Whether to use Nesterov momentum.
+        rules: How each parameter is stored: a tuple of pairs `(pattern, setting)`, or a pytree of settings with the
+            structure of the parameters. The first pair that matches wins. A pattern is a regular expression, which is
+            searched in the path of the parameter, "block/attn/kernel", or `fse.where(predicate)`. A setting is 8, 32,
+            "bf16", "rowwise" or a `Rule`, which can also change hyper-parameters. If no rule sets the bits, the NNX
+            metadata `optim_bits` decides, then the default rules: embeddings, norm scales and biases keep fp32 moments,
+            everything else gets 8-bit moments.
+        state_format: The codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step of 8-bit moments: "xla", "pallas_tpu" or "pallas_gpu". None selects
+            it by platform and shape: a fused kernel, which reads and writes every array once, if there is one, else
+            "xla". A named implementation is used or raises.
+        partition_specs: Pytree with the structure of the parameters that holds the `PartitionSpec` or `NamedSharding`
+            of each. For parameters that are arrays on a mesh it is `jax.tree.map(lambda x: x.sharding, params)`. The
+            TPU kernel needs it to run on several chips under a mesh with Auto axes. Under a mesh with Explicit axes it
+            is not needed, because the types of arrays contain their sharding.
+        skip_nonfinite: Whether elements whose gradient is NaN or infinite keep their parameter (bit for bit) and their
+            moments. 8-bit moments are rounded again if the scale of their block changes. By default these elements
+            become NaN, as in optax. No other element is affected in either case.
 
     Returns:
-        An optax transform that also serves `fse.fused_update`. Its state is that of `optax.adamw` with
+        An optax transform that also works with `fse.fused_update`. Its state is the state of `optax.adamw` with
         `ScaleByAdam8bitState` in place of `ScaleByAdamState`.
 
     Raises:
-        TypeError: `mu_dtype` is not None; a hyper-parameter that is no number, a `state_format` that is no
-            `StateFormat`; in `update`, a state that `init` does not make.
-        ValueError: a rule or format that cannot be; in `init`, a rule that matches no parameter; in `update`, a state
-            of other parameters, rules or formats.
-        NotImplementedError: in `update`, an implementation that the platform or the mesh does not have.
+        TypeError: `mu_dtype` is not None, a hyper-parameter is not a number, or `state_format` is not a `StateFormat`.
+            In `update`: the state is not one that `init` makes.
+        ValueError: A rule or a format is invalid. In `init`: a rule matches no parameter. In `update`: the state
+            belongs to other parameters, rules or formats. In both: a named implementation cannot run a parameter.
+        NotImplementedError: In `update`: the platform does not have the named implementation.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}

@@ -1,9 +1,11 @@
-r"""AdEMAMix with its three moments in one byte each.
+r"""AdEMAMix with three 8-bit moments.
 
     m1 <- b1 m1 + (1 - b1) g;   m2 <- b3 m2 + (1 - b3) g;   v <- b2 v + (1 - b2) g^2
     u <- (m1 / (1 - b1^t) + alpha m2) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
+    p <- p - learning_rate (u + weight_decay p)
 
-Rule: Pagliardini et al. 2024, Alg. 1 (arXiv:2409.03137). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient, p the parameter and t the number of the step. Rule: Pagliardini et al. 2024, Alg. 1
+(arXiv:2409.03137). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -27,22 +29,29 @@ from .arithmetic import correction, over
 
 
 class ScaleByAdemamix8bitState(NamedTuple):
-    """State of AdEMAMix. `m1` (fast), `m2` (slow) and `nu`: codes, or fp32 values, in the parameter's shape."""
+    """State of AdEMAMix.
 
-    count: Array  # shape=(), dtype=int32
-    count_m2: Array  # the same, as optax has it
+    `m1` (the fast average), `m2` (the slow one) and `nu` hold codes, or floating-point moments, in the shape of the
+    parameter.
+    """
+
+    count: Array  # int32, the number of steps
+    count_m2: Array  # the same number again, as in optax
     m1: optax.Updates
     m2: optax.Updates
     nu: optax.Updates
-    m1_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
+    m1_absmax: optax.Updates  # float32 scales: blocks instead of elements along one axis
     m2_absmax: optax.Updates
     nu_absmax: optax.Updates
-    format: Array  # uint8, names the codecs and block settings
+    format: Array  # uint8, says how the state is stored
 
 
 @update_rule("square", "rounded")
 def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square, rounded):
-    """The rule, operation by operation as optax writes it; `c` are the bias corrections 1 - b^t, `b3_rest` 1 - b3."""
+    """The update rule, with the same operations in the same order as in optax.
+
+    `c1` is 1 - b1^t, `c2` is 1 - b2^t and `b3_rest` is 1 - b3.
+    """
     m1 = (1 - b1) * g + b1 * m1
     m2 = b3_rest * g + b3 * m2
     v = (1 - b2) * square(g) + b2 * v
@@ -62,7 +71,7 @@ def engine(
     correction: Any = correction,
     growing_b3: Any = None,
 ) -> Engine:
-    """AdEMAMix's engine; `growing_b3(count, b1)` gives b3 and 1 - b3 in its place; the options are `Engine`'s."""
+    """Builds AdEMAMix' engine. `growing_b3(count, b1)`, if given, returns b3 and 1 - b3 at a step, instead of `b3`."""
     refuse_dtype("mu_dtype", mu_dtype)
     check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     check_schedules(b3=b3, alpha=alpha)
@@ -101,14 +110,14 @@ def scale_by_ademamix8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.contrib.scale_by_ademamix` in one byte each; see `ademamix8bit` for the arguments.
+    r"""Makes `optax.contrib.scale_by_ademamix` with 8-bit moments. `ademamix8bit` describes the arguments.
 
     $$u_t = \frac{m^{(1)}_t / (1 - b_1^t) + a_t m^{(2)}_t}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} + \epsilon}$$
 
-    Rule, and what differs from bitsandbytes: `ademamix8bit`.
+    Rule and differences from bitsandbytes: see `ademamix8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `ademamix8bit`.
+        TypeError, ValueError, NotImplementedError: As for `ademamix8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_ademamix8bit(), optax.scale_by_learning_rate(1e-3))
@@ -135,44 +144,42 @@ def ademamix8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.contrib.ademamix` with its moments in one byte each: 3.05 to 3.38 bytes a parameter in place of 12.
+    r"""Makes `optax.contrib.ademamix` with 8-bit moments: 3.05 to 3.38 bytes per parameter instead of 12.
 
     $$u_t = -\alpha_t \left( \frac{m^{(1)}_t / (1 - b_1^t) + a_t m^{(2)}_t}{\sqrt{v_t / (1 - b_2^t) + \bar\epsilon} +
     \epsilon} + \lambda \theta_t \right)$$
 
-    The slow mean is not corrected for its beginning. bitsandbytes' `AdEMAMix8bit` has a weight decay of 0.01 by default
-    and schedules of its own: `fse.interop.bitsandbytes.ademamix8bit(t_alpha=..., t_beta3=...)`.
+    The formula, the positional arguments and their defaults are the same as in `optax.contrib.ademamix`. `mu_dtype`
+    must be None. The slow average has no bias correction. Moments are stored as in `adamw8bit`.
 
-    A step changes the slow mean by 1 - b3 of a gradient, which is less than from one code to the next unless gradients
-    are noisy; `StateFormat(rounding="stochastic")` rounds it so that it still follows where they are smooth.
+    A step changes the slow average by only 1 - b3 of a gradient. That is less than the distance between two codes
+    unless gradients are noisy. With smooth gradients use `StateFormat(rounding="stochastic")`, so that the average
+    still follows them.
 
-    Formula, order of arguments and defaults are those of `optax.contrib.ademamix`; moments are stored as in
-    `adamw8bit`, and what comes after `*` is ours. `mu_dtype` must be None.
+    bitsandbytes' `AdEMAMix8bit` has a weight decay of 0.01 by default and schedules of its own:
+    `fse.interop.bitsandbytes.ademamix8bit(t_alpha=..., t_beta3=...)`.
 
     Rule: Pagliardini et al. 2024, Alg. 1 (arXiv:2409.03137).
 
     Args:
-        learning_rate: a number or a schedule.
-        b1: decay rate of the fast mean.
-        b2: decay rate of the second moment.
-        b3: decay rate of the slow mean, a number or a schedule.
-        alpha: weight of the slow mean, a number or a schedule.
-        eps: added outside the square root.
-        eps_root: added inside the square root.
-        mu_dtype: only there for the order of arguments; must be None.
-        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
-        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
+        learning_rate: The step size, a number or a schedule.
+        b1: Exponential decay rate of the fast average of past gradients.
+        b2: Exponential decay rate of the second moment.
+        b3: Exponential decay rate of the slow average of past gradients, a number or a schedule.
+        alpha: Weight of the slow average in the direction, a number or a schedule.
+        eps: Small constant added to the denominator, outside the square root, to avoid dividing by zero.
+        eps_root: Small constant added inside the square root.
+        mu_dtype: Must be None. It is only here so that positional arguments match optax.
+        weight_decay: Strength of the weight decay, a number or a schedule. It is multiplied by the learning rate.
+        mask: Pytree of booleans that says where weights decay, or a function that returns one. See `adamw8bit`.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

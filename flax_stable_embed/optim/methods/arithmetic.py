@@ -1,4 +1,4 @@
-"""Arithmetic that rules share, operation by operation as optax has it."""
+"""Functions that update rules share, with the same operations in the same order as in optax."""
 
 from functools import partial
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def over(x, correction, rounded):
-    """`x` by a scalar, to the bit as optax has it, or where moments are rounded anyway, times its reciprocal.
+    """Divides `x` by a scalar, bit for bit as in optax. Where moments are rounded anyway, multiplies by the reciprocal.
 
-    (Broadcast first: an eager division by a scalar would be that product.)
+    The scalar is broadcast first, because an eager division by a scalar would also multiply by the reciprocal.
     """
     if rounded:
         return x * (1 / correction.astype(x.dtype))
@@ -17,21 +17,22 @@ def over(x, correction, rounded):
 
 
 def inverse_root(x, rounded):
-    """1 / sqrt(x): optax's instruction for it, or where moments are rounded anyway, one that is the same everywhere.
+    """Returns 1 / sqrt(x), as `rsqrt` like in optax. Where moments are rounded anyway, as a division.
 
-    (XLA's `rsqrt` on CPU differs in its last bit between vectors and what is left over of them.)
+    The division has the same bits on every mesh. On CPU, the last bit of XLA's `rsqrt` depends on whether an element is
+    computed in a vector or as one of the elements that do not fill a vector.
     """
     return 1 / jnp.sqrt(x) if rounded else jax.lax.rsqrt(x)
 
 
 @partial(jax.jit, inline=True)
 def correction(b, count):
-    """1 - b^t, the share of the first t gradients in a moving average, as optax computes it."""
+    """Returns the bias correction 1 - b^t, the sum of the weights of t gradients in a moving average, as in optax."""
     return 1 - b ** count.astype(jnp.result_type(float))
 
 
 def sign(x):
-    """`jnp.sign`, which a kernel for TPU cannot have where it is compiled without one."""
-    if jnp.iscomplexobj(x):  # of no kernel
+    """Returns `jnp.sign(x)`, in operations that a TPU kernel has even where it is compiled on a host without a TPU."""
+    if jnp.iscomplexobj(x):  # kernels do not run on complex arrays
         return jnp.sign(x)
     return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x)).astype(x.dtype)

@@ -1,8 +1,10 @@
-r"""LAMB: Adam's direction, decayed, at the length of its parameter; moments in one byte each.
+r"""LAMB with 8-bit moments: Adam's direction, rescaled to the norm of the parameter.
 
-    u <- r (adam(g) + w p),   r = |p| / |adam(g) + w p|
+    d <- adam(g) + weight_decay p;   u <- |p| / |d| d
+    p <- p - learning_rate u
 
-Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient and p the parameter. Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962). Storage: Dettmers et al. 2022,
+sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any
@@ -20,12 +22,12 @@ from .trust_ratio import clipped, trust_ratio
 
 
 def rescale(u, p):
-    """`u` at the length that the trust ratio gives it."""
+    """Multiplies a direction by its trust ratio."""
     return u * trust_ratio(u, p)
 
 
 def _tail(weight_decay, mask, max_unorm) -> Tail:
-    """Decay, and then the trust ratio or bitsandbytes' clipping."""
+    """Builds the tail: weight decay, then the trust ratio or the clipping of bitsandbytes."""
     return Tail(weight_decay=weight_decay, mask=mask, rescale=clipped(max_unorm) or rescale)
 
 
@@ -44,15 +46,15 @@ def scale_by_lamb8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LAMB's direction, all but the learning rate; see `lamb8bit` for the arguments.
+    r"""Makes LAMB without its learning rate. `lamb8bit` describes the arguments.
 
     $$u_t = \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert} d_t$$
 
-    Rule, and what differs from bitsandbytes: `lamb8bit`.
-    There is no `optax.scale_by_lamb`: its trust ratio is `optax.scale_by_trust_ratio`'s.
+    Rule and differences from bitsandbytes: see `lamb8bit`.
+    optax has no `scale_by_lamb`. The trust ratio is the one of `optax.scale_by_trust_ratio`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `lamb8bit`.
+        TypeError, ValueError, NotImplementedError: As for `lamb8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lamb8bit(weight_decay=0.01), optax.scale_by_learning_rate(1e-3))
@@ -78,42 +80,42 @@ def lamb8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.lamb` with its moments in one byte each, stored as `adamw8bit` stores them.
+    r"""Makes `optax.lamb` with 8-bit moments.
 
     $$u_t = -\alpha_t \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert} d_t, \quad d_t = \mathrm{adam}(g_t) + \lambda
     \theta_t$$
 
-    This is the trust ratio of the paper. bitsandbytes' 32-bit `LAMB` has none: it clips, $\min(1, \mathrm{max\_unorm}
-    \lVert \theta \rVert / \lVert u \rVert)$, which `max_unorm` asks for here, in place of the ratio; its 8-bit `LAMB`
-    on CPU does neither and is Adam. Norms are sums over a whole parameter: on another mesh they may differ in their
-    last bits, and with them the updates, but not the moments.
+    The formula, the positional arguments and their defaults are the same as in `optax.lamb`. Moments are stored as in
+    `adamw8bit`.
 
-    Formula, order of arguments and defaults are those of `optax.lamb`; moments are stored as in `adamw8bit`, and what
-    comes after `*` is ours. `max_unorm` is bitsandbytes'.
+    Norms are sums over the full parameter. On another mesh the last bits of a norm may differ, and so may the updates.
+    The moments of a step do not depend on norms.
+
+    bitsandbytes' 32-bit `LAMB` has no trust ratio. Instead it multiplies the direction by $\min(1, \mathrm{max\_unorm}
+    \lVert \theta \rVert / \lVert u \rVert)$. Set `max_unorm` for that formula. Its 8-bit `LAMB` on CPU does neither and
+    equals Adam.
 
     Rule: You et al. 2019, Alg. 2 (arXiv:1904.00962).
 
     Args:
-        learning_rate: a number or a schedule.
-        b1: decay rate of the first moment.
-        b2: decay rate of the second moment.
-        eps: added outside the square root.
-        eps_root: added inside the square root.
-        weight_decay: a number or a schedule; part of the direction whose length is set.
-        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
-        max_unorm: bitsandbytes' clipping in place of the trust ratio: the longest direction, in lengths of the
-            parameter (1.0 there); 0 is no limit, and None the trust ratio. A parameter of length 0 is not clipped.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
+        learning_rate: The step size, a number or a schedule.
+        b1: Exponential decay rate of the first moment.
+        b2: Exponential decay rate of the second moment.
+        eps: Small constant added to the denominator, outside the square root, to avoid dividing by zero.
+        eps_root: Small constant added inside the square root.
+        weight_decay: Strength of the weight decay, a number or a schedule. The direction that is rescaled includes it.
+        mask: Pytree of booleans that says where weights decay, or a function that returns one. See `adamw8bit`.
+        max_unorm: If given, it replaces the trust ratio by the clipping of bitsandbytes: the direction is clipped to
+            `max_unorm` times the norm of the parameter. bitsandbytes' default is 1.0, and 0 means no limit. The
+            direction of a parameter with norm 0 is not clipped.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

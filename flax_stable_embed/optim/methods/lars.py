@@ -1,8 +1,10 @@
-r"""LARS: momentum of gradients at the length of their parameter; its trace in one byte each.
+r"""LARS with an 8-bit trace: momentum of gradients that are rescaled to the norm of their parameter.
 
-    d <- g + w p;   t <- -lr r d + b t,   r = c |p| / |d|
+    d <- g + weight_decay p;   t <- b t - learning_rate r d,   r = c |p| / |d|
+    p <- p + t
 
-Rule: You et al. 2017, Alg. 1 (arXiv:1708.03888). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient, p the parameter, t the trace, b the momentum and c the trust coefficient. Rule: You et al. 2017,
+Alg. 1 (arXiv:1708.03888). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from .trust_ratio import clipped, trust_ratio
 
 @update_rule("step_size")
 def lars(g, t, *, momentum, nesterov, step_size, ratio=None):
-    """The rule, operation by operation as optax writes it: the learning rate is part of what the trace sums."""
+    """The update rule, with the same operations as in optax: the trace sums steps, which include the learning rate."""
     if ratio is not None:
         g = g * ratio
     if step_size is not None:
@@ -42,7 +44,7 @@ def lars(g, t, *, momentum, nesterov, step_size, ratio=None):
 
 
 class _Ratio(NamedTuple):
-    """The arguments of the trust ratio, and bitsandbytes' `max_unorm`, which takes its place."""
+    """The arguments of the trust ratio, and `max_unorm`, which replaces it."""
 
     coefficient: float
     eps: float
@@ -53,12 +55,12 @@ class _Ratio(NamedTuple):
 def _parts(
     sums: Sums, decay: Tail, ratio: _Ratio, momentum: float, options: Options, *, nesterov: bool
 ) -> tuple[Engine, Tail]:
-    """Builds the engine and its tail: the paper's ratio before the trace, or bitsandbytes' clipping after it.
+    """Builds the engine and its tail: the trust ratio before the trace, or the clipping of bitsandbytes after it.
 
-    `sums` says what the trace sums with the ratio. With clipping it sums gradients.
+    `sums` names the terms that the trace sums if there is a trust ratio. With clipping it always sums gradients.
     """
     if momentum is None:
-        raise TypeError("`momentum` must be a number, got None; optax's default is 0.9, and 0.0 keeps no momentum.")
+        raise TypeError("`momentum` must be a number, got None. The default is 0.9, and 0.0 means no momentum.")
     check_numbers(trust_coefficient=ratio.coefficient, eps=ratio.eps)
     if (rescale := clipped(ratio.max_unorm)) is not None:
         method = sgd_engine(momentum, None, options, nesterov=nesterov, name="lars", sums="gradients")
@@ -87,15 +89,15 @@ def scale_by_lars8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LARS' direction, all but the learning rate; see `lars8bit` for the arguments.
+    r"""Makes LARS without its learning rate. `lars8bit` describes the arguments.
 
     $$t_t = b\, t_{t-1} + c \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert + \epsilon} d_t$$
 
-    Rule, and what differs from bitsandbytes: `lars8bit`.
-    There is no `optax.scale_by_lars`: its trust ratio is `optax.scale_by_trust_ratio`'s.
+    Rule and differences from bitsandbytes: see `lars8bit`.
+    optax has no `scale_by_lars`. The trust ratio is the one of `optax.scale_by_trust_ratio`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `lars8bit`.
+        TypeError, ValueError, NotImplementedError: As for `lars8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lars8bit(weight_decay=1e-4), optax.scale_by_learning_rate(0.1))
@@ -123,44 +125,45 @@ def lars8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.lars` with its trace in one byte each: 1.02 to 1.13 bytes of state a parameter.
+    r"""Makes `optax.lars` with an 8-bit trace: 1.02 to 1.13 bytes of state per parameter.
 
     $$u_t = b\, u_{t-1} - \alpha_t c \frac{\lVert \theta_t \rVert}{\lVert d_t \rVert + \epsilon} d_t, \quad d_t = g_t +
     \lambda \theta_t$$
 
-    This is the trust ratio of the paper. bitsandbytes' 32-bit `LARS` has none: it clips the step along the trace,
-    $\min(1, \mathrm{max\_unorm} \lVert \theta \rVert / \lVert t \rVert)$, which `max_unorm` asks for here, in place of
-    the ratio; its 8-bit `LARS` on CPU does neither and is SGD. Norms are sums over a whole parameter: on another mesh
-    they may differ in their last bits.
+    The formula, the positional arguments and their defaults are the same as in `optax.lars`. `momentum` must be a
+    number. The trace is stored as the moments of `adamw8bit`.
 
-    Formula, order of arguments and defaults are those of `optax.lars`; moments are stored as in `adamw8bit`, and what
-    comes after `*` is ours. `max_unorm` is bitsandbytes', and `momentum` must be a number.
+    Norms are sums over the full parameter. On another mesh their last bits may differ.
+
+    bitsandbytes' 32-bit `LARS` has no trust ratio. Instead it multiplies the trace by $\min(1, \mathrm{max\_unorm}
+    \lVert \theta \rVert / \lVert t \rVert)$. Set `max_unorm` for that formula. Its 8-bit `LARS` on CPU does neither and
+    equals SGD.
 
     Rule: You et al. 2017, Alg. 1 (arXiv:1708.03888).
 
     Args:
-        learning_rate: a number or a schedule; part of what the trace sums, as in optax (with `max_unorm`, it is not).
-        weight_decay: a number or a schedule, added to the gradient.
-        weight_decay_mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
-        trust_coefficient: the length of a step, in lengths of the parameter.
-        eps: added to the norm in the denominator.
-        trust_ratio_mask: where the ratio applies, as `weight_decay_mask`.
-        momentum: decay rate of the trace.
-        nesterov: Nesterov momentum.
-        max_unorm: bitsandbytes' clipping in place of the trust ratio: the longest step, in lengths of the parameter
-            (0.02 there); 0 is no limit, and None the trust ratio. A parameter of length 0 is not clipped.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
-            `b1` is the momentum.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and trace.
+        learning_rate: The step size, a number or a schedule. The trace sums steps that include it, as in optax. (With
+            `max_unorm` the trace sums gradients.)
+        weight_decay: Strength of the weight decay, a number or a schedule. It is added to the gradient.
+        weight_decay_mask: Pytree of booleans that says where weights decay, or a function that returns one. See `mask`
+            of `adamw8bit`.
+        trust_coefficient: The norm of a step with a learning rate of 1, relative to the norm of the parameter.
+        eps: Small constant added to the norm in the denominator, to avoid dividing by zero.
+        trust_ratio_mask: Pytree of booleans that says where the trust ratio applies, or a function that returns one.
+        momentum: Decay rate of the trace, the sum of past steps.
+        nesterov: Whether to use Nesterov momentum.
+        max_unorm: If given, it replaces the trust ratio by the clipping of bitsandbytes: the update, before it is
+            multiplied by the learning rate, is clipped to `max_unorm` times the norm of the parameter. bitsandbytes'
+            default is 0.02, and 0 means no limit. The update of a parameter with norm 0 is not clipped.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+            There `b1` is the momentum.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

@@ -1,8 +1,10 @@
-r"""Lion with its moment in one byte each.
+r"""Lion with an 8-bit moment.
 
     u <- sign(b1 m + (1 - b1) g);   m <- b2 m + (1 - b2) g
+    p <- p - learning_rate (u + weight_decay p)
 
-Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient and p the parameter. Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675). Storage: Dettmers et al.
+2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -25,22 +27,22 @@ from .arithmetic import sign
 
 
 class ScaleByLion8bitState(NamedTuple):
-    """State of Lion. `mu`: int8 or uint8 codes, or fp32 values, in the parameter's shape."""
+    """State of Lion. `mu` holds codes (int8, uint8) or floating-point moments in the parameter's shape."""
 
-    count: Array  # shape=(), dtype=int32
+    count: Array  # int32, the number of steps
     mu: optax.Updates
-    mu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
-    format: Array  # uint8, names the codecs and block settings
+    mu_absmax: optax.Updates  # float32 scales: blocks instead of elements along one axis
+    format: Array  # uint8, says how the state is stored
 
 
 @update_rule()
 def lion(g, m, *, b1, b2):
-    """The rule, operation by operation as optax writes it."""
+    """The update rule, with the same operations in the same order as in optax."""
     return sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
 
 
 def engine(b1, b2, mu_dtype, options: Options) -> Engine:
-    """Lion's engine; the options are `Engine`'s."""
+    """Builds Lion's engine."""
     refuse_dtype("mu_dtype", mu_dtype)
     check_numbers(b1=b1, b2=b2)
 
@@ -63,14 +65,14 @@ def scale_by_lion8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.scale_by_lion` with its moment in one byte each; see `lion8bit` for the arguments.
+    r"""Makes `optax.scale_by_lion` with an 8-bit moment. `lion8bit` describes the arguments.
 
     $$u_t = \mathrm{sign}(b_1 m_{t-1} + (1 - b_1) g_t)$$
 
-    Rule, and what differs from bitsandbytes: `lion8bit`.
+    Rule and differences from bitsandbytes: see `lion8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `lion8bit`.
+        TypeError, ValueError, NotImplementedError: As for `lion8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_lion8bit(), optax.scale_by_learning_rate(1e-4))
@@ -93,38 +95,35 @@ def lion8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.lion` with its moment in one byte each: 1.02 to 1.13 bytes of state a parameter.
+    r"""Makes `optax.lion` with an 8-bit moment: 1.02 to 1.13 bytes of state per parameter.
 
     $$u_t = -\alpha_t \left( \mathrm{sign}(b_1 m_{t-1} + (1 - b_1) g_t) + \lambda \theta_t \right), \quad
     m_t = b_2 m_{t-1} + (1 - b_2) g_t$$
 
-    From bitsandbytes' `Lion8bit` it differs in its defaults (learning rate 1e-4 and no decay there) and in that a
-    coordinate without a gradient never moves: zero is a code here, while the table of bitsandbytes' CPU quantizer has
-    none, and the sign of what it stores instead moves such a coordinate by the learning rate on every step.
+    The formula, the positional arguments and their defaults are the same as in `optax.lion`, in the mode "hard" of
+    `optax.scale_by_lion`. `mu_dtype` must be None. Moments are stored as in `adamw8bit`.
 
-    Formula, order of arguments and defaults are those of `optax.lion`; moments are stored as in `adamw8bit`, and what
-    comes after `*` is ours. `mu_dtype` must be None, and of `optax.scale_by_lion`'s modes there is the hard one.
+    bitsandbytes' `Lion8bit` has other defaults: a learning rate of 1e-4 and no weight decay. It also moves elements
+    without a gradient. The table of its CPU quantizer has no zero, and the sign of the number that it stores instead
+    moves such an element by the learning rate in every step. Here zero is stored as zero, and the element stays.
 
     Rule: Chen et al. 2023, Alg. 2 (arXiv:2302.06675).
 
     Args:
-        learning_rate: a number or a schedule.
-        b1: weight of the moment in the direction.
-        b2: decay rate of the moment.
-        mu_dtype: only there for the order of arguments; must be None.
-        weight_decay: a number or a schedule; decoupled, multiplied by the learning rate.
-        mask: a pytree of booleans, or a function of the updates that gives one: where weights decay.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moment.
+        learning_rate: The step size, a number or a schedule.
+        b1: Weight of the moment in the direction; the gradient has the weight 1 - b1.
+        b2: Exponential decay rate of the moment, the average of past gradients.
+        mu_dtype: Must be None. It is only here so that positional arguments match optax.
+        weight_decay: Strength of the weight decay, a number or a schedule. It is multiplied by the learning rate.
+        mask: Pytree of booleans that says where weights decay, or a function that returns one. See `adamw8bit`.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

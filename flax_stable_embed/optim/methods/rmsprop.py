@@ -1,10 +1,12 @@
-r"""RMSprop with its moments in one byte each.
+r"""RMSprop with 8-bit moments.
 
-    v <- b v + (1 - b) g^2;   u <- g / sqrt(v + eps)
-    centered: m <- b m + (1 - b) g, and v - m^2 in place of v;   with momentum: t <- a u + c t, and t in place of u
+    v <- b v + (1 - b) g^2;   u <- g / sqrt(v + eps);   p <- p - learning_rate u
+    centered: m <- b m + (1 - b) g, with v - m^2 in place of v
+    with momentum: t <- learning_rate u + c t;   p <- p - t
 
-Rule: Hinton 2012 (cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf); centered: Graves 2013, eq. 38 to 41
-(arXiv:1308.0850). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+g is the gradient, p the parameter, b the decay and c the momentum. Rule: Hinton 2012
+(cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf). Centered: Graves 2013, eq. 38 to 41 (arXiv:1308.0850). Storage:
+Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -29,12 +31,16 @@ from .sgd import sgd
 
 
 class ScaleByRmsprop8bitState(NamedTuple):
-    """State of RMSprop. Moments: codes, or fp32 values, in the parameter's shape; None where the option is off."""
+    """State of RMSprop.
 
-    count: Array  # shape=(), dtype=int32
+    `nu`, `mu` and `trace` hold codes, or floating-point moments, in the shape of the parameter. `mu` is None unless
+    centered, `trace` is None without momentum.
+    """
+
+    count: Array  # int32, the number of steps
     nu: optax.Updates
-    nu_absmax: optax.Updates  # float32, the parameter's shape with blocks for elements on one axis; ones without codes
-    format: Array  # uint8, names the codecs and block settings
+    nu_absmax: optax.Updates  # float32 scales: blocks instead of elements along one axis
+    format: Array  # uint8, says how the state is stored
     mu: optax.Updates | None = None  # centered
     mu_absmax: optax.Updates | None = None
     trace: optax.Updates | None = None  # momentum
@@ -43,9 +49,10 @@ class ScaleByRmsprop8bitState(NamedTuple):
 
 @update_rule("square", "rounded", "step_size")
 def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, nesterov, square, rounded, step_size):
-    """The rule, operation by operation as optax writes it; `others`: the mean if centered, the trace if momentum.
+    """The update rule, with the same operations in the same order as in optax.
 
-    Decoded moments need not satisfy v >= m^2: where they were rounded, the variance is clipped at zero.
+    `others` has the mean if centered, then the trace if there is momentum. Rounded moments need not satisfy v >= m^2,
+    so then the variance is clipped at zero.
     """
     others = list(others)
     new = [(1 - decay) * square(g) + decay * v]
@@ -118,14 +125,14 @@ def scale_by_rmsprop8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.scale_by_rms`, or centered `optax.scale_by_stddev`, in one byte each; see `rmsprop8bit`.
+    r"""Makes `optax.scale_by_rms`, or if centered `optax.scale_by_stddev`, with 8-bit moments. See `rmsprop8bit`.
 
     $$u_t = \frac{g_t}{\sqrt{v_t + \epsilon}}$$
 
-    Rule, and what differs from bitsandbytes: `rmsprop8bit`.
+    Rule and differences from bitsandbytes: see `rmsprop8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `rmsprop8bit`.
+        TypeError, ValueError, NotImplementedError: As for `rmsprop8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_rmsprop8bit(), optax.scale_by_learning_rate(1e-3))
@@ -152,43 +159,43 @@ def rmsprop8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.rmsprop` with its moments in one byte each: 1.02 to 1.13 bytes a parameter for each of them.
+    r"""Makes `optax.rmsprop` with 8-bit moments: 1.02 to 1.13 bytes per parameter for each moment.
 
     $$v_t = b v_{t-1} + (1 - b) g_t^2, \quad u_t = -\alpha_t \frac{g_t}{\sqrt{v_t + \epsilon}}$$
 
-    Centered, $v_t - m_t^2$ stands for $v_t$, clipped at zero where the moments are rounded; with momentum, $t_t = u_t +
-    c\, t_{t-1}$ is the update, as in optax after the learning rate. bitsandbytes' `RMSprop8bit` has neither of them
-    (it takes momentum and ignores it), puts eps outside the square root, adds weight decay to the gradient and stores
-    $v$ with a signed code, which leaves half of the codes unused: `fse.interop.bitsandbytes.rmsprop8bit`. With the
-    `dynamic` codec it is stored so here as well.
+    If centered, $v_t$ is replaced by $v_t - m_t^2$. With momentum, the update is $t_t = u_t + c\, t_{t-1}$, where
+    $u_t$ already contains the learning rate, as in optax.
 
-    Formula, order of arguments and defaults are those of `optax.rmsprop`; moments are stored as in `adamw8bit`, and
-    what comes after `*` is ours. `optax.rmsprop` of a centered variance below zero is NaN, here it is clipped.
+    The formula, the positional arguments and their defaults are the same as in `optax.rmsprop`. Moments are stored as
+    in `adamw8bit`. One thing differs: if rounding makes the centered variance negative, it is clipped at zero, where
+    `optax.rmsprop` would return NaN.
 
-    Rule: Hinton 2012, lecture 6; centered: Graves 2013, eq. 38 to 41 (arXiv:1308.0850).
+    bitsandbytes' `RMSprop8bit` is not centered and has no momentum (it accepts the argument and ignores it). It adds
+    eps outside the square root, adds weight decay to the gradient, and stores $v$ with a signed code, which leaves half
+    of the codes unused: `fse.interop.bitsandbytes.rmsprop8bit`. The `dynamic` codec stores $v$ in this way here too.
+
+    Rule: Hinton 2012, lecture 6. Centered: Graves 2013, eq. 38 to 41 (arXiv:1308.0850).
 
     Args:
-        learning_rate: a number or a schedule.
-        decay: decay rate of the second moment (and of the first, if centered).
-        eps: in the denominator.
-        initial_scale: what the second moment begins with.
-        eps_in_sqrt: whether eps is inside the square root, or outside as in PyTorch.
-        centered: divide by the standard deviation, not by the root of the second moment.
-        momentum: decay rate of a trace of the scaled updates; None for none.
-        nesterov: Nesterov momentum, in that trace.
-        bias_correction: correct the moments for their beginning.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
-            `b1` is the momentum and `b2` the decay.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and moments.
+        learning_rate: The step size, a number or a schedule.
+        decay: Exponential decay rate of the second moment, the average of past squared gradients. If centered, also of
+            the average of past gradients.
+        eps: Small constant added in the denominator, to avoid dividing by zero.
+        initial_scale: Value of the second moment before the first step.
+        eps_in_sqrt: Whether eps is added inside the square root. PyTorch adds it outside.
+        centered: Whether to divide by the standard deviation of past gradients instead of their root mean square.
+        momentum: Decay rate of a trace that sums past updates. None means no momentum.
+        nesterov: Whether to use Nesterov momentum. Has no effect without momentum.
+        bias_correction: Whether to correct the averages for their initial values: they are divided by 1 - decay^t.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+            There `b1` is the momentum and `b2` the decay.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

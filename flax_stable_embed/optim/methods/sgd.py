@@ -1,9 +1,10 @@
-r"""SGD with momentum, its trace in one byte each.
+r"""SGD with an 8-bit momentum trace.
 
     t <- g + b t;   u <- t, or with Nesterov momentum g + b t
+    p <- p - learning_rate u
 
-Rule: Sutskever et al. 2013, sec. 2 (proceedings.mlr.press/v28/sutskever13). Storage: Dettmers et al. 2022, sec. 2
-(arXiv:2110.02861).
+g is the gradient, p the parameter, t the trace and b the momentum. Rule: Sutskever et al. 2013, sec. 2
+(proceedings.mlr.press/v28/sutskever13). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from typing import Any, NamedTuple
@@ -24,24 +25,28 @@ from ..storage.state_format import StateFormat
 
 
 class ScaleBySgd8bitState(NamedTuple):
-    """State of SGD. `trace`: int8 or uint8 codes, or fp32 values, in the parameter's shape; None without momentum."""
+    """State of SGD.
 
-    count: Array  # shape=(), dtype=int32
-    format: Array  # uint8, names the codecs and block settings
+    `trace` holds int8 or uint8 codes, or floating-point numbers, in the shape of the parameter. Without momentum it is
+    None.
+    """
+
+    count: Array  # int32, the number of steps
+    format: Array  # uint8, says how the state is stored
     trace: optax.Updates | None = None
-    trace_absmax: optax.Updates | None = None  # float32, the parameter's shape with blocks for elements on one axis
+    trace_absmax: optax.Updates | None = None  # float32 scales: blocks instead of elements along one axis
 
 
 @update_rule()
 def sgd(g, t, *, momentum, nesterov):
-    """The rule, operation by operation as optax writes it."""
+    """The update rule, with the same operations in the same order as in optax."""
     t = g + momentum * t
     return g + momentum * t if nesterov else t, (t,)
 
 
 @update_rule()
 def plain_sgd(g):
-    """The rule without momentum."""
+    """The update rule without momentum: the update is the gradient."""
     return g, ()
 
 
@@ -55,7 +60,7 @@ def engine(
     name="sgd",
     sums: Sums | None = None,
 ) -> Engine:
-    """The engine of a trace, also for `lars8bit`, whose rule feeds it otherwise; the options are `Engine`'s."""
+    """Builds the engine of SGD. `lars8bit` uses it with another rule."""
     refuse_dtype("accumulator_dtype", accumulator_dtype)
     if momentum is None:
         method = Method(name, ScaleBySgd8bitState, plain_sgd, (), lambda before, after: {}, counts_steps=False)
@@ -82,14 +87,14 @@ def scale_by_sgd8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`optax.trace` with one byte each; see `sgd8bit` for the arguments.
+    r"""Makes `optax.trace` with an 8-bit trace. `sgd8bit` describes the arguments.
 
     $$t_t = g_t + b\, t_{t-1} \ \text{ or, Nesterov, } g_t + b\, t_t$$
 
-    Rule, and what differs from bitsandbytes: `sgd8bit`.
+    Rule and differences from bitsandbytes: see `sgd8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `sgd8bit`.
+        TypeError, ValueError, NotImplementedError: As for `sgd8bit`.
 
     >>> import optax, flax_stable_embed as fse
     >>> tx = optax.chain(fse.scale_by_sgd8bit(momentum=0.9), optax.scale_by_learning_rate(0.1))
@@ -110,36 +115,33 @@ def sgd8bit(
     partition_specs: Any = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
-    r"""`optax.sgd` with its momentum in one byte each: 1.02 to 1.13 bytes of state a parameter.
+    r"""Makes `optax.sgd` with an 8-bit momentum trace: 1.02 to 1.13 bytes of state per parameter.
 
     $$t_t = g_t + b\, t_{t-1}, \quad u_t = -\alpha_t t_t \ \text{ or, Nesterov, } -\alpha_t (g_t + b\, t_t)$$
 
-    bitsandbytes' `SGD8bit` has no Nesterov momentum (it takes the argument and ignores it) and adds weight decay to the
-    gradient; that formula is `fse.interop.bitsandbytes.sgd8bit`, or `optax.chain(optax.add_decayed_weights(...),
-    sgd8bit(...))`.
+    The formula, the positional arguments and their defaults are the same as in `optax.sgd`. `accumulator_dtype` must be
+    None. The trace is stored as the moments of `adamw8bit`.
 
-    Formula, order of arguments and defaults are those of `optax.sgd`; moments are stored as in `adamw8bit`, and what
-    comes after `*` is ours. `accumulator_dtype` must be None.
+    bitsandbytes' `SGD8bit` has no Nesterov momentum (it accepts the argument and ignores it), and it adds weight decay
+    to the gradient. For that formula use `fse.interop.bitsandbytes.sgd8bit`, or
+    `optax.chain(optax.add_decayed_weights(...), sgd8bit(...))`.
 
     Rule: Sutskever et al. 2013, sec. 2 (proceedings.mlr.press/v28/sutskever13).
 
     Args:
-        learning_rate: a number or a schedule.
-        momentum: decay rate of the trace; None, as in optax, keeps no state at all.
-        nesterov: Nesterov momentum.
-        accumulator_dtype: only there for the order of arguments; must be None.
-        rules: which parameters are stored how, and hyper-parameters of their own: see `adamw8bit` and `Rule`, whose
-            `b1` is the momentum.
-        state_format: codec, rounding and blocks, see `StateFormat`.
-        implementation: None takes what suits platform and shape: one kernel that reads and writes every array once
-            ("pallas_tpu", "pallas_gpu") where it can, else "xla". A named one runs or raises.
-        partition_specs: a tree of `PartitionSpec` (or `NamedSharding`) like the parameters: how they are cut over a
-            mesh with Auto axes, which the kernel has to know on several TPU chips. Under a mesh with Explicit axes
-            types say it.
-        skip_nonfinite: elements whose gradient is NaN or infinite keep their parameter and trace.
+        learning_rate: The step size, a number or a schedule.
+        momentum: Decay rate of the trace, the sum of past gradients. None means no momentum and no state, as in optax.
+        nesterov: Whether to use Nesterov momentum.
+        accumulator_dtype: Must be None. It is only here so that positional arguments match optax.
+        rules: How each parameter is stored, and hyper-parameters of its own. See `adamw8bit` and `Rule`.
+            There `b1` is the momentum.
+        state_format: Codec, rounding and blocks of 8-bit moments. See `StateFormat`.
+        implementation: The code that runs the step, None to select it automatically. See `adamw8bit`.
+        partition_specs: The sharding of each parameter, if array types do not contain it. See `adamw8bit`.
+        skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments. See `adamw8bit`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `adamw8bit`.
+        TypeError, ValueError, NotImplementedError: As for `adamw8bit`.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> params = {"kernel": jnp.ones((64, 512))}

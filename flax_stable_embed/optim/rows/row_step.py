@@ -29,7 +29,7 @@ from ...ops.sharding import explicit_sharding
 from ..boxes import as_jax
 from ..fused_update import fused_update
 from ..storage.moments import is_codes, memory_of
-from ..storage.rules import shapes_of_tables
+from ..storage.rules import table_shapes
 from ..trees import is_none, path_name
 
 CHUNK_BYTES = 2**18  # size of a chunk of float32 rows on CPU: it stays in the cache (measured: best of 2^15 to 2^22)
@@ -165,7 +165,7 @@ class RowStep:
         given = inputs.tree.unflatten(grads), inputs.state_tree.unflatten(state)
         p = None if inputs.params is None else inputs.tree.unflatten(params)
         token_ids = {inputs.paths[i]: np.arange(r.grads.shape[0]) for i, r in rows.items()}
-        with shapes_of_tables({inputs.paths[i]: inputs.grads[i].shape for i in rows}):
+        with table_shapes({inputs.paths[i]: inputs.grads[i].shape for i in rows}):
             out, new_state = self.apply(*given, p, token_ids=token_ids, **self.extra_args)
         same = jax.tree.structure(new_state, is_leaf=is_none) == inputs.state_tree
         assert same, "The `update` of the optimizer changed the structure of its state."

@@ -1,4 +1,7 @@
-"""The `format` vector of a state: written, read and checked."""
+"""Writes, reads and checks the field `format` of a state: a short vector that says how the state is stored.
+
+It makes a step fail on a state that was made with other rules or another `state_format`.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -15,6 +18,9 @@ from .plan import LeafPlan
 from .rules import Rules
 from .state_format import StateFormat
 
+_FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
+_CODECS = list(CODECS)
+
 
 def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> None:
     """Raises unless a state's `format` names these rules and plans. Dtypes and shapes alone cannot tell."""
@@ -30,10 +36,6 @@ def differs(rules: Rules, vector: Array) -> str:
     """Returns what differs between a state's `format` and the rules, in parentheses; "" if nothing does."""
     found = format_difference(vector, rules.formats)
     return f" ({found})" if found else ""
-
-
-_FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
-_CODECS = list(CODECS)
 
 
 def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) -> np.ndarray:

@@ -1,8 +1,11 @@
-"""How a moment is stored: its first values, their wrapper and their place on devices, and the name of its format.
+"""Stores moments: makes the first arrays, encodes and decodes them, and moves them between memories.
 
-- 8: codes of the parameter's shape, and absmax, float32 with blocks for elements along one axis.
-- 32, "bf16": float32 (or wider) or bfloat16 of the parameter's shape; absmax is zeros of shape [1] * ndim.
-- "rowwise": as 32, but second moments have a last axis of 1.
+A moment is two arrays, its values and its scales (`absmax`). What they hold depends on the parameter's `bits`:
+
+- 8: codes in the parameter's shape, and float32 scales, whose shape has blocks for elements along one axis.
+- 32: float32 (or wider) in the parameter's shape. The scales are zeros of shape [1] * ndim, which nothing reads.
+- "bf16": the same in bfloat16.
+- "rowwise": the same in float32, but second moments have a last axis of 1.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -28,13 +31,17 @@ Sums = Literal["gradients", "directions", "steps"]
 
 
 class MomentName(NamedTuple):
-    """A moment's field in the state, whether it can be negative, and what it begins with.
+    """Declares a moment that an optimizer keeps for every parameter.
 
-    dynamic_signed: the sign with the `dynamic` codec, where bitsandbytes decides.
-    second: a mean or a sum of squares, of which `rowwise` keeps one for each row.
-    slow: a mean over so many steps that stochastic rounding acts on it, as it does on second moments.
-    sums: what a trace sums: gradients, directions (gradients times a trust ratio), or steps (learning rate and all);
-        None where that depends on what is before it in a chain.
+    Attributes:
+        name: Its field in the state. The field `<name>_absmax` has its scales.
+        signed: Whether it can be negative.
+        dynamic_signed: Whether its codes are signed with the `dynamic` codec, which follows bitsandbytes.
+        second: Whether it is an average or a sum of squares. With "rowwise" there is one per row.
+        initial: Its value before the first step.
+        slow: Whether it averages so many steps that stochastic rounding applies to it, as to second moments.
+        sums: For a trace, the terms that it sums: gradients, directions (gradients times a trust ratio) or steps
+            (which include the learning rate). None if that depends on the transforms before it in a chain.
     """
 
     name: str
@@ -46,13 +53,14 @@ class MomentName(NamedTuple):
     sums: Sums | None = None
 
     def stored(self, state_format: StateFormat) -> Moment:
+        """Returns how the moment is stored in a format."""
         signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
         stochastic = state_format.rounding == "stochastic" and (self.second or self.slow)
         return Moment(signed, state_format.codec, stochastic)
 
 
 def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
-    """Makes a moment before the first step, and its scales, in the parameter's wrapper and on its devices."""
+    """Makes a moment before the first step: values and scales, in the parameter's wrapper and sharded like it."""
     p, kind = unbox(box), plan.rule.memory_kind
     if plan.blocks is not None:
         pair = initial_codes(p, moment.stored(plan.state_format).code, plan.blocks, moment.initial)
@@ -61,9 +69,8 @@ def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
     if plan.bits == "rowwise" and moment.second:
         rows = Blocks(len(p.shape) - 1, max(1, p.shape[-1]))
         shape = rows.absmax_shape(p.shape)
-        place = _sharding(p, shape, rows)
-        rows_of_p = jnp.full(shape, moment.initial, at_least_float32(p.dtype), device=place)
-        values = rebox_scales(box, in_memory(rows_of_p, kind), rows, 0)
+        per_row = jnp.full(shape, moment.initial, at_least_float32(p.dtype), device=_sharding(p, shape, rows))
+        values = rebox_scales(box, in_memory(per_row, kind), rows, 0)
     else:
         dtype = jnp.bfloat16 if plan.bits == "bf16" else at_least_float32(p.dtype)
         values = rebox(box, in_memory(jnp.full_like(p, moment.initial, dtype=dtype), kind))
@@ -71,14 +78,14 @@ def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
 
 
 def no_scales(box: Any, memory_kind: str | None = None) -> Any:
-    """What stands for the scales of an array that is not in 8 bits, in its wrapper and on its devices."""
+    """Makes the placeholder for the scales of an array that is not in 8 bits, in its wrapper and on its mesh."""
     shape = (1,) * len(unbox(box).shape)
     zeros = jnp.zeros(shape, jnp.float32, device=_sharding(unbox(box), shape, None))
     return rebox_scales(box, in_memory(zeros, memory_kind), None, 0)
 
 
 def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple[Array, Array]:
-    """Codes and scales of `value` everywhere: of zeros, or of the largest code where it is another number."""
+    """Makes codes and scales that decode to `value`: the code of zero, or else the largest code with this scale."""
     zeros = isinstance(value, int | float) and value == 0
     codes = jnp.full_like(p, code.zero if zeros else code.zero + code.top, dtype=code.dtype)
     shape = blocks.absmax_shape(p.shape)
@@ -86,19 +93,19 @@ def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple
 
 
 def in_memory(x: Any, kind: str | None) -> Any:
-    """An array in the host's memory ("pinned_host") or its device's ("device"), cut as it is; None: where it is."""
+    """Moves an array to host memory ("pinned_host") or to the device ("device"). None leaves it where it is."""
     if kind is None or kind == memory_of(x):
         return x
     return jax.device_put(x, jax.memory.Space.Host if kind == "pinned_host" else jax.memory.Space.Device)
 
 
 def memory_of(x: Any) -> str:
-    """The memory that an array is in, of those of `in_memory`."""
+    """Returns the memory that holds an array: "pinned_host" or "device"."""
     return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
 
 
 def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
-    """Codes and scales of a moment; `key` (`array_key`) where it is rounded stochastically."""
+    """Encodes a moment as codes and scales. `key`, from `array_key`, is needed for stochastic rounding."""
     rounding = "stochastic" if moment.stochastic else "nearest"
     return quantize(
         x,
@@ -112,12 +119,12 @@ def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None 
 
 
 def dequantize_moment(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
-    """The float32 moment that `quantize_moment` stored."""
+    """Decodes a moment that `quantize_moment` stored, to float32."""
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
 
 
 def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
-    """How an array of a state is stored, by its dtype and its shape; `shape` is the parameter's."""
+    """Returns how a moment is stored, from its dtype and shape. `shape` is the shape of the parameter."""
     if is_codes(stored.dtype):
         return 8
     if stored.dtype == jnp.bfloat16:
@@ -126,12 +133,15 @@ def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
 
 
 def is_codes(dtype: Any) -> bool:
-    """Whether a moment of this dtype is in 8 bits."""
+    """Returns whether a moment of this dtype is stored in 8 bits."""
     return dtype in (jnp.int8, jnp.uint8)
 
 
 def _sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSharding | None:
-    """The sharding of `p`, less what would not divide; None where JAX chooses, as for `jnp.zeros_like`."""
+    """Returns the sharding of `p` for another shape, without axes that do not divide it.
+
+    None means that JAX chooses, as for `jnp.zeros_like`.
+    """
     sharding = jax.typeof(p).sharding if isinstance(p, Tracer) else getattr(p, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None

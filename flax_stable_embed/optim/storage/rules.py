@@ -1,7 +1,7 @@
-"""Which moments are stored in 8 bits, and how: user rules, then metadata, then the defaults below.
+"""Defines `Rule` and checks a user's `rules`: pairs of a pattern and what it sets, of which the first match wins.
 
-A decision depends on the parameter's path, global shape and dtype alone: never on a mesh, a process, an object's
-identity or its position among the parameters.
+A rule sees only a parameter's path and its global shape. So a rule matches the same parameters on every mesh and in
+every process. `plan.py` applies the rules, then NNX metadata, then the default rules of `defaults.py`.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -20,36 +20,48 @@ from ..trees import path_name
 from .state_format import StateFormat
 
 Bits = Literal[8, 32, "bf16", "rowwise"]
+BITS: tuple[Bits, ...] = get_args(Bits)
 
-
-BITS = (8, 32, "bf16", "rowwise")
+# Shapes of embedding tables by path, while a step represents each table by a few of its rows. `row_sparse` sets them.
+_TABLE_SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("table_shapes", default={})  # noqa: B039  (never changed)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a rule sets for the parameters that it matches; None leaves the matter to what comes next.
+    """Says how to treat the parameters that a pattern in `rules` matches. The first rule that matches wins.
+
+    A hyper-parameter that is None keeps the optimizer's own value. Later user rules are not consulted.
 
     Args:
-        bits: 32 keeps fp32 moments. 8 asks for bytes (the size rules of `StateFormat` still hold). "bf16" keeps
-            bfloat16 moments, rounded up or down at random (without a key) so that slow means keep moving; those of
-            `quantize_state` to nearest. "rowwise" keeps an fp32 first moment and one fp32 second moment for each row
-            (the last axis): of the mean of squares over the row, as trainers of large embeddings do.
-        state_format: how the bytes are stored, in place of the optimizer's `state_format`.
-        lr_scale: multiplies the learning rate.
-        b1: the decay rate of the first moment, in place of the optimizer's (SGD, LARS, RMSprop: of the momentum).
-        b2: the decay rate of the second moment (RMSprop's `decay`; Lion's second rate).
-        eps: the term in the denominator.
-        weight_decay: in place of the optimizer's, also where its mask says no.
-        memory_kind: "pinned_host" keeps the moments in the host's memory, from where each step fetches them and where
-            it returns them (bitsandbytes' paged optimizers); XLA on TPU fetches ahead as far as the device's memory
-            goes. Donate parameters and state together: JAX pairs donated arrays by shape, whatever their memory. A
-            state that was restored to the device goes there in its first step, which `jax.lax.scan` does not take.
-            "device" keeps them on the device.
+        bits: How the moments are stored. If None, the NNX metadata `optim_bits` decides, then the default rules. Later
+            user rules are not consulted.
+            8: one byte per element, unless the parameter is too small (see `StateFormat.min_size`).
+            32: float32.
+            "bf16": bfloat16, rounded up or down at random (no PRNG key is needed), because rounding to nearest would
+            stop slow averages. `quantize_state` rounds to nearest.
+            "rowwise": a float32 first moment, and one float32 second moment per row (along the last axis), which
+            averages the squares over the row. Large embedding tables are often trained this way.
+        state_format: How 8-bit moments are stored, instead of the optimizer's `state_format`.
+        lr_scale: Factor by which the learning rate is multiplied.
+        b1: Decay rate of the first moment, instead of the optimizer's. For SGD, LARS and RMSprop: of the momentum.
+            For Lion: the weight of the moment in the direction.
+        b2: Decay rate of the second moment, instead of the optimizer's. RMSprop calls it `decay`. For Lion:
+            the decay rate of its only moment.
+        eps: Small constant in the denominator, instead of the optimizer's.
+        weight_decay: Strength of the weight decay, instead of the optimizer's. It also applies where the optimizer's
+            mask is False.
+        memory_kind: The memory that holds the moments. If None, they stay in the memory that they are in.
+            "device": the memory of the device.
+            "pinned_host": host memory, like bitsandbytes' paged optimizers. Each step copies the moments to the device
+            and back; on TPU, XLA starts these copies early as far as device memory allows. Donate parameters and state
+            together, because JAX pairs donated arrays by shape and ignores their memory. A state that was restored to
+            the device moves to host memory in its first step. That step cannot be inside `jax.lax.scan`, whose carry
+            must keep its memory.
 
     Raises:
-        ValueError: other bits or memory, or a format for moments that are not in 8 bits. When the optimizer is made: a
-            hyper-parameter that it does not have.
-        TypeError: a hyper-parameter that is not a number; schedules belong to the optimizer.
+        ValueError: `bits` or `memory_kind` is unknown, or there is a `state_format` but `bits` is not 8. The optimizer
+            raises if a rule sets a hyper-parameter that it does not have.
+        TypeError: A hyper-parameter is not a number. Schedules are only possible in the optimizer itself.
 
     >>> import flax_stable_embed as fse
     >>> rules = (("wte", fse.Rule("rowwise", lr_scale=0.1)), ("head", fse.Rule(32, weight_decay=0.0)))
@@ -77,11 +89,14 @@ class Rule:
             raise TypeError(f"`state_format` must be a StateFormat, got {self.state_format!r}.")
         if self.bits not in (None, 8) and self.state_format is not None:
             raise ValueError(
-                f"`state_format` says how 8-bit moments are stored, but `bits` is {self.bits!r}: {self}. Drop one."
+                f"`state_format` says how 8-bit moments are stored, but `bits` is {self.bits!r} in {self}. Drop one of "
+                "the two."
             )
         for name, value in (("lr_scale", self.lr_scale), *self.overrides.items()):
             if not isinstance(value, int | float | np.number) or isinstance(value, bool):
-                raise TypeError(f"`{name}` of a Rule must be a number, got {value!r}.")
+                raise TypeError(
+                    f"`{name}` of a Rule must be a number, got {value!r}. Only an optimizer takes schedules."
+                )
             if not np.isfinite(value):
                 raise ValueError(f"`{name}` of a Rule must be finite, got {value!r}.")
             if value is not None:
@@ -89,7 +104,7 @@ class Rule:
 
     @property
     def overrides(self) -> dict[str, float]:
-        """The hyper-parameters that it sets, but for `lr_scale`."""
+        """The hyper-parameters that the rule sets, except for `lr_scale`."""
         values = {name: getattr(self, name) for name in ("b1", "b2", "eps", "weight_decay")}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -103,13 +118,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Where:
-    """A predicate as a rule's pattern; not callable, or `optax.inject_hyperparams` would take it for a schedule."""
+    """Wraps a predicate. It is not callable, because `optax.inject_hyperparams` would take it for a schedule."""
 
     predicate: Callable[[str, tuple[int, ...]], bool]
 
 
 def where(predicate: Callable[[str, tuple[int, ...]], bool]) -> Where:
-    """A pattern for `rules` that matches where `predicate(path, shape)` is true; the shape is the global one.
+    """Makes a pattern for `rules` that matches the parameters for which `predicate(path, shape)` is true.
+
+    Args:
+        predicate: Function of a parameter's path, "block/kernel", and of its global shape. It returns a boolean.
+
+    Raises:
+        TypeError: `predicate` is not such a function.
 
     >>> rules = ((where(lambda path, shape: len(shape) == 3), 32),)
     """
@@ -130,21 +151,18 @@ def _takes_two(function: Callable) -> bool:
     return True
 
 
-_SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("shapes", default={})  # noqa: B039  (never changed)
-
-
 @contextmanager
-def shapes_of_tables(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """While open, rules see these shapes in place of those of the rows that represent tables, by path."""
-    token = _SHAPES.set(shapes)
+def table_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """While open, rules see these shapes of tables, by path, instead of the shapes of the rows that a step passes."""
+    token = _TABLE_SHAPES.set(shapes)
     try:
         yield
     finally:
-        _SHAPES.reset(token)
+        _TABLE_SHAPES.reset(token)
 
 
 class Rules:
-    """User rules, checked, with what follows from them for one parameter at a time."""
+    """A user's rules, checked, and the optimizer's `state_format`."""
 
     def __init__(self, rules: Any, state_format: StateFormat):
         if not isinstance(state_format, StateFormat):
@@ -154,21 +172,21 @@ class Rules:
 
     @property
     def formats(self) -> list[StateFormat]:
-        """The formats in use: the optimizer's, then those of the rules in order."""
+        """The formats in use: the optimizer's, then the formats of the rules in order."""
         return [self.state_format] + [rule.state_format for _, rule in self.user if rule.state_format is not None]
 
     def matches(self, path: str, shape: tuple[int, ...]) -> Iterator[int]:
-        """Yields the places in `user` of the rules that match a parameter, in order; the first one wins."""
+        """Yields the indices in `user` of the rules that match a parameter, in order. The first one wins."""
         shape = self.global_shape(path, shape)
         return (i for i, (pattern, _) in enumerate(self.user) if _matches(pattern, path, shape))
 
     def global_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape that rules see: of the table, where a step represents a table by a few of its rows."""
-        return _SHAPES.get().get(path, shape)
+        """Returns the shape that rules see. A step may represent a table by a few rows: rules see the table's shape."""
+        return _TABLE_SHAPES.get().get(path, shape)
 
     def texts(self) -> list[str]:
-        """Returns the patterns of `user` for a reader, with a hint for those that are the path of a label."""
-        hint = " (a label's path; a pattern goes into a pair: (({path!r}, ...),))"
+        """Returns the patterns of `user` as text. A path of a label gets a hint: the user may have meant a pair."""
+        hint = " (the path of a label; to use it as a pattern, write a pair: (({path!r}, ...),))"
         return [show_pattern(p) + (hint.format(path=p.path) if isinstance(p, _Path) else "") for p, _ in self.user]
 
 
@@ -184,11 +202,11 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
         return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
     if _is_pair(rules):
-        raise TypeError(f"`rules` must be pairs, got one: {rules!r}. Put it into a tuple: rules=({rules!r},).")
+        raise TypeError(f"`rules` must be a tuple of pairs, got a single pair {rules!r}. Use rules=({rules!r},).")
     if not labels or isinstance(rules, str):
         raise TypeError(
-            "`rules` must be pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, or () for "
-            f"the defaults; got {rules!r}."
+            "`rules` must be a tuple of pairs such as (('lm_head', 32),), or a pytree of labels like the parameters, "
+            f"or () for the defaults, got {rules!r}."
         )
     return [(_Path(path_name(path)), _rule(label)) for path, label in labels]
 
@@ -196,26 +214,28 @@ def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
 def _is_pair(rule: Any) -> bool:
     if not isinstance(rule, tuple | list) or len(rule) != 2:
         return False
-    is_label = _is_bits(rule[0]) or isinstance(rule[0], Rule)  # "bf16" is one, and no pattern
+    is_label = _is_bits(rule[0]) or isinstance(rule[0], Rule)  # "bf16" is a label, not a pattern
     return not is_label and (isinstance(rule[0], str | re.Pattern | Where) or callable(rule[0]))
 
 
 def _pattern(pattern: Any) -> re.Pattern | Where:
     if callable(pattern):
         raise TypeError(
-            f"`rules` has the function {pattern!r} for a pattern. Wrap it: fse.where(function of a path and a shape)."
+            f"`rules` has the function {pattern!r} as a pattern. Use fse.where(function of a path and a shape)."
         )
     try:
         return re.compile(pattern) if isinstance(pattern, str) else pattern
     except re.error as error:
-        raise ValueError(f"`rules` has {pattern!r}, which is not a regular expression: {error}.") from None
+        raise ValueError(
+            f"`rules` has {pattern!r}, which is not a regular expression: {error}. Escape special characters with \\."
+        ) from None
 
 
 def _rule(value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
     if _is_bits(value):
-        return Rule(value)  # pyright: ignore[reportArgumentType]  # one of them
+        return Rule(value)  # pyright: ignore[reportArgumentType]  # `_is_bits` checked it
     raise ValueError(f"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got {value!r}.")
 
 

@@ -1,4 +1,4 @@
-"""StateFormat: codec, rounding and blocks."""
+"""Defines `StateFormat`: the codec, the rounding and the blocks of 8-bit moments."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,21 +11,27 @@ from .defaults import EMBEDDING
 
 @dataclass(frozen=True)
 class StateFormat:
-    """How 8-bit moments are stored. Frozen and static, so that `optax.inject_hyperparams` leaves it alone.
+    """Says how 8-bit moments are stored: an 8-bit code per element, and a float32 scale per block of elements.
+
+    It is frozen and static, so that `optax.inject_hyperparams` does not trace it.
 
     Args:
-        codec: "root" (default), "dynamic" (bitsandbytes' map) or "linear"; see `ops/blockwise/README.md`.
-        rounding: "nearest", or "stochastic" for second moments and AdEMAMix's slow mean: they then stay right in the
-            mean where what a step changes is less than from one code to the next.
-        block_size: elements that share a scale; None chooses 32 to 256 per parameter, and no block straddles shards.
-        block_axis: the axis that blocks lie in; None chooses per parameter. Vectors always use their only one.
-        shards: the most ways that any axis of a parameter will ever be cut. Fixes the state's shapes, so it is a
-            promise about every mesh that will open the checkpoint, not about this one.
-        min_size: parameters with fewer elements, or a blocked axis shorter than 32, keep fp32 moments; 0 switches both
-            rules off.
+        codec: The map between codes and numbers: "root" (the default), "dynamic" (the map of bitsandbytes) or "linear".
+            `ops/blockwise/README.md` compares their errors.
+        rounding: "nearest", or "stochastic". Stochastic rounding applies to second moments and to AdEMAMix' slow
+            average. If a step changes a moment by less than the distance between two codes, rounding to nearest
+            discards the change. Stochastic rounding keeps it on average.
+        block_size: The number of elements that share a scale. None chooses 32 to 256 for each parameter, such that no
+            block is split by `shards` shards.
+        block_axis: The axis along which elements share a scale. None chooses an axis for each parameter. Vectors always
+            use their only axis.
+        shards: The largest number of devices over which one axis of a parameter will ever be sharded. It determines the
+            shapes in the state, so choose it for all meshes that will ever load a checkpoint of the run.
+        min_size: Parameters with fewer elements keep float32 moments, and so do those with fewer than 32 elements along
+            the blocked axis. 0 switches both limits off.
 
     Raises:
-        ValueError: an unknown codec or rounding, or a number that cannot be.
+        ValueError: The codec or the rounding is unknown, or a number is out of its range.
 
     >>> StateFormat(codec="dynamic", block_size=256, block_axis=-1)  # the blocks and the map of bitsandbytes
     StateFormat(codec='dynamic', rounding='nearest', block_size=256, block_axis=-1, shards=8, min_size=4096)
@@ -46,19 +52,21 @@ class StateFormat:
             check_block_size(self.block_size)
             object.__setattr__(self, "block_size", int(self.block_size))
         if self.block_axis is not None and not is_int(self.block_axis):
-            raise ValueError(f"`block_axis` must be an integer or None, got {self.block_axis!r}; try -1.")
+            raise ValueError(
+                f"`block_axis` must be an integer or None, got {self.block_axis!r}. Use -1 for the last axis."
+            )
         if not is_int(self.shards) or self.shards < 1:
-            raise ValueError(f"`shards` must be an integer of at least 1, got {self.shards!r}; the default is 8.")
+            raise ValueError(f"`shards` must be an integer of at least 1, got {self.shards!r}. The default is 8.")
         if not is_int(self.min_size) or self.min_size < 0:
             raise ValueError(
-                f"`min_size` must be an integer of at least 0, got {self.min_size!r}; the default is 4096."
+                f"`min_size` must be an integer of at least 0, got {self.min_size!r}. The default is 4096."
             )
-        for name in ("block_axis", "shards", "min_size"):  # numpy's integers are other numbers in a state's format
+        for name in ("block_axis", "shards", "min_size"):  # from NumPy's integers to Python's
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, int(value))
 
     def blocks(self, path: str, shape: tuple[int, ...]) -> Blocks:
-        """The blocks of a parameter. Rows of an embedding table differ in frequency and do not share scales."""
+        """Returns the blocks of a parameter. Rows of embedding tables do not share scales: their frequencies differ."""
         try:
             return choose_blocks(
                 shape,
@@ -68,4 +76,4 @@ class StateFormat:
                 along_rows=bool(EMBEDDING.search(path)),
             )
         except ValueError as error:
-            raise ValueError(f"parameter {path!r}: {error}") from None
+            raise ValueError(f"Parameter {path!r}: {error}") from None

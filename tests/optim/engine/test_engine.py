@@ -133,9 +133,9 @@ def test_a_wrong_call_is_told_what_is_wrong(name):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ((".*", 8), r"`rules` must be pairs, got one: .*Put it into a tuple: rules=\(\('\.\*', 8\),\)"),
-        (None, r"`rules` must be pairs .*or \(\) for the defaults; got None"),
-        ("kernel", r"`rules` must be pairs"),
+        ((".*", 8), r"`rules` must be a tuple of pairs, got a single pair .* Use rules=\(\('\.\*', 8\),\)"),
+        (None, r"`rules` must be a tuple of pairs .*or \(\) for the defaults, got None"),
+        ("kernel", r"`rules` must be a tuple of pairs"),
         ((("kernel", "bf32"),), r"must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got 'bf32'"),
     ],
     ids=["one pair", "None", "text", "bits"],
@@ -147,7 +147,7 @@ def test_rules_that_are_none_are_told_what_is_wrong(rules, message):
 
 def test_a_dict_of_patterns_is_told_from_labels():
     tx = fse.adamw8bit(1e-3, rules={"kern.*": 8})
-    message = r"'kern\.\*' \(a label's path; a pattern goes into a pair: \(\('kern"
+    message = r"'kern\.\*' \(the path of a label; to use it as a pattern, write a pair: \(\('kern"
     with pytest.raises(ValueError, match=message):
         tx.init(parameters())
 

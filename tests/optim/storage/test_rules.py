@@ -297,9 +297,9 @@ def test_no_warning_without_need():
         ({"rules": (("a", True),)}, r"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got True"),
         ({"rules": (("a", "8"),)}, r"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got '8'"),
         ({"rules": (("(", 8),)}, r"`rules` has '\(', which is not a regular expression: "),
-        ({"rules": "kernel"}, r"`rules` must be pairs such as .* got 'kernel'"),
-        ({"rules": None}, r"`rules` must be pairs such as .* got None"),
-        ({"rules": ((lambda path: True, 8),)}, r"`rules` has the function .* Wrap it: fse\.where"),
+        ({"rules": "kernel"}, r"`rules` must be a tuple of pairs such as .* got 'kernel'"),
+        ({"rules": None}, r"`rules` must be a tuple of pairs such as .* got None"),
+        ({"rules": ((lambda path: True, 8),)}, r"`rules` has the function .* Use fse\.where"),
         ({"rules": ("kernel", 32)}, r"`rules` must"),
         ({"state_format": "dynamic"}, r"`state_format` must be a StateFormat, got 'dynamic'"),
         ({"implementation": "cuda"}, r"`implementation` must be None, 'xla', .* got 'cuda'"),
@@ -341,7 +341,7 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
         ({"bits": 8.0}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got 8.0"),
         ({"bits": True}, r"`bits` must be 8, 32, 'bf16' or 'rowwise', got True"),
         ({"state_format": "root"}, r"`state_format` must be a StateFormat, got 'root'"),
-        ({"bits": 32, "state_format": SMALL}, r"but `bits` is 32: .* Drop one"),
+        ({"bits": 32, "state_format": SMALL}, r"but `bits` is 32 in .* Drop one"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(arguments, message):
@@ -357,7 +357,7 @@ def test_where_takes_a_function():
 
 def test_an_axis_that_a_parameter_lacks_names_the_parameter():
     tx = fse.scale_by_adam8bit(state_format=fse.StateFormat(block_axis=2, min_size=0))
-    with pytest.raises(ValueError, match=r"parameter 'kernel': `block_axis` 2 is not an axis"):
+    with pytest.raises(ValueError, match=r"Parameter 'kernel': `block_axis` 2 is not an axis"):
         tx.init({"kernel": jnp.ones((64, 64))})
 
 

@@ -1,0 +1,170 @@
+"""Reads the state of a transform as named values, for `convert_state`.
+
+The name of a value is its path, "0/mu/block/kernel". A moment is one value, even if it is stored as codes and scales.
+So two states that store their moments in different ways have values of the same names and shapes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey
+
+from ..engine.records import StoredMoment, trace_init
+from ..storage.format_code import format_difference
+from ..storage.moments import Sums, is_codes
+from ..trees import path_name
+
+# The chains of states of optax's SGD, LARS and RMSprop, and the terms that their traces sum.
+_RATE = ("EmptyState", "ScaleByScheduleState")
+_TRACE = ("TraceState",)
+_RMS = ("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "ScaleByRStdDevWithCountState")
+_CHAINS_WITH_A_TRACE: tuple[tuple[Sums, tuple[tuple[str, ...], ...]], ...] = (
+    ("gradients", (_TRACE, _RATE)),
+    ("steps", (("MaskedState", "EmptyState"), ("MaskedState",), _RATE, _TRACE)),
+    ("steps", (_RMS, _RATE, _TRACE)),
+)
+
+
+class NamedState:
+    """The state that `tx.init(params)` makes, as named values.
+
+    Attributes:
+        argument: The argument that gave `tx`, for errors.
+        state: The state, as shapes.
+        expected: The shape and dtype of every array, by name, in the order of the leaves.
+        paths: The key path of every array.
+        moments: How each moment of an 8-bit transform is stored.
+        scales: The name of each moment's array of scales.
+        formats: The formats of each 8-bit transform, by the name of its array `format`.
+        sums: The terms that each trace sums, where that is known.
+        without_counts: The 8-bit optimizers whose rule does not depend on the count.
+        moment_fields: The fields of the moments: "mu", "nu".
+        counts: The names of all step counts.
+        shapes: The shape of every value, without scales and formats. A moment has the shape that it has decoded.
+        value_counts: The counts that are stored next to a value. The others belong to schedules, for example.
+    """
+
+    def __init__(self, argument: str, tx: optax.GradientTransformation, params: Any):
+        self.argument = argument
+        self.state, found = trace_init(tx, params)
+        records = [(place, record) for place, record in found if place is not None]
+        if len(records) < len(found):
+            raise ValueError(
+                f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
+            )
+        # The state of a transform inside `quantize_state` gets the names that it has without the wrapper.
+        wrapped = [place for place, record in records if record.method is None]
+        self.wrappers = [path_name((*place, GetAttrKey("inner"))) for place in wrapped]
+        self.expected = dict(self.named(self.state))
+        paths = [path for path, _ in jax.tree.leaves_with_path(self.state)]
+        twice = [name for name, n in Counter(map(self.name, paths)).items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"Two values in the state of `{argument}` have the path {twice[0]!r}. Rename one of the parameters."
+            )
+        self.paths = {self.name(path): path for path in paths}
+        self.moments: dict[str, StoredMoment] = {}
+        self.scales: dict[str, str] = {}
+        self.formats, self.without_counts = {}, set()
+        self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
+        for place, record in records:
+            declared = record.method.moments if record.method else ()
+            for moment in record.moments:
+                name = self.name((*place, *moment.codes))
+                self.moments[name], self.scales[name] = moment, self.name((*place, *moment.absmax))
+                self.sums.update((name, m.sums) for m in declared if m.name == moment.name and m.sums is not None)
+            self.formats[self.name((*place, GetAttrKey("format")))] = record.formats
+            if record.method is not None and not record.method.counts_steps:
+                self.without_counts.add(self.name(place))
+        self.moment_fields = {moment.name for moment in self.moments.values()}
+        self.counts = [
+            name
+            for name, x in self.expected.items()
+            if last_part(name).startswith("count") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+        ]
+        shapes = {name: x.shape for name, x in self.expected.items()}
+        shapes |= {name: moment.shape for name, moment in self.moments.items()}
+        not_values = {*self.formats, *self.scales.values()}
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in not_values}
+        values = [name for name in self.shapes if name not in self.counts]
+        self.value_counts = {count for name in values for count in self.counts_of(name).values()}
+
+    def named(self, tree: Any) -> Iterator[tuple[str, Any]]:
+        """Yields leaves by name. Tuples, NamedTuples, dicts, NNX variables and Linen boxes give the same names."""
+        return ((self.name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree))
+
+    def name(self, path: tuple) -> str:
+        """Returns a path as "0/mu/block/kernel"."""
+        name = path_name(path)
+        for wrapper in self.wrappers:
+            if name.startswith(f"{wrapper}/"):
+                return f"{wrapper.removesuffix('inner')}{name[len(wrapper) + 1 :]}"
+        return name
+
+    def counts_of(self, name: str) -> dict[str, str]:
+        """Returns the step counts that are stored next to a value or further out: of each field name the nearest."""
+        around = [count for count in self.counts if f"{name}/".startswith(count.removesuffix(last_part(count)))]
+        return {last_part(count): count for count in sorted(around, key=len)}
+
+    def array_names(self, name: str) -> tuple[str, ...]:
+        """Returns the names of the arrays that store a value: codes and scales, or one array."""
+        moment = self.moments.get(name)
+        return (name,) if moment is None or moment.blocks is None else (name, self.scales[name])
+
+    def arrays(self, state: Any) -> dict[str, Any]:
+        """Returns the arrays of a state by name.
+
+        Raises:
+            ValueError: The state is not like the one that `init` makes.
+        """
+        arrays = dict(self.named(state))
+        for name, formats in self.formats.items():
+            if name in arrays and np.shape(arrays[name]) != self.expected[name].shape:
+                found = format_difference(arrays[name], formats) or "other parameters have its formats"
+                raise ValueError(f"`state` was not made by `{self.argument}`: {found}.")
+        wrong = [f"{name} is not in it" for name in self.expected if name not in arrays]
+        wrong += [f"{name} is not in {self.argument}.init(params)" for name in arrays if name not in self.expected]
+        for name, want in self.expected.items():
+            if name in arrays and _shape_and_codes(arrays[name]) != _shape_and_codes(want):
+                shape, codes = _shape_and_codes(arrays[name])
+                wrong.append(f"{name} has the shape {shape}{' and codes' if codes else ''}, and not {want.shape}")
+        if wrong:
+            raise ValueError(f"`state` was not made by `{self.argument}` for these `params`: {listed(wrong)}.")
+        return arrays
+
+
+def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
+    """Yields the paths of the traces of optax's SGD, LARS and RMSprop, and the terms that each sums."""
+
+    def summed(x: Any) -> Sums | None:
+        names = [type(member).__name__ for member in x] if type(x) is tuple else []
+        for sums, chain in _CHAINS_WITH_A_TRACE:
+            if len(names) == len(chain) and all(name in allowed for name, allowed in zip(names, chain)):
+                return sums
+        return None
+
+    for path, chain in jax.tree.leaves_with_path(state, is_leaf=lambda x: summed(x) is not None):
+        if sums := summed(chain):
+            for inner, _ in jax.tree.leaves_with_path(chain):
+                if any(isinstance(key, GetAttrKey) and key.name == "trace" for key in inner):
+                    yield (*path, *inner), sums
+
+
+def _shape_and_codes(x: Any) -> tuple[tuple[int, ...], bool]:
+    """Returns the shape of an array, and whether it holds codes. Other dtypes may differ, because loaders cast them."""
+    return np.shape(x), is_codes(getattr(x, "dtype", None))
+
+
+def last_part(name: str) -> str:
+    """Returns the last part of a name."""
+    return name.rpartition("/")[2]
+
+
+def listed(texts: list[str], n: int = 8) -> str:
+    """Joins the first `n` texts, and says how many more there are."""
+    return "; ".join(texts[:n]) + (f"; and {len(texts) - n} more" if len(texts) > n else "")
