@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import flax_stable_embed as fse
 from benchmarks.counted import collectives
+from flax_stable_embed.optim.engine.engine import Engine
 from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small
@@ -86,6 +88,29 @@ def run(tx, params, steps=3, step=None, state=None):
     for i in range(steps):
         params, state, _ = (step or jitted(tx))(gradients(i, params), state, params)
     return params, state
+
+
+# A value for every option of an optimizer that is not its default.
+UNUSUAL_OPTIONS = {
+    "rules": (("kernel", fse.Rule(lr_scale=0.5)),),
+    "state_format": fse.StateFormat("linear", block_size=64),
+    "implementation": "xla",
+    "partition_specs": {"kernel": PartitionSpec("data")},
+    "skip_nonfinite": True,
+}
+
+
+@pytest.fixture
+def options_of_engines(monkeypatch):
+    """Collects the options of every engine that is built."""
+    found, build = [], Engine.__init__
+
+    def init(self, method, options):
+        found.append(options)
+        build(self, method, options)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    return found
 
 
 def takes(case, name):

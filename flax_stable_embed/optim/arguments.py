@@ -93,6 +93,6 @@ def need_params(params: Any, needed: bool) -> None:
 
 
 def check_transform(tx: Any) -> None:
-    """Raises unless `tx` has `init` and `update`. (optax.MultiSteps has both, but is not a GradientTransformation.)"""
+    """Raises unless `tx` has `init` and `update`. optax.MultiSteps has both, but is not a GradientTransformation."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`tx` must be an optax transform, with `init` and `update`, got {tx!r}.")

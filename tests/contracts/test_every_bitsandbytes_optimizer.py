@@ -11,8 +11,10 @@ import pytest
 
 import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes
+from flax_stable_embed.optim.engine.options import Options
 from tests.interop.bitsandbytes.tools import BLOCKS, fused, normal
-from tests.tools import REPRESENTATIVE
+from tests.tools import REPRESENTATIVE, UNUSUAL_OPTIONS
+from tests.tools import options_of_engines as options_of_engines
 
 OPTIMIZERS = {
     "adam8bit": {},
@@ -237,17 +239,7 @@ def test_a_stable_embedding_trains_with_every_optimizer(name):
 
 
 @every_optimizer
-def test_every_option_reaches_the_engine(name):
+def test_every_option_reaches_the_engine(name, options_of_engines):
     """An option that a factory takes and drops would be ignored without a word."""
-    params = {"kernel": jnp.ones((64, 64))}
-    with pytest.raises(ValueError, match="`partition_specs` has no entry for parameter 'kernel'"):
-        make(name, state_format=BLOCKS, partition_specs={}).init(params)
-    with pytest.raises(ValueError, match="`implementation` must be"):
-        make(name, implementation="fast")
-    with pytest.raises(ValueError, match="match no parameter"):
-        make(name, rules=(("nothing", 8),)).init(params)
-    assert make(name, state_format=fse.StateFormat("linear", min_size=0)).init(params)[0].format[0] == 3
-    bad = {"kernel": jnp.full((64, 64), jnp.nan)}
-    tx = make(name, state_format=BLOCKS, skip_nonfinite=True)
-    after, _ = fse.fused_update(tx, bad, tx.init(params), params)
-    assert jnp.all(jnp.isfinite(after["kernel"]))
+    make(name, **UNUSUAL_OPTIONS)
+    assert options_of_engines == [Options(**UNUSUAL_OPTIONS)]

@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.codecs import table
+from flax_stable_embed.optim.engine.options import Options
 from tests.cases import OPTIMIZERS
 from tests.tools import (
     ALL_FP32,
     SMALL,
+    UNUSUAL_OPTIONS,
     assert_8bit,
     assert_equal,
     assert_nearly,
@@ -41,6 +43,7 @@ from tests.tools import (
     their_moment,
     types,
 )
+from tests.tools import options_of_engines as options_of_engines
 
 STORAGES = [*itertools.product(("root", "dynamic", "linear"), ("nearest", "stochastic"))]
 
@@ -889,21 +892,10 @@ def test_8bit_follows_fp32_on_a_small_regression(case):
     np.testing.assert_allclose(losses[-1], expected[-1], rtol=0, atol=0.005 * expected[0])
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+@pytest.mark.parametrize("half", [False, True], ids=["optimizer", "half"])
 @every_optimizer
-def test_every_option_reaches_the_engine(case, half):
+def test_every_option_reaches_the_engine(case, half, options_of_engines):
     """An option that a factory takes and drops would be ignored without a word."""
-    params = {"kernel": jnp.ones((64, 64))}
     hyper = {key: value for key, value in case.hyper.items() if not half or key not in case.only_whole}
-    make = functools.partial(case.half if half else case.ours, **hyper)
-    with pytest.raises(ValueError, match="`partition_specs` has no entry for parameter 'kernel'"):
-        make(state_format=SMALL, partition_specs={}).init(params)
-    with pytest.raises(ValueError, match="`implementation` must be"):
-        make(implementation="fast")
-    with pytest.raises(ValueError, match="match no parameter"):
-        make(rules=(("nothing", 8),)).init(params)
-    state = make(state_format=fse.StateFormat("linear", min_size=0)).init(params)
-    assert core(case, state).format[0] == 3
-    bad = {"kernel": jnp.full((64, 64), jnp.nan)}
-    tx = make(state_format=SMALL, skip_nonfinite=True)
-    assert jnp.all(jnp.isfinite(tx.update(bad, tx.init(params), params)[0]["kernel"]))
+    (case.half if half else case.ours)(**hyper, **UNUSUAL_OPTIONS)
+    assert options_of_engines == [Options(**UNUSUAL_OPTIONS)]

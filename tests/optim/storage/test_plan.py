@@ -1,6 +1,7 @@
 """One plan per parameter: resolved once, and the same in `init`, in every step and in the report."""
 
 import collections
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +46,7 @@ def test_rules_are_searched_once_per_parameter_and_call(case, fused, lookups):
     state = tx.init(PARAMS)
     assert lookups == once
     lookups.clear()
-    if fused:
-        fse.fused_update(tx, PARAMS, state, PARAMS)
-    else:
-        tx.update(PARAMS, state, PARAMS)
+    jax.eval_shape(partial(fse.fused_update, tx) if fused else tx.update, PARAMS, state, PARAMS)
     assert lookups == once
 
 
@@ -57,7 +55,7 @@ def test_a_wrapped_transform_searches_rules_once_per_parameter_and_call(lookups)
     state = tx.init(PARAMS)
     assert set(lookups.values()) == {1}
     lookups.clear()
-    tx.update(PARAMS, state, PARAMS)
+    jax.eval_shape(tx.update, PARAMS, state, PARAMS)
     assert set(lookups.values()) == {1}
 
 
@@ -72,7 +70,7 @@ def test_describe_shows_the_plans_that_update_uses(case, monkeypatch):
         return used[path]
 
     monkeypatch.setattr(plan_module.Planner, "plan_stored", spy)
-    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), PARAMS)
     rows = {row.path: row for row in fse.describe(tx, PARAMS).rows}
     assert rows.keys() == used.keys()
     for path, plan in used.items():
