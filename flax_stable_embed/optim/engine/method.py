@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...ops.blockwise_step.step import UpdateRule
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Method:
     name: str
     state: type
     rule: UpdateRule
-    moments: tuple[MomentName, ...]
+    moments: tuple[MomentSpec, ...]
     hyper: Callable[..., dict[str, Any]]
     overridable: Mapping[str, Any] = field(default_factory=dict)
     counts_steps: bool = True

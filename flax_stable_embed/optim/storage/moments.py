@@ -30,7 +30,7 @@ from .state_format import StateFormat
 Sums = Literal["gradients", "directions", "steps"]
 
 
-class MomentName(NamedTuple):
+class MomentSpec(NamedTuple):
     """Declares a moment that an optimizer keeps for every parameter.
 
     Attributes:
@@ -59,7 +59,7 @@ class MomentName(NamedTuple):
         return Moment(signed, state_format.codec, stochastic)
 
 
-def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
+def initial(box: Any, moment: MomentSpec, plan: LeafPlan) -> tuple[Any, Any]:
     """Makes a moment before the first step: values and scales, in the parameter's wrapper and sharded like it."""
     p, kind = unbox(box), plan.rule.memory_kind
     if plan.blocks is not None:

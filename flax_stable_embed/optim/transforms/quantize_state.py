@@ -28,7 +28,7 @@ from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
-from ..storage.moments import MomentName, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
+from ..storage.moments import MomentSpec, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules
 from ..storage.state_format import StateFormat
@@ -383,7 +383,7 @@ def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
 def _moment(field: Field, state_format: StateFormat) -> Moment:
     """Returns how the moments of a field are stored in 8 bits."""
     signed = field.kind == "signed"
-    name = MomentName(field.name, signed=signed, dynamic_signed=signed, second=not signed)
+    name = MomentSpec(field.name, signed=signed, dynamic_signed=signed, second=not signed)
     return name.stored(state_format)
 
 
