@@ -1,1 +1,1 @@
-"""Optax transforms that keep optimizer moments in one byte each; one file per optimizer."""
+"""8-bit optimizers as optax transforms. README.md here follows one parameter from rule to storage to step."""

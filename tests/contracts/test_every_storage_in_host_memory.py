@@ -133,7 +133,7 @@ def test_another_storage_is_converted_to_and_from_there(jit):
 def test_what_cannot_be_raises():
     with pytest.raises(ValueError, match="`memory_kind` must be 'device', 'pinned_host' or None, got 'disk'"):
         fse.Rule(memory_kind="disk")
-    with pytest.raises(ValueError, match="of a wrapped transform a rule sets only the storage"):
+    with pytest.raises(ValueError, match="for a wrapped transform a rule sets only the storage"):
         fse.quantize_state(optax.adam(1e-3), rules=HOST).init(PARAMS)
     tx = fse.row_sparse(fse.adamw8bit(1e-3, rules=HOST))
     rows = fse.SparseRows(jnp.array([1, 5, 130]), jnp.ones((3, 64)), 130)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ops.blockwise.blocks import Blocks
-from ...optim.storage.moments import MomentName, dequantize_moment, quantize_moment
+from ...optim.storage.moments import MomentSpec, dequantize_moment, quantize_moment
 from ...optim.storage.plan import LeafPlan
 from . import flat_blocks as flat
 from .report import How
@@ -39,7 +39,7 @@ class Stored(NamedTuple):
 class Place(NamedTuple):
     """How our optimizer state stores one moment of a parameter."""
 
-    moment: MomentName
+    moment: MomentSpec
     signed: bool  # whether bitsandbytes stores it with its signed map
     plan: LeafPlan
     axes: tuple[int, ...]  # the axes of torch's tensor in our order, as for `numpy.transpose`

@@ -1,1 +1,1 @@
-"""What every 8-bit optimizer runs on."""
+"""Runs an update rule over a pytree of parameters, whatever their storage, and turns it into an optax transform."""

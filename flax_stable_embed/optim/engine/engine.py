@@ -153,7 +153,7 @@ class Engine:
             check_same_paths(paths, params, "the parameters have")
         leaves = []
         for i, ((_, g), p) in enumerate(zip(pairs, p_leaves)):
-            # NumPy arrays and Python numbers become JAX arrays. Without a gradient the parameter stays what it is.
+            # NumPy arrays and Python numbers become JAX arrays. Without a gradient the parameter stays as it is.
             g, p = (g, p) if g is None else (jnp.asarray(g), None if p is None else jnp.asarray(p))
             leaves.append(Leaf(g, p, {name: column[i] for name, column in columns.items()}))
         return paths, leaves, tree, columns

@@ -36,7 +36,7 @@ class LeafStep(NamedTuple):
 
     Attributes:
         method: The optimizer.
-        implementation: What runs steps on 8-bit moments; None chooses.
+        implementation: The code that runs steps on 8-bit moments; None selects it.
         fused: Whether the output is the new parameter instead of the update.
         skip_nonfinite: Whether elements with a non-finite gradient keep their parameter and moments.
         count: The state's count after the step.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...ops.blockwise_step.step import UpdateRule
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Method:
         state: The class of its state, a NamedTuple with the fields `count`, each moment, each `<moment>_absmax`, and
             `format`.
         rule: The formula, `rule(g, *moments, **hyper) -> (u, moments)`. It knows nothing about storage.
-        moments: What the state keeps for every parameter.
+        moments: The moments that the state keeps for every parameter.
         hyper: `hyper(before, after, **overridable)` returns the rule's keyword arguments at a step, from the state's
             count before and after it. Python numbers and functions become static, arrays are traced.
         overridable: The hyper-parameters that a `Rule` can set for one parameter, with the optimizer's own values.
@@ -27,7 +27,7 @@ class Method:
     name: str
     state: type
     rule: UpdateRule
-    moments: tuple[MomentName, ...]
+    moments: tuple[MomentSpec, ...]
     hyper: Callable[..., dict[str, Any]]
     overridable: Mapping[str, Any] = field(default_factory=dict)
     counts_steps: bool = True

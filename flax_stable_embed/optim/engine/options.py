@@ -9,7 +9,7 @@ from ..storage.state_format import StateFormat
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can choose for any 8-bit optimizer; `adamw8bit` describes each one. Made once and passed as it is."""
+    """The keyword-only options of every 8-bit optimizer, made once and passed as is. `adamw8bit` describes them."""
 
     rules: Any = ()
     state_format: StateFormat = StateFormat()

@@ -1,4 +1,4 @@
-"""Records of what `init` decided, for `describe` and `convert_state`: they trace `init` and read its records."""
+"""Records the decisions of `init`, for `describe` and `convert_state`, which trace `init` and read its records."""
 
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Record(NamedTuple):
         format: The very array that its state has as `format`, by which the state is found in a larger one.
         formats: The formats in use: the optimizer's, then the formats of its rules.
         plans: The plan of every parameter whose moments it keeps, by path.
-        bytes: The bytes of those moments and their scales, by path.
+        bytes: The bytes of its moments and their scales, by path of the parameter.
         moments: Where each moment is.
         method: The optimizer; None for `quantize_state`.
         stayed: Fields of a wrapped transform's state that stay as they are.

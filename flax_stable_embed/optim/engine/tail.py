@@ -45,7 +45,7 @@ class Tail(NamedTuple):
         return self.weight_decay is not None or any(hook is not None for hook in hooks)
 
     def of_leaf(self, rule: Rule, *, decays: bool, in_gradient: bool) -> "Tail":
-        """Returns the tail of one parameter: with what its rule sets, without what the masks exclude."""
+        """Returns the tail of one parameter: with the settings of its rule, without the parts that masks exclude."""
         step_size, decay = self.step_size, self.weight_decay if decays else None
         if rule.lr_scale != 1:
             step_size = rule.lr_scale if step_size is None else rule.lr_scale * step_size

@@ -21,7 +21,7 @@ from ..engine.method import Method
 from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 from ..storage.state_format import StateFormat
 from .arithmetic import inverse_root
 
@@ -54,7 +54,7 @@ def engine(initial_accumulator_value, eps, options: Options, *, eps_in_sqrt) -> 
         del before, after
         return {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
 
-    moment = MomentName(
+    moment = MomentSpec(
         "sum_of_squares", signed=False, dynamic_signed=True, second=True, initial=initial_accumulator_value
     )
     method = Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper, {"eps": eps}, counts_steps=False)

@@ -24,7 +24,7 @@ from ..engine.options import Options
 from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 from ..storage.state_format import StateFormat
 from .arithmetic import correction, over
 
@@ -66,8 +66,8 @@ def engine(
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
 
     moments = (
-        MomentName("mu", signed=True, dynamic_signed=True),
-        MomentName("nu", signed=False, dynamic_signed=False, second=True),
+        MomentSpec("mu", signed=True, dynamic_signed=True),
+        MomentSpec("nu", signed=False, dynamic_signed=False, second=True),
     )
     overridable = {"b1": b1, "b2": b2, "eps": eps}
     return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper, overridable), options)

@@ -23,7 +23,7 @@ from ..engine.options import Options
 from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 from ..storage.state_format import StateFormat
 from .arithmetic import correction, over
 
@@ -87,9 +87,9 @@ def engine(
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, **slow, **corrections}
 
     moments = (
-        MomentName("m1", signed=True, dynamic_signed=True),
-        MomentName("m2", signed=True, dynamic_signed=True, slow=True),
-        MomentName("nu", signed=False, dynamic_signed=False, second=True),
+        MomentSpec("m1", signed=True, dynamic_signed=True),
+        MomentSpec("m2", signed=True, dynamic_signed=True, slow=True),
+        MomentSpec("nu", signed=False, dynamic_signed=False, second=True),
     )
     overridable = {"b1": b1, "b2": b2, "eps": eps}
     return Engine(Method("ademamix", ScaleByAdemamix8bitState, ademamix, moments, hyper, overridable), options)

@@ -21,7 +21,7 @@ from ..engine.options import Options
 from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 from ..storage.state_format import StateFormat
 from .arithmetic import sign
 
@@ -50,7 +50,7 @@ def engine(b1, b2, mu_dtype, options: Options) -> Engine:
         del before, after
         return {"b1": b1, "b2": b2}
 
-    mu = MomentName("mu", signed=True, dynamic_signed=True)
+    mu = MomentSpec("mu", signed=True, dynamic_signed=True)
     return Engine(Method("lion", ScaleByLion8bitState, lion, (mu,), hyper, {"b1": b1, "b2": b2}), options)
 
 

@@ -24,7 +24,7 @@ from ..engine.method import Method
 from ..engine.options import Options
 from ..engine.transform import STATELESS, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName
+from ..storage.moments import MomentSpec
 from ..storage.state_format import StateFormat
 from .arithmetic import correction, inverse_root, over
 from .sgd import sgd
@@ -85,12 +85,12 @@ def engine(
 ) -> Engine:
     """Builds RMSprop's engine."""
     check_numbers(decay=decay, eps=eps, initial_scale=initial_scale)
-    moments = [MomentName("nu", signed=False, dynamic_signed=True, second=True, initial=initial_scale)]
+    moments = [MomentSpec("nu", signed=False, dynamic_signed=True, second=True, initial=initial_scale)]
     if centered:
-        moments.append(MomentName("mu", signed=True, dynamic_signed=True))
+        moments.append(MomentSpec("mu", signed=True, dynamic_signed=True))
     if momentum is not None:
         check_numbers(momentum=momentum)
-        moments.append(MomentName("trace", signed=True, dynamic_signed=True, sums="steps"))
+        moments.append(MomentSpec("trace", signed=True, dynamic_signed=True, sums="steps"))
 
     def hyper(before, after, *, b2, eps, b1=0.0):
         del before

@@ -20,7 +20,7 @@ from ..engine.method import Method
 from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
-from ..storage.moments import MomentName, Sums
+from ..storage.moments import MomentSpec, Sums
 from ..storage.state_format import StateFormat
 
 
@@ -71,7 +71,7 @@ def engine(
         del before, after
         return {"momentum": b1, "nesterov": nesterov}
 
-    trace = MomentName("trace", signed=True, dynamic_signed=True, sums=sums)
+    trace = MomentSpec("trace", signed=True, dynamic_signed=True, sums=sums)
     method = Method(name, ScaleBySgd8bitState, rule, (trace,), hyper, {"b1": momentum}, counts_steps=False)
     return Engine(method, options)
 

@@ -1,1 +1,1 @@
-"""Gradients and updates of single rows of embedding tables."""
+"""Gradients of single rows of embedding tables, and optimizer steps that touch only these rows."""

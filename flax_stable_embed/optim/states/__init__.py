@@ -1,1 +1,1 @@
-"""Questions to ask of a whole state: describe, abstract_state, convert_state."""
+"""Functions of the state of an optimizer: report it (`describe`), restore it (`abstract_state`), convert it."""

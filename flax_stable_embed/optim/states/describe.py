@@ -34,7 +34,7 @@ class Row(NamedTuple):
         bits: How its moments are stored: 8, 32, "bf16" or "rowwise".
         block: The blocks and the codec of 8-bit moments, else "".
         reason: Why it has these bits.
-        implementation: What runs its step, with the reason where it is not the platform's kernel.
+        implementation: The code that runs its step, with the reason if it is not the platform's kernel.
         bytes: The bytes of its moments and scales.
         bytes_in_fp32: The bytes of the same moments in float32.
         overrides: The hyper-parameters and the memory that a rule sets.
@@ -131,7 +131,7 @@ def describe(
             per device, and the blocks that are on more than one device. It does not count reductions over a parameter,
             such as the norms of LAMB or of clipping.
         platform: "cpu", "gpu" or "tpu": the platform whose implementations the report names. By default the platform of
-            this process. A CPU host can so tell what a TPU program will run.
+            this process. So a CPU host can tell which kernels a TPU program will run.
 
     Raises:
         TypeError: `shardings` holds something else.

@@ -1,1 +1,1 @@
-"""How a moment is stored, and who decides."""
+"""Decides how the moments of each parameter are stored, by rules, and stores them. `plan.py` makes the decision."""

@@ -33,7 +33,7 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> None
 
 
 def differs(rules: Rules, vector: Array) -> str:
-    """Returns what differs between a state's `format` and the rules, in parentheses; "" if nothing does."""
+    """Returns the differences between a state's `format` and the rules, in parentheses; "" if there are none."""
     found = format_difference(vector, rules.formats)
     return f" ({found})" if found else ""
 
@@ -79,7 +79,7 @@ def _is_untold(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -
 
 
 def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
-    """Says what differs between a state's `format` and `formats`. Of a tracer only the codecs are known."""
+    """Describes the differences between a state's `format` and `formats`. For a tracer only codecs are compared."""
     length = vector.shape[0]
     number, codecs = length // _FORMAT_SIZE // (6 if length % _FORMAT_SIZE else 1), []
     while number > 0:

@@ -1,6 +1,6 @@
-"""Stores moments: makes the first arrays, encodes and decodes them, and moves them between memories.
+"""Stores moments: makes the first arrays, quantizes and dequantizes them, and moves them between memories.
 
-A moment is two arrays, its values and its scales (`absmax`). What they hold depends on the parameter's `bits`:
+A moment is two arrays, its values and its scales (`absmax`). The parameter's `bits` decide how they are stored:
 
 - 8: codes in the parameter's shape, and float32 scales, whose shape has blocks for elements along one axis.
 - 32: float32 (or wider) in the parameter's shape. The scales are zeros of shape [1] * ndim, which nothing reads.
@@ -30,7 +30,7 @@ from .state_format import StateFormat
 Sums = Literal["gradients", "directions", "steps"]
 
 
-class MomentName(NamedTuple):
+class MomentSpec(NamedTuple):
     """Declares a moment that an optimizer keeps for every parameter.
 
     Attributes:
@@ -59,7 +59,7 @@ class MomentName(NamedTuple):
         return Moment(signed, state_format.codec, stochastic)
 
 
-def initial(box: Any, moment: MomentName, plan: LeafPlan) -> tuple[Any, Any]:
+def initial(box: Any, moment: MomentSpec, plan: LeafPlan) -> tuple[Any, Any]:
     """Makes a moment before the first step: values and scales, in the parameter's wrapper and sharded like it."""
     p, kind = unbox(box), plan.rule.memory_kind
     if plan.blocks is not None:
@@ -105,7 +105,7 @@ def memory_of(x: Any) -> str:
 
 
 def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
-    """Encodes a moment as codes and scales. `key`, from `array_key`, is needed for stochastic rounding."""
+    """Quantizes a moment to codes and scales. `key`, from `array_key`, is needed for stochastic rounding."""
     rounding = "stochastic" if moment.stochastic else "nearest"
     return quantize(
         x,
@@ -119,7 +119,7 @@ def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None 
 
 
 def dequantize_moment(codes: Array, absmax: Array, moment: Moment, blocks: Blocks) -> Array:
-    """Decodes a moment that `quantize_moment` stored, to float32."""
+    """Dequantizes a moment that `quantize_moment` stored, to float32."""
     return dequantize(codes, absmax, signed=moment.signed, codec=moment.codec, block_size=blocks.size, axis=blocks.axis)
 
 

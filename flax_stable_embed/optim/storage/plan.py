@@ -47,7 +47,7 @@ class LeafPlan:
         blocks: The axis and the size of the blocks that share a scale.
         reason: Why it has these bits, for a reader.
         placement: How it is sharded, as `partition_specs` says; None where nothing is known.
-        implementation: The name of what runs its step, with the reason where it is not the platform's kernel.
+        implementation: The code that runs its step, with the reason if it is not the platform's kernel.
     """
 
     path: str
@@ -161,7 +161,7 @@ class Planner:
         return self._finished(plan, parameter)
 
     def _finished(self, plan: LeafPlan, parameter: Any) -> LeafPlan:
-        """The plan with its blocks dropped where they are not used, and with what runs the step."""
+        """Returns the plan with the implementation of its step, and without blocks if it is not in 8 bits."""
         if plan.bits != 8:
             return replace(plan, blocks=None, implementation="optax's formula")
         blocks, placement = plan.state_format.blocks(plan.path, plan.shape), self.specs.of(plan.path)

@@ -1,4 +1,4 @@
-"""Defines `Rule` and checks a user's `rules`: pairs of a pattern and what it sets, of which the first match wins.
+"""Defines `Rule`, and matches a user's `rules` with parameters. The first rule that matches wins.
 
 A rule sees only a parameter's path and its global shape. So a rule matches the same parameters on every mesh and in
 every process. `plan.py` applies the rules, then NNX metadata, then the default rules of `defaults.py`.

@@ -1,1 +1,1 @@
-"""Transforms around any optimizer."""
+"""Transforms that work around or before any optimizer: 8-bit state, stochastic rounding, percentile clipping."""

@@ -1,10 +1,10 @@
-"""Any optax transform with the moments in its state kept in one byte each.
+"""Stores the moments of any optax transform in 8 bits.
 
     state = dequantize(codes, absmax);   u, state <- tx.update(g, state, p);   codes, absmax <- quantize(state)
 
-A moment is a field of the state that the table `moments` names, and in it every array that lies where a parameter lies
-and has its shape. Everything else stays as `tx` makes it, and a transform that has nothing else is refused.
-Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
+The table `moments` names the fields of the state that hold moments. In such a field, every array at the path of a
+parameter and with its shape is a moment. Everything else stays as `tx` makes it. A transform without moments is
+refused. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
-from ..storage.moments import MomentName, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
+from ..storage.moments import MomentSpec, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules
 from ..storage.state_format import StateFormat
@@ -39,28 +39,27 @@ from .state_fields import (
     REASONS,
     Field,
     Slot,
+    can_hold_moments,
     count_index,
     field_of,
+    fields_text,
     find_fields,
     find_slots,
-    fits,
     placeholder_state,
-    show,
 )
 
 _KINDS = ("signed", "unsigned", "keep")
 
-
-# Large enough for what is factored or projected to be so, and only ever shapes.
-_PROBE = {name: jax.ShapeDtypeStruct((4096,) * n, np.float32) for name, n in (("matrix", 2), ("vector", 1))}
+# Shapes of parameters to try a transform on. They are so large that transforms which factor or project do so.
+_EXAMPLE_PARAMS = {name: jax.ShapeDtypeStruct((4096,) * n, np.float32) for name, n in (("matrix", 2), ("vector", 1))}
 
 
 class QuantizedState(NamedTuple):
     """State of `quantize_state`."""
 
-    inner: optax.OptState  # of the wrapped transform; moments: int8 or uint8 codes, or fp32 values
-    absmax: dict[str, optax.Updates]  # by the path of a field in `inner`: its scales, ones without codes
-    format: Array  # uint8, names the codecs and block settings
+    inner: optax.OptState  # the state of the wrapped transform; moments are int8 or uint8 codes, or floating point
+    absmax: dict[str, optax.Updates]  # the float32 scales of each field of moments, by the path of the field in `inner`
+    format: Array  # uint8, says how the state is stored
 
 
 def quantize_state(
@@ -69,47 +68,49 @@ def quantize_state(
     rules: Any = (),
     state_format: StateFormat = StateFormat(),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`tx` with its moments in one byte each, and fp32 moments for embeddings, norms and biases.
+    r"""Wraps an optax transform so that it stores its moments in 8 bits, except for embeddings, norms and biases.
 
     $$m = \mathrm{decode}(c, s); \quad u, m' = \mathrm{tx}(g, m, \theta); \quad c', s' = \mathrm{encode}(m')$$
 
-    For any transform of optax or of yours, alone or with chain, masked, partition, MultiSteps, inject_hyperparams, ...
-    in it. Where this library has an optimizer of that name, use that: it decodes piece by piece and can be fused, while
-    here all moments are decoded, then `tx` runs, then all are encoded. Half-precision gradients, parameters and states
-    are computed in float32, whatever they are stored in.
+    `tx` is any transform of optax or of your own, also a chain, masked, partition, MultiSteps or inject_hyperparams. If
+    this library has an optimizer of the same name, prefer that one. It works block by block and can update parameters
+    in place. Here all moments are decoded at once, then `tx` runs, then all moments are encoded. Gradients, parameters
+    and states in half precision are converted to float32 for the step.
 
-    Refused, as nothing is left to store in bytes, and kept as it is in other transforms:
+    Some fields of optax's states cannot be stored in 8 bits. They stay as they are, and a transform that has no other
+    fields is refused:
 
-        keeps nothing of the parameters' shape    sgd without momentum, sign_sgd, fromage, noisy_sgd, polyak_sgd, dpsgd
+        nothing has the parameters' shape         sgd without momentum, sign_sgd, fromage, noisy_sgd, polyak_sgd, dpsgd
         parameters, or points of reference        schedule_free (z), dog, dowg, prodigy (params0), mechanize (x0),
                                                   lookahead
         sums that parameters are computed from    cocob, madgrad
         previous gradients, to take a difference  optimistic_gradient_descent, adan (g), lbfgs
         factored, projected, one for many         adafactor, galore (wrap its base_optimizer), sm3 (mu), novograd (nu)
-        nu - mu^2 of rounded moments              centered rmsprop (mu, nu): it can be negative, and its root NaN
-        step sizes, each its own                  rprop
+        nu - mu^2 of rounded moments              centered rmsprop (mu, nu): may be negative, and its root NaN
+        step sizes of single elements             rprop
 
-    So of schedule_free_adamw, prodigy, adan, sm3, novograd, ... the other moments are in bytes; lookahead goes around.
-    `fse.describe` lists what stayed, and why. Functions of optax's that read a state (`schedule_free_eval_params`) take
-    `state.inner`.
+    In schedule_free_adamw, prodigy, adan, sm3, novograd, ... the other moments are in 8 bits. Put lookahead around
+    `quantize_state`. `fse.describe` lists the fields that stay as they are, with the reason. Pass `state.inner` to
+    functions of optax that read a state, such as `schedule_free_eval_params`.
 
     Args:
-        tx: the transform. Extra arguments of `update` are passed on.
-        moments: fields of the state by name, "mu", or by type and name, "ScaleByAdamState.mu", which goes first:
-            "signed", "unsigned" (never negative: a finer code, and what is negative becomes zero) or "keep". None: the
-            moments of optax's own transforms. Of their names, those that `tx` does not have are passed over.
-        rules: as in `fse.adamw8bit`, to choose between 8, 32 and "bf16". What else a rule can set is `tx`'s to set.
-        state_format: codec, rounding and blocks, see `StateFormat`. Stochastic rounding acts on unsigned moments and
-            needs a `count` (or `step_count`, `t`) in the state of `tx`.
+        tx: The transform. Extra arguments of `update` are passed on to it.
+        moments: Mapping from fields of the state to "signed", "unsigned" or "keep". A field is a name, "mu", or a type
+            and a name, "ScaleByAdamState.mu", which has precedence. "unsigned" is for moments that are never negative:
+            their codes are finer, and negative values become zero. None means the moments of optax's transforms.
+            Names of optax's moments that `tx` does not have are ignored.
+        rules: As in `fse.adamw8bit`, but a rule can only set how moments are stored: 8, 32, "bf16" or a state format.
+        state_format: The codec, rounding and blocks of 8-bit moments. See `StateFormat`. Stochastic rounding applies to
+            unsigned moments. It needs a field `count`, `step_count` or `t` in the state of `tx`.
 
     Returns:
         An optax transform. Its state is `QuantizedState`.
 
     Raises:
-        ValueError: no moment in the state of `tx` (sgd without momentum, rprop, dog, ...) or none of the parameters'
-            shape (adafactor, galore: wrap its `base_optimizer`); a name of `moments` that the state does not have; an
-            8-bit optimizer as `tx`; a rule or format that cannot be. When `tx` is made for other parameters than
-            those that it is tried on here, only `init` can tell.
+        TypeError: `tx` is not an optax transform, or `moments` is not a mapping.
+        ValueError: The state of `tx` has no moments, or none of them has the shape of a parameter. `moments` has a name
+            that the state does not have. `tx` is or contains an 8-bit optimizer of this library. A rule or the format
+            is invalid. If `tx` only accepts certain parameters, then `init` raises these errors instead.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}
@@ -138,92 +139,101 @@ class _Quantizer:
         self.tx, self.rules, self.planner = optax.with_extra_args_support(tx), rules, Planner(rules)
         if moments is not None and not isinstance(moments, Mapping):
             raise TypeError(f"`moments` must be a mapping of fields, such as {{'mu': 'signed'}}, got {moments!r}.")
-        self.table, self.named = (MOMENTS, False) if moments is None else (dict(moments), True)
+        self.table, self.is_own_table = (MOMENTS, False) if moments is None else (dict(moments), True)
         for name, kind in self.table.items():
             if kind not in _KINDS:
                 raise ValueError(f"`moments` must give 'signed', 'unsigned' or 'keep', got {name!r}: {kind!r}.")
         for _, rule in rules.user:
             if rule.bits == "rowwise" or rule.settings_text:
                 raise ValueError(
-                    f"`rules` has {rule}, but of a wrapped transform a rule sets only the storage: 8, 32, 'bf16' or "
-                    "Rule(8, state_format). Give hyper-parameters to the transform itself, through optax.partition "
-                    "where they differ; 'rowwise' is for the optimizers of this library."
+                    f"`rules` has {rule}, but for a wrapped transform a rule sets only the storage: 8, 32, 'bf16' or "
+                    "Rule(8, state_format). Set hyper-parameters in the transform itself, with optax.partition if "
+                    "they differ between parameters. 'rowwise' is only for the optimizers of this library."
                 )
-        self._try()
+        self._check_early()
 
-    def _try(self) -> None:
-        """Raises early what `init` would raise, where `tx` takes parameters that it was not made for."""
-        for attempt in (lambda: jax.eval_shape(self.tx.init, _PROBE), lambda: placeholder_state(self.tx)):
+    def _check_early(self) -> None:
+        """Raises now the errors that `init` would raise, if `tx` accepts the example parameters."""
+        for make in (lambda: jax.eval_shape(self.tx.init, _EXAMPLE_PARAMS), lambda: placeholder_state(self.tx)):
             try:
-                inner = attempt()
-            except Exception:  # masks and labels as trees, for one, fit only their own parameters
+                inner = make()
+            except Exception:  # a mask given as a pytree, for example, fits only its own parameters
                 continue
-            self._check(inner, shapes_of(_PROBE))
+            self._moment_fields(inner, shapes_of(_EXAMPLE_PARAMS))
 
-    def _check(self, inner: Any, shapes: dict) -> list[Field]:
-        """The fields of a new state; raises where none can be in 8 bits, and where the table is wrong."""
+    def _moment_fields(self, inner: Any, shapes: dict) -> list[Field]:
+        """Returns the fields of a new state that hold moments.
+
+        Raises:
+            ValueError: No field can be in 8 bits, or `moments` or the rounding does not fit the state.
+        """
         names = {name for path, _ in flatten(inner) for name in map(entry, path)}
         if "format" in names and any(name.endswith("absmax") for name in names):
-            raise ValueError("`tx` is an 8-bit optimizer of this library, or has one in it: use it as it is.")
-        every = list(find_fields(inner, self.table, shapes))
-        known = {*MOMENTS, *(field.key for field in every)}  # one table may serve many transforms
-        if unknown := [key for key in self.table if self.named and key not in known]:
             raise ValueError(
-                f"`moments` names {', '.join(unknown)}, but the fields of the state of `tx` are: {show(inner)}. "
-                "Correct the name, or drop it."
+                "`tx` is an 8-bit optimizer of this library, or contains one. Use it without quantize_state."
             )
-        fields = [field for field in every if field.kind != "keep"]
-        if not any(fits(field, shapes) for field in fields):
+        listed = list(find_fields(inner, self.table, shapes))
+        known = {*MOMENTS, *(field.key for field in listed)}  # a user may pass one table for many transforms
+        if unknown := [key for key in self.table if self.is_own_table and key not in known]:
             raise ValueError(
-                f"`tx` has no moments to store in 8 bits. The fields of its state are: {show(inner)}. Of these "
-                f"`moments` names as signed or unsigned: {', '.join(field.name for field in fields) or 'none'}; and a "
-                "moment has its parameter's shape. To name others: moments={'field': 'signed' or 'unsigned'}. "
-                "Parameters, and sums that they are computed from, do not bear it."
+                f"`moments` names {', '.join(unknown)}, but the fields of the state of `tx` are: "
+                f"{fields_text(inner)}. Correct the name, or drop it."
+            )
+        fields = [field for field in listed if field.kind != "keep"]
+        if not any(can_hold_moments(field, shapes) for field in fields):
+            raise ValueError(
+                f"`tx` has no moments to store in 8 bits. The fields of its state are: {fields_text(inner)}. `moments` "
+                f"names as signed or unsigned: {', '.join(field.name for field in fields) or 'none of them'}. A moment "
+                "must also have the shape of its parameter. To name others, pass moments={'field': 'signed' or "
+                "'unsigned'}. Parameters, and sums that parameters are computed from, cannot be stored in 8 bits."
             )
         if any(f.rounding == "stochastic" for f in self.rules.formats) and count_index(flatten(inner)) is None:
             raise ValueError(
                 "`rounding='stochastic'` needs the number of the step, but the state of `tx` has no field "
-                f"{', '.join(COUNTS)}. A schedule for a learning rate counts; or take rounding='nearest'."
+                f"{', '.join(COUNTS)}. A schedule as the learning rate adds one. Or use rounding='nearest'."
             )
         return fields
 
-    # --- init --------------------------------------------------------------------------------------------------------
-
     def init(self, params: Any) -> QuantizedState:
+        """Makes the state of `tx` and stores its moments."""
         plans = {x.path: x.plan for x in self.planner.plans(params)[0] if x.plan}
         for path, plan in plans.items():
             if plan.bits == "rowwise":
-                raise ValueError(f"Parameter {path!r} asks for 'rowwise' moments, which a wrapped transform has not.")
+                raise ValueError(
+                    f"The metadata of parameter {path!r} asks for 'rowwise' moments, but a wrapped transform has none. "
+                    "Use 8, 32 or 'bf16'."
+                )
         inner = self.tx.init(params)
-        fields = self._check(inner, shapes_of(params))
+        fields = self._moment_fields(inner, shapes_of(params))
         leaves, slots = [x for _, x in flatten(inner)], find_slots(inner, fields)
         absmax: dict[str, list] = {field.name: [] for field in fields}
-        of_parameters: dict[str, list[Slot]] = {}
+        slots_by_path: dict[str, list[Slot]] = {}
         for slot in slots:
             box = scales = leaves[slot.index]
             if is_array(box):
                 plan = plans.get(slot.path)
                 if plan is not None and plan.shape == unbox(box).shape:
-                    of_parameters.setdefault(slot.path, []).append(slot)
+                    slots_by_path.setdefault(slot.path, []).append(slot)
                     leaves[slot.index], scales = _initial(box, slot.field, plan)
                 else:
                     scales = no_scales(box)
             absmax[slot.field.name].append(scales)
         new = jax.tree.structure(inner, is_leaf=is_hole_or_box).unflatten(leaves)
         scales = {f.name: jax.tree.structure(f.tree, is_leaf=is_hole_or_box).unflatten(absmax[f.name]) for f in fields}
-        kept = {
-            path: replace(plans[path], implementation=_runs(plans[path], own)) for path, own in of_parameters.items()
+        with_moments = {
+            path: replace(plans[path], implementation=_implementation(plans[path], own))
+            for path, own in slots_by_path.items()
         }
-        state = QuantizedState(new, scales, jnp.asarray(format_code(self.rules.formats, list(kept.values()))))
+        vector = jnp.asarray(format_code(self.rules.formats, list(with_moments.values())))
+        state = QuantizedState(new, scales, vector)
         if (records := RECORDS.get()) is not None:
-            sizes, others = _sizes(state, slots, of_parameters)
+            sizes, stayed = _sizes(state, slots, slots_by_path)
             moments = _stored_moments(state, fields, slots, plans)
-            records.append(Record(state.format, self.rules.formats, kept, sizes, moments, stayed=others))
+            records.append(Record(vector, self.rules.formats, with_moments, sizes, moments, stayed=stayed))
         return state
 
-    # --- one step ----------------------------------------------------------------------------------------------------
-
     def update(self, updates: Any, state: Any, params: Any, **extra_args) -> tuple[Any, QuantizedState]:
+        """Dequantizes the moments, runs `tx`, and quantizes the moments again."""
         if not isinstance(state, QuantizedState):
             raise TypeError(
                 f"`state` must be a QuantizedState, as `init` makes it, got {type(state).__name__}. The order is "
@@ -232,95 +242,121 @@ class _Quantizer:
         refuse_sparse_rows("quantize_state", updates)
         like = updates if params is None else params
         shapes = shapes_of(like, is_hole)
-        # What `tx` itself keeps for float32 copies of the parameters: the dtypes that it is given.
-        made = jax.tree.leaves(jax.eval_shape(lambda p: self.tx.init(_widened(p)), like), is_leaf=is_hole)
+        # The state that `tx` makes for float32 copies of the parameters has the dtypes that `tx` expects.
+        expected = jax.tree.leaves(jax.eval_shape(lambda p: self.tx.init(_widened(p)), like), is_leaf=is_hole)
         fields = [f for f in find_fields(state.inner, self.table, shapes, is_hole) if f.kind != "keep"]
         before, tree = jax.tree.flatten(state.inner, is_leaf=is_hole)
-        if len(made) != len(before) or {field.name for field in fields} != state.absmax.keys():
+        if len(expected) != len(before) or {field.name for field in fields} != state.absmax.keys():
             raise ValueError(
                 f"The state has {len(before)} leaves and scales for {', '.join(state.absmax)}, but `init` makes "
-                f"{len(made)} and scales for {', '.join(field.name for field in fields)}: was the state made by `init` "
-                "of the same parameters and `moments`?"
+                f"{len(expected)} and scales for {', '.join(field.name for field in fields)}: was the state made by "
+                "`init` of the same parameters and `moments`?"
             )
-        columns = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
-        stored: dict[int, _Stored] = {}
-        plans: dict[tuple[str, Bits], LeafPlan] = {}  # one for all moments of a parameter
-        given = [_cast(x, want) for x, want in zip(before, made)]
-        position = dict.fromkeys(columns, 0)
-        for index, field, path in find_slots(state.inner, fields, is_hole):
-            at = position[field.name]
-            position[field.name] += 1
-            if is_array(before[index]):
-                one = self._stored(plans, path, field, before[index], columns[field.name][at], made[index], shapes)
-                if one is not None:
-                    stored[index] = one._replace(at=at)
-                    given[index] = _cast(one.decoded, made[index])
-        check_format(self.rules, state.format, [plans[path, 8] for path in {one.path: None for one in stored.values()}])
-        out, inner = self.tx.update(_widened(updates), tree.unflatten(given), _widened(params), **extra_args)
+        scales = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
+        stored = self._stored_moments(find_slots(state.inner, fields, is_hole), before, scales, expected, shapes)
+        check_format(self.rules, state.format, list({old.path: old.plan for old in stored.values()}.values()))
+        decoded = [_cast(stored[i].decoded if i in stored else before[i], x) for i, x in enumerate(expected)]
+        out, inner = self.tx.update(_widened(updates), tree.unflatten(decoded), _widened(params), **extra_args)
         after = jax.tree.flatten_with_path(inner, is_leaf=is_hole)[0]
-        new = [x if y is None else y for x, (_, y) in zip(given, after, strict=True)]
-        finite: dict[str, Array] = {}
-        for index, one in stored.items():
-            finite[one.path] = jnp.isfinite(new[index]) & finite.get(one.path, True)
+        new = [x if y is None else y for x, (_, y) in zip(decoded, after, strict=True)]
+        finite: dict[str, Array] = {}  # where all moments of a parameter are finite
+        for index, old in stored.items():
+            finite[old.path] = jnp.isfinite(new[index]) & finite.get(old.path, True)
         counter = count_index(after)
         count = None if counter is None else new[counter]
         results = [_cast(y, x) for x, y in zip(before, new)]
-        for index, one in stored.items():
-            key = array_key(one.path, count) if one.moment.stochastic and count is not None else None
-            # As in the optimizers of this library: alone, g^2 overflows first, and m / sqrt(0) would follow.
-            value = jnp.where(finite[one.path], new[index], 0.0)
-            results[index], columns[one.field][one.at] = one.encoded(value, key)
-        scales = {k: jax.tree.structure(x, is_leaf=is_hole).unflatten(columns[k]) for k, x in state.absmax.items()}
+        for index, old in stored.items():
+            key = array_key(old.path, count) if old.moment.stochastic and count is not None else None
+            # As in the optimizers of this library. g^2 overflows before g does. If only the second moment were reset,
+            # the next update would be m / sqrt(0).
+            value = jnp.where(finite[old.path], new[index], 0.0)
+            results[index], scales[old.field][old.at] = old.encoded(value, key)
+        absmax = {k: jax.tree.structure(x, is_leaf=is_hole).unflatten(scales[k]) for k, x in state.absmax.items()}
         out = jax.tree.map(_cast, out, like, is_leaf=is_hole)
-        return out, QuantizedState(tree.unflatten(results), scales, state.format)
+        return out, QuantizedState(tree.unflatten(results), absmax, state.format)
 
-    def _stored(self, plans: dict, path: str, field: Field, x: Array, absmax: Array, made: Any, shapes: dict) -> Any:
-        """Reads a stored moment; None if it is not in 8 bits. `init` decided the precision, which dtypes show here."""
+    def _stored_moments(
+        self, slots: list[Slot], leaves: list, scales: dict[str, list], expected: list, shapes: dict
+    ) -> dict[int, "_Stored"]:
+        """Returns the moments that are in 8 bits, by their index among the leaves of the state.
+
+        Args:
+            slots: The leaves of all fields of moments.
+            leaves: The leaves of the state of `tx`.
+            scales: The leaves of `absmax`, by field.
+            expected: The shapes and dtypes of `leaves` once decoded.
+            shapes: The shapes of the parameters, by path.
+        """
+        stored: dict[int, _Stored] = {}
+        plans: dict[tuple[str, Bits], LeafPlan] = {}  # all moments of a parameter share one
+        seen = dict.fromkeys(scales, 0)  # how many leaves of each field
+        for index, field, path in slots:
+            at = seen[field.name]
+            seen[field.name] += 1
+            if is_array(leaves[index]):
+                absmax, want = scales[field.name][at], expected[index]
+                old = self._stored(plans, path, field, leaves[index], absmax, want, shapes)
+                if old is not None:
+                    stored[index] = old._replace(at=at)
+        return stored
+
+    def _stored(
+        self, plans: dict, path: str, field: Field, x: Array, absmax: Array, want: Any, shapes: dict
+    ) -> "_Stored | None":
+        """Returns a moment as the state stores it; None if it is not in 8 bits.
+
+        `init` decided how it is stored. In `update` its dtype shows that.
+
+        Raises:
+            ValueError: The state does not fit the gradients, the rules or the state format.
+        """
         shape = shapes.get(path)
-        eight = is_codes(x.dtype) and jnp.issubdtype(made.dtype, jnp.floating)
+        in_codes = is_codes(x.dtype) and jnp.issubdtype(want.dtype, jnp.floating)
         if shape is None or x.shape != shape:
-            if eight or absmax.shape != (1,) * x.ndim:
+            if in_codes or absmax.shape != (1,) * x.ndim:
                 raise ValueError(
                     f"The gradient of parameter {path!r} has the shape {shape}, but its `{field.name}` in the state is "
                     f"{x.dtype} of shape {x.shape}: was the state made by `init` of the same parameters?"
                 )
             return None
-        bits = bits_of(x, shape) if eight else "bf16" if x.dtype == jnp.bfloat16 else 32
+        bits = bits_of(x, shape) if in_codes else "bf16" if x.dtype == jnp.bfloat16 else 32
         if (path, bits) not in plans:
-            plans[path, bits] = self.planner.plan_stored(path, jax.ShapeDtypeStruct(shape, made.dtype), bits)
+            plans[path, bits] = self.planner.plan_stored(path, jax.ShapeDtypeStruct(shape, want.dtype), bits)
         plan = plans[path, bits]
         if plan.blocks is None:
             return None
         moment = _moment(field, plan.state_format)
-        want = moment.code.dtype, plan.blocks.absmax_shape(shape)
-        if (x.dtype, absmax.shape) != want:
+        wanted = moment.code.dtype, plan.blocks.absmax_shape(shape)
+        if (x.dtype, absmax.shape) != wanted:
             raise ValueError(
                 f"The state of parameter {path!r} has {x.dtype} codes and scales of shape {absmax.shape}, but rules, "
-                f"`moments` and `state_format` ask for {want[0]} and {want[1]}. Make the optimizer with those that "
-                "made the state; and call it outside of shard_map, whose pieces do not show the global shape."
+                f"`moments` and `state_format` ask for {wanted[0]} and {wanted[1]}. Make the optimizer with those that "
+                "made the state, and call it outside of shard_map, whose shards do not show the global shape."
             )
-        return _Stored(path, field.name, moment, plan.blocks, x, absmax)
+        return _Stored(path, field.name, plan, moment, plan.blocks, x, absmax)
 
 
 class _Stored(NamedTuple):
-    """A moment in bytes."""
+    """A moment that a state stores in 8 bits."""
 
     path: str
     field: str
+    plan: LeafPlan
     moment: Moment
     blocks: Blocks
     codes: Array
     absmax: Array
-    at: int = 0  # its index among the leaves of its field
+    at: int = 0  # the index of its scales among the leaves of `field`
 
     @property
     def decoded(self) -> Array:
         return placed_like(dequantize_moment(self.codes, self.absmax, self.moment, self.blocks), self.codes)
 
     def encoded(self, x: Array, key: Array | None) -> tuple[Array, Array]:
-        """New codes and scales; those that there are where `tx` left a block as it was.
+        """Returns new codes and scales. A block that `tx` did not change keeps its codes and its scale.
 
-        With the other codes that follows from the encoding, but the signed dynamic map has no -1 to give back.
+        All codecs except one do so by themselves. But the signed dynamic map has no code for -1, so a block whose
+        largest element is negative would change.
         """
         axis, code = self.blocks.axis, self.moment.code
         codes, absmax = quantize_moment(x, self.moment, self.blocks, key)
@@ -330,12 +366,12 @@ class _Stored(NamedTuple):
             absmax = jnp.where(kept, self.absmax, absmax)
             kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
-        # The compiler alone would gather an axis on which devices cut through blocks.
+        # Without this the compiler would gather an axis that is sharded in the middle of blocks.
         return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
 def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
-    """Stores the first value of a moment, which `tx` made: values and scales."""
+    """Stores a moment as `tx` made it. Returns values and scales."""
     x = unbox(box)
     if plan.blocks is None:
         wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
@@ -345,29 +381,30 @@ def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:
+    """Returns how the moments of a field are stored in 8 bits."""
     signed = field.kind == "signed"
-    name = MomentName(field.name, signed=signed, dynamic_signed=signed, second=not signed)
+    name = MomentSpec(field.name, signed=signed, dynamic_signed=signed, second=not signed)
     return name.stored(state_format)
 
 
-def _runs(plan: LeafPlan, slots: list[Slot]) -> str:
-    """What the report says of how a parameter is updated."""
+def _implementation(plan: LeafPlan, slots: list[Slot]) -> str:
+    """Describes how a parameter is updated, for the report."""
     return f"decoded for {', '.join(slot.field.name for slot in slots)}" if plan.blocks else "the transform's own"
 
 
-def _sizes(state: QuantizedState, slots: list[Slot], of_parameters: dict) -> tuple[dict[str, int], tuple]:
+def _sizes(state: QuantizedState, slots: list[Slot], slots_by_path: dict) -> tuple[dict[str, int], tuple]:
     """Counts the bytes stored for every parameter, and lists the fields that stay as they are."""
     leaves = flatten(state.inner)
-    columns = {name: iter([x for _, x in flatten(tree)]) for name, tree in state.absmax.items()}
-    sizes = {slot.index: _bytes(leaves[slot.index][1]) + _bytes(next(columns[slot.field.name])) for slot in slots}
-    by_path = {path: sum(sizes.pop(slot.index) for slot in own) for path, own in of_parameters.items()}
-    moments = {slot.index for own in of_parameters.values() for slot in own}
+    scales = {name: iter([x for _, x in flatten(tree)]) for name, tree in state.absmax.items()}
+    sizes = {slot.index: _bytes(leaves[slot.index][1]) + _bytes(next(scales[slot.field.name])) for slot in slots}
+    by_path = {path: sum(sizes.pop(slot.index) for slot in own) for path, own in slots_by_path.items()}
+    moments = {slot.index for own in slots_by_path.values() for slot in own}
     fields, stayed = {slot.index: slot.field.name for slot in slots}, {}
     for index, (path, box) in enumerate(leaves):
         if index not in moments and is_array(box) and unbox(box).shape:
             name = fields.get(index) or field_of(path)
-            why = REASONS.get(name.rpartition(".")[2], "not in `moments`")
-            reason = "not of the parameter's shape" if index in fields else why
+            reason = REASONS.get(name.rpartition(".")[2], "not in `moments`")
+            reason = "not of the parameter's shape" if index in fields else reason
             size = sizes.get(index) or _bytes(box)
             stayed[name] = StayedField(name, size + (stayed[name].bytes if name in stayed else 0), reason)
     return by_path, tuple(stayed.values())
@@ -376,19 +413,19 @@ def _sizes(state: QuantizedState, slots: list[Slot], of_parameters: dict) -> tup
 def _stored_moments(
     state: QuantizedState, fields: list[Field], slots: list[Slot], plans: dict[str, LeafPlan]
 ) -> list[StoredMoment]:
-    """Lists where and how the state keeps each moment."""
+    """Lists where and how the state stores each moment."""
     leaves = flatten(state.inner)
-    places = {field.name: iter([path for path, _ in flatten(state.absmax[field.name])]) for field in fields}
+    scale_paths = {field.name: iter([path for path, _ in flatten(state.absmax[field.name])]) for field in fields}
     found = []
     for index, field, path in slots:
-        absmax = (GetAttrKey("absmax"), DictKey(field.name), *next(places[field.name]))
+        absmax = (GetAttrKey("absmax"), DictKey(field.name), *next(scale_paths[field.name]))
         key_path, box = leaves[index]
         if is_array(box):
-            x, plan, how = unbox(box), plans.get(path), (None, None)
+            x, plan, moment_and_blocks = unbox(box), plans.get(path), (None, None)
             if plan is not None and plan.blocks is not None and is_codes(x.dtype):
-                how = _moment(field, plan.state_format), plan.blocks
+                moment_and_blocks = _moment(field, plan.state_format), plan.blocks
             codes = (GetAttrKey("inner"), *key_path)
-            found.append(StoredMoment(path, entry(field.path[-1]), codes, absmax, x.shape, *how))
+            found.append(StoredMoment(path, entry(field.path[-1]), codes, absmax, x.shape, *moment_and_blocks))
     return found
 
 
@@ -397,18 +434,19 @@ def _bytes(box: Any) -> int:
 
 
 def _wide(dtype: Any) -> Any:
-    """Float32 for half precision, else the dtype itself."""
+    """Returns float32 for half precision, else the dtype itself."""
     return at_least_float32(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _widened(tree: Any) -> Any:
+    """Converts arrays of half precision to float32."""
     return jax.tree.map(lambda x: x.astype(_wide(x.dtype)) if hasattr(x, "dtype") else x, tree)
 
 
 def _cast(x: Any, like: Any) -> Any:
-    """`x` in the floating point dtype of `like`."""
+    """Converts a floating-point array to the dtype of `like`."""
     if not (hasattr(x, "dtype") and hasattr(like, "dtype")):
-        return x  # Python's numbers have no dtype of their own
+        return x  # a Python number
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == like.dtype:
         return x
     return x.astype(like.dtype)

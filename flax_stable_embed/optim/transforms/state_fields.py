@@ -1,7 +1,7 @@
-"""What lies where in the state of a transform that is not ours: fields, by name, and their leaves, by parameter.
+"""Finds moments in the state of any transform: the fields that hold them, by name, and their leaves, by parameter.
 
-A state is a tree in which the parameters' tree occurs again and again, with other leaves. Leaves are told by the name
-of the field that holds such a copy and by the path in it, which is the parameter's.
+A state contains several copies of the pytree of parameters, with other leaves. A leaf is identified by the field that
+holds the copy, and by its path inside the copy, which is the path of a parameter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,9 @@ import optax
 from ..boxes import unbox
 from ..trees import dotted, entry, flatten, is_array, path_name
 
-# What the fields of optax's states hold: the sign of a moment, or that they are none. Unsigned: means, sums and maxima
-# of squares and magnitudes. "State.field" goes before "field". Not here, and so kept: what `quantize_state.py` lists.
+# The fields of optax's states that hold moments, and those with the same names that hold something else ("keep").
+# Unsigned are averages, sums and maxima of squares and magnitudes. "State.field" has precedence over "field". A field
+# that is not here stays as it is; the docstring of `quantize_state` lists them.
 MOMENTS: Mapping[str, str] = MappingProxyType(
     {
         "mu": "signed",
@@ -30,7 +31,7 @@ MOMENTS: Mapping[str, str] = MappingProxyType(
         "ScaleByAdaDeltaState.e_g": "unsigned",
         "ScaleByAdaDeltaState.e_x": "unsigned",
         "ScaleByAdanState.m": "signed",
-        "ScaleByAdanState.v": "signed",  # of the gradient's differences
+        "ScaleByAdanState.v": "signed",  # differences of gradients
         "ScaleByAdanState.n": "unsigned",
         "ScaleByAdemamixState.m1": "signed",
         "ScaleByAdemamixState.m2": "signed",
@@ -39,18 +40,17 @@ MOMENTS: Mapping[str, str] = MappingProxyType(
         "ProdigyState.grad_sum": "signed",
         "DAdaptAdamWState.grad_sum": "signed",
         "SophiaState.nu": "signed",  # the diagonal of a Hessian
-        "ScaleBySM3State.mu": "keep",  # one number for each row and each column
+        "ScaleBySM3State.mu": "keep",  # one number per row and per column
         "ScaleBySM3State.nu": "signed",  # SM3's momentum
-        "ScaleByNovogradState.nu": "keep",  # one number for each parameter
-        "ScaleByRStdDevState.mu": "keep",  # nu - mu^2 of rounded moments can be negative, and its root NaN
+        "ScaleByNovogradState.nu": "keep",  # one number per parameter
+        "ScaleByRStdDevState.mu": "keep",  # nu - mu^2 of rounded moments may be negative, and its root NaN
         "ScaleByRStdDevState.nu": "keep",
         "ScaleByRStdDevWithCountState.mu": "keep",
         "ScaleByRStdDevWithCountState.nu": "keep",
     }
 )
 
-
-# Why other fields of optax's states stay as they are.
+# The reasons why other fields of optax's states stay as they are, for the report of `describe`.
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "z": "parameters",
@@ -58,18 +58,24 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "x0": "a point of reference",
         "g": "the previous gradient, to take a difference",
         "previous_gradient": "the previous gradient, to take a difference",
-        "acc_grads": "gradients of steps that are not over",
+        "acc_grads": "gradients of an unfinished step",
         "v_row": "a factored second moment",
         "v_col": "a factored second moment",
     }
 )
 
-
-COUNTS = ("count", "step_count", "t")  # what optax calls the number of steps taken
+COUNTS = ("count", "step_count", "t")  # the names that optax has for the number of steps
 
 
 class Field(NamedTuple):
-    """A field that the table names: its path in the state, the table's key and word for it, and what it holds."""
+    """A field of a state that the table of moments lists.
+
+    Attributes:
+        path: Its key path in the state.
+        key: Its key in the table: "mu" or "ScaleByAdamState.mu".
+        kind: Its value in the table: "signed", "unsigned" or "keep".
+        tree: Its content.
+    """
 
     path: tuple
     key: str
@@ -78,11 +84,12 @@ class Field(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Its path as a string, which is unique in the state."""
         return dotted(self.path)
 
 
 class Slot(NamedTuple):
-    """A leaf of a field: its index among the state's leaves, its field, and the path that it has in it."""
+    """A leaf of a field: its index among the leaves of the state, the field, and its path inside the field."""
 
     index: int
     field: Field
@@ -92,7 +99,7 @@ class Slot(NamedTuple):
 def find_fields(
     tree: Any, table: Mapping, shapes: dict, is_leaf: Any = None, path: tuple = (), owner: str = ""
 ) -> Iterator[Field]:
-    """The fields that `table` names; not within copies of the parameters, whose names are the user's."""
+    """Yields the fields that `table` lists. Does not look inside copies of the parameters, whose names users choose."""
     name = entry(path[-1]) if path else ""
     key = next((key for key in (f"{owner}.{name}", name) if key in table), None)
     if key is not None:
@@ -108,7 +115,7 @@ def find_fields(
 
 
 def find_slots(inner: Any, fields: list[Field], is_leaf: Any = None) -> list[Slot]:
-    """Where the leaves of fields lie, in their order."""
+    """Returns the leaves of the fields, in the order of the leaves of the state."""
     by_path, slots = {field.path: field for field in fields}, []
     for index, (path, _) in enumerate(flatten(inner, is_leaf)):
         for n in range(len(path) + 1):
@@ -117,27 +124,27 @@ def find_slots(inner: Any, fields: list[Field], is_leaf: Any = None) -> list[Slo
     return slots
 
 
-def fits(field: Field, shapes: dict) -> bool:
-    """Whether a field can hold moments: those of some matrix, or of all parameters if it has no matrix."""
+def can_hold_moments(field: Field, shapes: dict) -> bool:
+    """Returns whether leaves of a field have their parameters' shapes: a matrix, or everything if there is none."""
     leaves = [(shapes.get(path_name(path)), unbox(x).shape) for path, x in flatten(field.tree) if is_array(x)]
     matrices = [shape == found for shape, found in leaves if len(shape or ()) > 1]
     return any(matrices) if matrices else all(shape == found for shape, found in leaves)
 
 
-def show(inner: Any) -> str:
-    """The fields of a state, with a shape each."""
+def fields_text(inner: Any) -> str:
+    """Lists the fields of a state, each with one shape, for an error message."""
     shown = {field_of(path): getattr(unbox(x), "shape", "") for path, x in reversed(flatten(inner))}
     return ", ".join(f"{name} {shape}".rstrip() for name, shape in reversed(shown.items())) or "none"
 
 
 def field_of(path: tuple) -> str:
-    """The last attribute on a path, where the parameters begin in states that are tuples with names."""
+    """Returns a path up to its last attribute. In states that are NamedTuples, the rest is the path of a parameter."""
     last = max((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)), default=0)
     return dotted(path[: last + 1])
 
 
 def count_index(leaves: list) -> int | None:
-    """Where the number of the step is among the leaves."""
+    """Returns the index of the leaf that counts steps; None if there is none."""
     for index, (path, x) in enumerate(leaves):
         if path and entry(path[-1]) in COUNTS and is_array(x) and (x.shape, x.dtype) == ((), jnp.int32):
             return index
@@ -145,7 +152,7 @@ def count_index(leaves: list) -> int | None:
 
 
 def placeholder_state(tx: optax.GradientTransformation) -> Any:
-    """The state of `tx` with a MaskedNode in place of everything that is like the parameters."""
+    """Makes the state of `tx` with a MaskedNode in place of every pytree that is like the parameters."""
     seen: list = []
     optax.tree.map_params(lambda p: seen.append(p) or (), lambda x: x, ())
     is_placeholder = lambda x: isinstance(x, type(seen[0]))  # noqa: E731
