@@ -60,6 +60,7 @@ def test_the_committed_table_of_larger_slices_is_up_to_date(topology, one):
     assert counted.measured(one) | {"mesh": list(one.mesh)} == written
 
 
+@pytest.mark.slow
 def test_a_stable_embedding_moves_no_more_bytes_than_an_embedding(topology):
     del topology
     assert_an_embedding_adds_nothing(counted.measured_embeddings())

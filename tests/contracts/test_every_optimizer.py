@@ -833,7 +833,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(11)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}

@@ -47,6 +47,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bits", [None, 8, 32, "bf16", "rowwise"])
+@pytest.mark.one_in(2)
 def test_every_storage_gives_the_bits_that_it_gives_on_the_device(bits, fused):
     host = ((".*", fse.Rule(bits, memory_kind="pinned_host")),)
     tx, on_device = fse.adamw8bit(1e-3, rules=host), fse.adamw8bit(1e-3, rules=((".*", fse.Rule(bits)),))
