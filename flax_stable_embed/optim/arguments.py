@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from ..ops.embedding.rows import is_sparse_rows
-from .trees import is_none
+from .trees import Mask, Params, Updates, is_none
 
 
-def broadcast_mask(name: str, mask: Any, tree: Any) -> list[bool]:
+def broadcast_mask(name: str, mask: Mask, tree: Any) -> list[bool]:
     """Returns a mask as one boolean for each leaf of `tree`, where None counts as a leaf.
 
     Args:
@@ -66,7 +66,7 @@ def check_schedules(**values: Any) -> None:
     check_numbers(**{name: value for name, value in values.items() if not callable(value)})
 
 
-def refuse_sparse_rows(name: str, grads: Any) -> None:
+def refuse_sparse_rows(name: str, grads: Updates) -> None:
     """Raises if a gradient is a `SparseRows`, which `fse.row_sparse` must turn into an array first."""
     if any(map(is_sparse_rows, jax.tree.leaves(grads, is_leaf=is_sparse_rows))):
         raise TypeError(
@@ -86,7 +86,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def need_params(params: Any, needed: bool) -> None:
+def need_params(params: Params, needed: bool) -> None:
     """Raises if an optimizer that needs the parameters does not get them."""
     if params is None and needed:
         raise ValueError("This optimizer needs `params`, got None. Call `update(grads, state, params)`.")

@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 import optax
 
 from .arguments import kind_of
+from .trees import Params, Updates
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -43,7 +44,7 @@ def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
 
 
 def fused_update(
-    tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args
+    tx: optax.GradientTransformation, grads: Updates, state: Any, params: Params, **extra_args
 ) -> tuple[Any, Any]:
     """Runs one step and returns the new `(params, state)`, without a pytree of updates in memory.
 

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 
 from ..ops.blockwise_step.capabilities import Spec
 from .boxes import is_box, unbox
-from .trees import path_name
+from .trees import Params, Specs, path_name
 
 
 class Placed(NamedTuple):
@@ -23,7 +23,7 @@ class Placed(NamedTuple):
         return tuple(d // n if n else 1 for d, n in zip(self.shape, local))
 
 
-def placed_by_path(shardings: Any, params: Any) -> dict[str, Placed]:
+def placed_by_path(shardings: Specs, params: Params) -> dict[str, Placed]:
     """Returns every parameter whose sharding is known, by path.
 
     Args:
@@ -101,10 +101,10 @@ def _placed(path: str, shape: tuple[int, ...], sharding: Sharding) -> Placed:
     return placed
 
 
-class Specs:
+class SpecsByPath:
     """The argument `partition_specs`, by path."""
 
-    def __init__(self, partition_specs: Any = None):
+    def __init__(self, partition_specs: Specs = None):
         pairs = jax.tree_util.tree_flatten_with_path(partition_specs, is_leaf=_is_spec)[0]
         self.by_path: dict[str, Any] = {path_name(path): spec for path, spec in pairs}
         self.given = partition_specs is not None

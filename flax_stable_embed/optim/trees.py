@@ -9,6 +9,12 @@ import optax
 
 from .boxes import is_box, unbox
 
+# Pytrees that users pass. To a type checker they are `Any`, because JAX has no type for a pytree of a given structure.
+Params = Any  # parameters or their shapes, also inside NNX variables or Linen boxes
+Updates = Any  # gradients or updates, like the parameters
+Mask = Any  # booleans like the parameters or a prefix of them, or a function that returns them
+Specs = Any  # PartitionSpec or NamedSharding for each parameter
+
 
 def is_hole(x: Any) -> bool:
     """Returns whether a leaf stands for a parameter without an array: None, or optax's MaskedNode."""
@@ -25,7 +31,7 @@ def flatten(tree: Any, is_leaf: Any = None) -> list[tuple[tuple, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf or is_hole_or_box)[0]
 
 
-def shapes_of(params: Any, is_leaf: Any = None) -> dict[str, tuple | None]:
+def shapes_of(params: Params, is_leaf: Any = None) -> dict[str, tuple | None]:
     """Returns the shape of every parameter by its path; None where there is no array."""
     return {path_name(path): getattr(unbox(x), "shape", None) for path, x in flatten(params, is_leaf)}
 

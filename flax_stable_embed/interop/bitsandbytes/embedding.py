@@ -19,6 +19,7 @@ from flax import nnx
 from ... import nnx as modules
 from ...ops.dtypes import at_least_float32
 from ...optim.boxes import unbox
+from ...optim.trees import Params
 from .tensors import as_numpy, open_tensors
 
 NORM = {"scale": "norm.weight", "bias": "norm.bias"}  # our names and torch's
@@ -100,7 +101,7 @@ def load_embedding(
 
 
 def dump_embedding(
-    params: Any, *, key: str = "", tensor: Callable[[np.ndarray], Any] = lambda array: array
+    params: Params, *, key: str = "", tensor: Callable[[np.ndarray], Any] = lambda array: array
 ) -> dict[str, Any]:
     """Returns the state dict of torch's `nn.Embedding` or bitsandbytes' `StableEmbedding`.
 

@@ -13,6 +13,7 @@ import optax
 from ...optim.engine.method import Method
 from ...optim.engine.records import trace_init
 from ...optim.storage.plan import LeafPlan
+from ...optim.trees import Params
 
 
 class Layout(NamedTuple):
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
         return isinstance(x, self.method.state)
 
 
-def layout(tx: optax.GradientTransformation, params: Any) -> Layout:
+def layout(tx: optax.GradientTransformation, params: Params) -> Layout:
     """Returns the layout of the 8-bit transform in `tx`, which may be inside optax's wrappers.
 
     Raises:

@@ -6,8 +6,6 @@ the others, weight decay is added to the gradient: g + w p.
 Source: bitsandbytes 0.50.2, `optim/` and `backends/`.
 """
 
-from typing import Any
-
 import optax
 
 from ...ops.blockwise_step.api import Implementation
@@ -17,7 +15,9 @@ from ...optim.methods.adagrad import engine as adagrad_engine
 from ...optim.methods.lion import engine as lion_engine
 from ...optim.methods.rmsprop import engine as rmsprop_engine
 from ...optim.methods.sgd import engine as sgd_engine
+from ...optim.storage.rules import UserRules
 from ...optim.storage.state_format import StateFormat
+from ...optim.trees import Specs
 from .formula import STATE_FORMAT, decayed
 
 
@@ -26,10 +26,10 @@ def sgd8bit(
     momentum: float,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `SGD8bit`: SGD with momentum.
@@ -73,10 +73,10 @@ def lars8bit(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     max_unorm: float | None = 0.02,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `LARS8bit`: SGD with momentum whose step is clipped where the trace is in 32 bits.
@@ -126,10 +126,10 @@ def rmsprop8bit(
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `RMSprop8bit`: neither centered nor with momentum, and eps is outside the square root.
@@ -174,10 +174,10 @@ def adagrad8bit(
     eps: float = 1e-10,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `Adagrad8bit`: the sum of squares starts at 0, and eps is outside the square root.
@@ -219,10 +219,10 @@ def lion8bit(
     b2: float = 0.99,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `Lion8bit`: steps in the direction of the sign of a mean of gradients.

@@ -17,6 +17,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from ...optim.storage.moments import is_codes
+from ...optim.trees import Params
 from . import flat_blocks as flat
 from .conversion import Stored, to_ours, to_theirs
 from .layout import layout
@@ -33,7 +34,7 @@ CLIPS = ("lamb", "lars")  # these also store `unorm_vec`, which every step write
 def load_optimizer_state(
     state_dict: Mapping[str, Any],
     tx: optax.GradientTransformation,
-    params: Any,
+    params: Params,
     *,
     order: Sequence[str | None] | Mapping[Any, str | None],
     transpose: Mapping[str, Sequence[int]] = NO_TRANSPOSE,
@@ -112,7 +113,7 @@ def load_optimizer_state(
 
 def dump_optimizer_state(
     tx: optax.GradientTransformation,
-    params: Any,
+    params: Params,
     state: Any,
     *,
     order: Sequence[str | None] | Mapping[Any, str | None],

@@ -21,7 +21,9 @@ from ...optim.engine.options import Options
 from ...optim.fused_update import FusedTransformation
 from ...optim.methods.adam import engine as adam_engine
 from ...optim.methods.ademamix import engine as ademamix_engine
+from ...optim.storage.rules import UserRules
 from ...optim.storage.state_format import StateFormat
+from ...optim.trees import Specs
 from .formula import STATE_FORMAT, correction, decayed, log
 
 
@@ -32,10 +34,10 @@ def adam8bit(
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `Adam8bit`: its `AdamW8bit` with a weight decay of 0 by default.
@@ -75,10 +77,10 @@ def adamw8bit(
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 1e-2,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `AdamW8bit`: AdamW with its formula, defaults, map and blocks.
@@ -158,10 +160,10 @@ def lamb8bit(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     max_unorm: float | None = 1.0,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `LAMB8bit`: Adam whose step is clipped where moments are in 32 bits.
@@ -216,10 +218,10 @@ def ademamix8bit(
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 1e-2,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = STATE_FORMAT,
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Builds bitsandbytes' `AdEMAMix8bit`: Adam with a second, slow mean of gradients, and two schedules.

@@ -17,12 +17,12 @@ from jax.tree_util import GetAttrKey
 
 from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
-from ..placement import Specs
+from ..placement import SpecsByPath
 from ..storage.format_code import format_code
 from ..storage.moments import initial
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
 from ..storage.rules import Bits, Rules
-from ..trees import is_none, nbytes, path_name
+from ..trees import Params, Updates, is_none, nbytes, path_name
 from .leaf import Leaf, LeafStep
 from .method import Method
 from .options import Options
@@ -37,7 +37,7 @@ class Engine:
     def __init__(self, method: Method, options: Options):
         check_implementation(options.implementation)
         self.method, self.options = method, options
-        rules, specs = Rules(options.rules, options.state_format), Specs(options.partition_specs)
+        rules, specs = Rules(options.rules, options.state_format), SpecsByPath(options.partition_specs)
         self.rules = rules
         self.planner = Planner(rules, specs, options.implementation, keeps_moments=bool(method.moments))
 
@@ -59,7 +59,7 @@ class Engine:
                 "8."
             )
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Params) -> Any:
         """Makes a state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = self.planner.plans(params)
         for x in leaves:
@@ -92,7 +92,9 @@ class Engine:
                 found.append(StoredMoment(plan.path, moment.name, codes, absmax, plan.shape, stored, plan.blocks))
         return found
 
-    def step(self, grads: Any, state: Any, params: Any, *, fused: bool = False, tail: Tail = Tail()) -> tuple[Any, Any]:
+    def step(
+        self, grads: Updates, state: Any, params: Params, *, fused: bool = False, tail: Tail = Tail()
+    ) -> tuple[Any, Any]:
         """Runs one step: the updates (or, fused, the new parameters) and the new state."""
         paths, leaves, tree, columns = self._leaves(grads, state, params)
         plans = [self._plan(path, leaf) for path, leaf in zip(paths, leaves)]
@@ -123,7 +125,7 @@ class Engine:
         new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in self.method.counts}
         return tree.unflatten(outputs), state._replace(**new)
 
-    def _leaves(self, grads: Any, state: Any, params: Any) -> tuple[list[str], list[Leaf], Any, dict[str, list]]:
+    def _leaves(self, grads: Updates, state: Any, params: Params) -> tuple[list[str], list[Leaf], Any, dict[str, list]]:
         """Pairs gradients, parameters and moments: paths, leaves, the structure, and the flat fields of the state.
 
         Raises:

@@ -11,6 +11,7 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise_step.step import Moment
 from ..storage.plan import LeafPlan
 from ..storage.state_format import StateFormat
+from ..trees import Params
 from .method import Method
 
 
@@ -70,7 +71,7 @@ class Record(NamedTuple):
 RECORDS: ContextVar[list[Record] | None] = ContextVar("records", default=None)
 
 
-def trace_init(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[tuple[tuple | None, Record]]]:
+def trace_init(tx: optax.GradientTransformation, params: Params) -> tuple[Any, list[tuple[tuple | None, Record]]]:
     """Traces `tx.init(params)`.
 
     Returns:

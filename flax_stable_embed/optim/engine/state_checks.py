@@ -10,12 +10,12 @@ from ..storage.format_code import check_format, differs
 from ..storage.moments import bits_of, is_codes
 from ..storage.plan import LeafPlan
 from ..storage.rules import Bits, Rules
-from ..trees import is_none, path_name
+from ..trees import Updates, is_none, path_name
 from .leaf import Leaf
 from .method import Method
 
 
-def check_fields(method: Method, state: Any, grads: Any) -> None:
+def check_fields(method: Method, state: Any, grads: Updates) -> None:
     """Raises unless the state has exactly the moments of this optimizer. Options decide which ones it keeps."""
     kept = [m.name for m in method.moments]
     for name in [name for name in state._fields if f"{name}_absmax" in state._fields]:

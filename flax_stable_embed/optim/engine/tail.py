@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from ..storage.rules import Rule
+from ..trees import Mask
 
 
 class Tail(NamedTuple):
@@ -27,10 +28,10 @@ class Tail(NamedTuple):
 
     step_size: Any = None
     weight_decay: Any = None
-    mask: Any = None
+    mask: Mask = None
     coupled: bool = False
     gradient_hyper: Callable[[Array, Array], dict[str, Any]] | None = None
-    gradient_mask: Any = None
+    gradient_mask: Mask = None
     rescale: Callable[[Array, Array], Array] | None = None
     clip: Callable[[Array, Array], Array] | None = None
 

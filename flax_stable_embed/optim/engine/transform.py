@@ -12,7 +12,7 @@ import optax
 
 from ..arguments import broadcast_mask, check_schedules, need_params
 from ..fused_update import FusedTransformation, check_members
-from ..trees import is_array
+from ..trees import Updates, is_array
 from .engine import Engine
 from .tail import Tail
 
@@ -114,7 +114,7 @@ def optimizer(
     return FusedTransformation(init, update, fused_update)
 
 
-def _with_masks(tail: Tail, grads: Any) -> Tail:
+def _with_masks(tail: Tail, grads: Updates) -> Tail:
     """Returns the tail with masks that are functions called on the updates."""
     masks = (m(grads) if callable(m) else m for m in (tail.mask, tail.gradient_mask))
     return tail._replace(**dict(zip(("mask", "gradient_mask"), masks)))

@@ -7,7 +7,7 @@ g is the gradient and p the parameter. Rule: Duchi et al. 2011, fig. 1 (jmlr.org
 Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -22,7 +22,9 @@ from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Specs
 from .arithmetic import inverse_root
 
 
@@ -65,10 +67,10 @@ def scale_by_adagrad8bit(
     initial_accumulator_value: float = 0.1,
     eps: float = 1e-7,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.scale_by_rss` with an 8-bit sum of squares. `adagrad8bit` describes the arguments.
@@ -92,10 +94,10 @@ def adagrad8bit(
     initial_accumulator_value: float = 0.1,
     eps: float = 1e-7,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.adagrad` with an 8-bit sum of squares: 1.02 to 1.13 bytes of state per parameter.

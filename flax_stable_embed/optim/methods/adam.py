@@ -25,7 +25,9 @@ from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Mask, Specs
 from .arithmetic import correction, over
 
 
@@ -81,10 +83,10 @@ def scale_by_adam8bit(
     mu_dtype: None = None,
     *,
     nesterov: bool = False,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.scale_by_adam` with 8-bit moments. `adamw8bit` describes the arguments.
@@ -112,10 +114,10 @@ def adam8bit(
     mu_dtype: None = None,
     *,
     nesterov: bool = False,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.adam` with 8-bit moments. `adamw8bit`, which adds weight decay, describes the arguments.
@@ -143,13 +145,13 @@ def adamw8bit(
     eps_root: float = 0.0,
     mu_dtype: None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any = None,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.adamw` with 8-bit moments. Embeddings, norms and biases keep fp32 moments.

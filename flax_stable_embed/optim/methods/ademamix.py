@@ -24,7 +24,9 @@ from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Mask, Specs
 from .arithmetic import correction, over
 
 
@@ -104,10 +106,10 @@ def scale_by_ademamix8bit(
     eps_root: float = 0.0,
     mu_dtype: None = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.contrib.scale_by_ademamix` with 8-bit moments. `ademamix8bit` describes the arguments.
@@ -136,12 +138,12 @@ def ademamix8bit(
     eps_root: float = 0.0,
     mu_dtype: None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Mask = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.contrib.ademamix` with 8-bit moments: 3.05 to 3.38 bytes per parameter instead of 12.

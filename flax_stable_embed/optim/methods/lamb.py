@@ -7,8 +7,6 @@ g is the gradient and p the parameter. Rule: You et al. 2019, Alg. 2 (arXiv:1904
 sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any
-
 import optax
 
 from ...ops.blockwise_step.api import Implementation
@@ -16,7 +14,9 @@ from ..engine.options import Options
 from ..engine.tail import Tail
 from ..engine.transform import STATELESS, decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Mask, Specs
 from .adam import engine
 from .trust_ratio import clipped, trust_ratio
 
@@ -37,13 +37,13 @@ def scale_by_lamb8bit(
     eps: float = 1e-6,
     eps_root: float = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Mask = None,
     *,
     max_unorm: float | None = None,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes LAMB without its learning rate. `lamb8bit` describes the arguments.
@@ -71,13 +71,13 @@ def lamb8bit(
     eps: float = 1e-6,
     eps_root: float = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Mask = None,
     *,
     max_unorm: float | None = None,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.lamb` with 8-bit moments.

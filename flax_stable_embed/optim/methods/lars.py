@@ -7,7 +7,7 @@ g is the gradient, p the parameter, t the trace, b the momentum and c the trust 
 Alg. 1 (arXiv:1708.03888). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 
@@ -27,7 +27,9 @@ from ..engine.transform import (
 )
 from ..fused_update import FusedTransformation
 from ..storage.moments import Sums
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Mask, Specs
 from .sgd import engine as sgd_engine
 from .sgd import sgd
 from .trust_ratio import clipped, trust_ratio
@@ -48,7 +50,7 @@ class _Ratio(NamedTuple):
 
     coefficient: float
     eps: float
-    mask: Any
+    mask: Mask
     max_unorm: float | None
 
 
@@ -75,18 +77,18 @@ def _parts(
 
 def scale_by_lars8bit(
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any = True,
+    weight_decay_mask: Mask = True,
     trust_coefficient: float = 0.001,
     eps: float = 0.0,
-    trust_ratio_mask: Any = True,
+    trust_ratio_mask: Mask = True,
     momentum: float = 0.9,
     nesterov: bool = False,
     *,
     max_unorm: float | None = None,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes LARS without its learning rate. `lars8bit` describes the arguments.
@@ -111,18 +113,18 @@ def scale_by_lars8bit(
 def lars8bit(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any = True,
+    weight_decay_mask: Mask = True,
     trust_coefficient: float = 0.001,
     eps: float = 0.0,
-    trust_ratio_mask: Any = True,
+    trust_ratio_mask: Mask = True,
     momentum: float = 0.9,
     nesterov: bool = False,
     *,
     max_unorm: float | None = None,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.lars` with an 8-bit trace: 1.02 to 1.13 bytes of state per parameter.

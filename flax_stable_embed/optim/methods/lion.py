@@ -7,7 +7,7 @@ g is the gradient and p the parameter. Rule: Chen et al. 2023, Alg. 2 (arXiv:230
 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 from jax import Array
@@ -22,7 +22,9 @@ from ..engine.tail import Tail
 from ..engine.transform import decay_member, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Mask, Specs
 from .arithmetic import sign
 
 
@@ -59,10 +61,10 @@ def scale_by_lion8bit(
     b2: float = 0.99,
     mu_dtype: None = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.scale_by_lion` with an 8-bit moment. `lion8bit` describes the arguments.
@@ -87,12 +89,12 @@ def lion8bit(
     b2: float = 0.99,
     mu_dtype: None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
-    mask: Any = None,
+    mask: Mask = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.lion` with an 8-bit moment: 1.02 to 1.13 bytes of state per parameter.

@@ -9,7 +9,7 @@ g is the gradient, p the parameter, b the decay and c the momentum. Rule: Hinton
 Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -25,7 +25,9 @@ from ..engine.options import Options
 from ..engine.transform import STATELESS, method_member, optimizer, rate_member, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Specs
 from .arithmetic import correction, inverse_root, over
 from .sgd import sgd
 
@@ -119,10 +121,10 @@ def scale_by_rmsprop8bit(
     bias_correction: bool = False,
     *,
     centered: bool = False,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.scale_by_rms`, or if centered `optax.scale_by_stddev`, with 8-bit moments. See `rmsprop8bit`.
@@ -153,10 +155,10 @@ def rmsprop8bit(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.rmsprop` with 8-bit moments: 1.02 to 1.13 bytes per parameter for each moment.

@@ -7,7 +7,7 @@ g is the gradient, p the parameter, t the trace and b the momentum. Rule: Sutske
 (proceedings.mlr.press/v28/sutskever13). Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 from jax import Array
@@ -21,7 +21,9 @@ from ..engine.options import Options
 from ..engine.transform import optimizer, scale_by
 from ..fused_update import FusedTransformation
 from ..storage.moments import MomentSpec, Sums
+from ..storage.rules import UserRules
 from ..storage.state_format import StateFormat
+from ..trees import Specs
 
 
 class ScaleBySgd8bitState(NamedTuple):
@@ -81,10 +83,10 @@ def scale_by_sgd8bit(
     nesterov: bool = False,
     accumulator_dtype: None = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes `optax.trace` with an 8-bit trace. `sgd8bit` describes the arguments.
@@ -109,10 +111,10 @@ def sgd8bit(
     nesterov: bool = False,
     accumulator_dtype: None = None,
     *,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
     implementation: Implementation | None = None,
-    partition_specs: Any = None,
+    partition_specs: Specs = None,
     skip_nonfinite: bool = False,
 ) -> FusedTransformation:
     r"""Makes `optax.sgd` with an 8-bit momentum trace: 1.02 to 1.13 bytes of state per parameter.

@@ -18,7 +18,7 @@ from jax import Array
 
 from ...ops.embedding.rows import SparseRows, set_rows, take_rows
 from ..boxes import is_box, unbox
-from ..trees import is_none, path_name
+from ..trees import Mask, Params, is_none, path_name
 from .row_step import RowStep, StepInputs, TableRows
 from .tables import are_tables
 
@@ -43,7 +43,7 @@ class RowSparseState(NamedTuple):
     last_log_decay: Any  # (num_rows, 2) int32: `log_decay` after that step
 
 
-def initial_state(inner_state: Any, params: Any, mask: Any) -> RowSparseState:
+def initial_state(inner_state: Any, params: Params, mask: Mask) -> RowSparseState:
     """Returns the state before the first step. `inner_state` is that of the wrapped optimizer."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None or is_box(x))
     leaves = [unbox(x) for _, x in pairs]

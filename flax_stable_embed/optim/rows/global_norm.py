@@ -12,6 +12,7 @@ import optax
 
 from ...ops.embedding.rows import SparseRows, is_sparse_rows
 from ..arguments import check_numbers
+from ..trees import Updates
 
 
 def values_of(tree: Any) -> Any:
@@ -28,7 +29,7 @@ def with_values(tree: Any, values: Any) -> Any:
     return jax.tree.map(put_back, tree, values, is_leaf=is_sparse_rows)
 
 
-def global_norm(updates: Any) -> jax.Array:
+def global_norm(updates: Updates) -> jax.Array:
     r"""Computes the global norm of gradients or updates, dense ones and `fse.SparseRows` together.
 
     $$\lVert x \rVert = \sqrt{\sum_i |x_i|^2}$$

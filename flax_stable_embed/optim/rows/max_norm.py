@@ -20,12 +20,12 @@ from ...ops.embedding.options import check_max_norm
 from ...ops.embedding.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
 from ..arguments import check_transform
 from ..fused_update import FusedTransformation, fused_update, is_fused
-from ..trees import is_none, path_name
+from ..trees import Mask, Params, Updates, is_none, path_name
 from .tables import are_tables, row_numbers_by_path
 
 
 def with_max_norm(
-    tx: optax.GradientTransformation, max_norm: float, norm_type: float = 2.0, mask: Any = None
+    tx: optax.GradientTransformation, max_norm: float, norm_type: float = 2.0, mask: Mask = None
 ) -> FusedTransformation:
     r"""Wraps `tx` so that looked-up rows are scaled down to `max_norm` in the table, as in torch.
 
@@ -87,7 +87,7 @@ def with_max_norm(
     check_max_norm(None if isinstance(max_norm, Array) else max_norm, norm_type)
     inner = optax.with_extra_args_support(tx)
 
-    def scale_rows(grads: Any, params: Any, token_ids: Any) -> tuple[Any, dict[int, SparseRows], Any]:
+    def scale_rows(grads: Updates, params: Params, token_ids: Any) -> tuple[Any, dict[int, SparseRows], Any]:
         """Returns the parameters with scaled rows, the change of each table by its place, and the tree structure."""
         if params is None:
             raise ValueError("`params` is None, but with_max_norm scales them. Call `update(grads, state, params)`.")

@@ -16,7 +16,7 @@ import optax
 from ...ops.embedding.rows import SparseRows, distinct, is_none_or_rows, is_sparse_rows, take_rows
 from ..arguments import check_transform
 from ..fused_update import FusedTransformation, is_fused
-from ..trees import path_name
+from ..trees import Mask, Params, Updates, path_name
 from .catch_up import RowHistory, RowSparseState, initial_state, measure_decays
 from .row_step import RowStep, StepInputs, step_on_rows
 from .row_step_check import ACCUMULATES, check_once
@@ -26,7 +26,7 @@ Semantics = Literal["lazy", "catch_up"]
 
 
 def row_sparse(
-    tx: optax.GradientTransformation, semantics: Semantics = "lazy", *, mask: Any = None
+    tx: optax.GradientTransformation, semantics: Semantics = "lazy", *, mask: Mask = None
 ) -> FusedTransformation:
     r"""Wraps `tx` so that it updates only the embedding rows that a batch touched, and only their moments.
 
@@ -152,7 +152,7 @@ def row_sparse(
     return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
 
 
-def _step_inputs(grads: Any, params: Any, state: Any, token_ids: Any, mask: Any) -> StepInputs:
+def _step_inputs(grads: Updates, params: Params, state: Any, token_ids: Any, mask: Mask) -> StepInputs:
     """Returns the arrays of the step, in which `token_ids` has turned dense gradients of tables into row gradients."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_none_or_rows)
     paths, leaves = [path_name(path) for path, _ in pairs], [g for _, g in pairs]

@@ -30,7 +30,7 @@ from ..boxes import as_jax
 from ..fused_update import fused_update
 from ..storage.moments import is_codes, memory_of
 from ..storage.rules import table_shapes
-from ..trees import is_none, path_name
+from ..trees import Params, is_none, path_name
 
 CHUNK_BYTES = 2**18  # size of a chunk of float32 rows on CPU: it stays in the cache (measured: best of 2^15 to 2^22)
 
@@ -50,7 +50,7 @@ class StepInputs(NamedTuple):
     owners: list[int | None]  # for each array of the state, the place of its parameter; None for counts and the like
 
     @classmethod
-    def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Any, state: Any) -> "StepInputs":
+    def of(cls, tree: Any, paths: list[str], grads: list[Any], params: Params, state: Any) -> "StepInputs":
         """Builds the flat lists, and finds for each array of the state the parameter it belongs to."""
         pairs, state_tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)
         p_leaves = None if params is None else [as_jax(x) for x in jax.tree.leaves(params, is_leaf=is_none)]
@@ -204,7 +204,7 @@ def step_on_rows(
 
     first_sizes = {place: _first_chunk_size(x) for place, x in tables.items()}
     before = {place: {i: inputs.state[i] for i in kept[place]} for place in tables}
-    params: Any = inputs.params or dict.fromkeys(tables)
+    params: Params = inputs.params or dict.fromkeys(tables)
     first = {place: gather(place, params[place], before[place], 0, first_sizes[place]) for place in tables}
     zero_rows = {place: jax.tree.map(jnp.zeros_like, rows) for place, (_, rows) in first.items()}
     out, state = map(list, step(inputs, {place: rows for place, (_, rows) in first.items()}))

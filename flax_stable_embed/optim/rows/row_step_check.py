@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..trees import Params
 from .catch_up import measure_decays, rows_without_gradient
 from .row_step import RowStep, StepInputs, TableRows
 
@@ -133,7 +134,7 @@ def _is_row_by_row(step: RowStep, inputs: StepInputs, tables: Any) -> bool:
 
 def _select_rows(inputs: StepInputs, kept: dict[int, list[int]], rows: dict[int, np.ndarray]) -> dict[int, TableRows]:
     """Returns the given rows of every table."""
-    params: Any = inputs.params
+    params: Params = inputs.params
     return {
         place: TableRows(
             inputs.grads[place][at],

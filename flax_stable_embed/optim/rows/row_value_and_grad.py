@@ -18,7 +18,7 @@ from jax import core as jax_core
 from ...ops.embedding.looked_up import LookedUpTable, Lookup, is_looked_up_table, recording
 from ...ops.embedding.rows import distinct, is_sparse_rows
 from ..boxes import as_jax, is_box, rebox, unbox
-from ..trees import path_name
+from ..trees import Updates, path_name
 from .tables import is_table, row_numbers_by_path
 
 
@@ -264,7 +264,7 @@ def _looked_up_tables(given: Any, leaves: list[_Parameter]) -> dict[str, LookedU
     return tables
 
 
-def sum_microbatches(grads: Any) -> Any:
+def sum_microbatches(grads: Updates) -> Any:
     """Sums gradients of microbatches that `jax.lax.scan` or `jax.vmap` has stacked along a new first axis.
 
     It does not divide by the number of microbatches. For the mean, divide the loss of each microbatch by k.

@@ -15,6 +15,7 @@ from ...ops.embedding.gather import row_numbers_of
 from ..arguments import broadcast_mask
 from ..boxes import unbox
 from ..storage.defaults import EMBEDDING
+from ..trees import Mask
 
 
 def is_table(path: str, leaf: Any) -> bool:
@@ -25,7 +26,7 @@ def is_table(path: str, leaf: Any) -> bool:
     return len(getattr(unbox(leaf), "shape", ())) == 2 and bool(not path or EMBEDDING.search(path))
 
 
-def are_tables(mask: Any, tree: Any, paths: list[str], leaves: list[Any]) -> list[bool]:
+def are_tables(mask: Mask, tree: Any, paths: list[str], leaves: list[Any]) -> list[bool]:
     """Returns for each parameter (or its gradient) whether it is a table.
 
     Args:

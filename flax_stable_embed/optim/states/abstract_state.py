@@ -16,10 +16,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ...ops.sharding import where_it_divides
 from ..boxes import is_box, rebox, unbox
 from ..placement import placed_by_path
-from ..trees import path_name
+from ..trees import Params, Specs, path_name
 
 
-def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: Any = None) -> Any:
+def abstract_state(tx: optax.GradientTransformation, params: Params, *, shardings: Specs = None) -> Any:
     """Returns `jax.eval_shape(tx.init, params)` with the sharding of every array. Nothing is allocated.
 
     Arrays that `tx.init` derives from a parameter are sharded like the parameter. JAX's types tell which these are. If
@@ -75,7 +75,7 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, *, shardings: 
 Layout = tuple[Any, list[Any], list[Sharding]]
 
 
-def _from_types(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout | None:
+def _from_types(tx: Any, params: Params, by_path: dict[str, Sharding], common: Sharding) -> Layout | None:
     """Returns the layout that JAX's types infer, or None if `init` does something that types do not support.
 
     On a mesh with Explicit axes, the type of an array contains its sharding, and every operation propagates it.
@@ -97,7 +97,7 @@ def _from_types(tx: Any, params: Any, by_path: dict[str, Sharding], common: Shar
     return state, jaxpr.out_avals, [NamedSharding(mesh, x.sharding.spec) if named else common for x in jaxpr.out_avals]
 
 
-def _from_paths(tx: Any, params: Any, by_path: dict[str, Sharding], common: Sharding) -> Layout:
+def _from_paths(tx: Any, params: Params, by_path: dict[str, Sharding], common: Sharding) -> Layout:
     """Returns the layout in which arrays are sharded like the parameter whose path their own path ends with.
 
     Axes that are not divisible, and all other arrays, are replicated.
@@ -116,7 +116,7 @@ def _from_paths(tx: Any, params: Any, by_path: dict[str, Sharding], common: Shar
     return state, jaxpr.out_avals, [placed(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
 
 
-def _shapes(params: Any, sharding_of: Callable[[str], NamedSharding | None]) -> Any:
+def _shapes(params: Params, sharding_of: Callable[[str], NamedSharding | None]) -> Any:
     """Returns the parameters as ShapeDtypeStructs with shardings, in their wrappers."""
 
     def shape(path, box):

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from ..engine.records import StoredMoment
 from ..storage.moments import dequantize_moment, in_memory, memory_of, quantize_moment
+from ..trees import Params
 from .named_state import NamedState
 from .pairing import pair
 
@@ -24,7 +25,7 @@ from .pairing import pair
 def convert_state(
     tx_from: optax.GradientTransformation,
     tx_to: optax.GradientTransformation,
-    params: Any,
+    params: Params,
     state: Any,
     *,
     allow_reset: Sequence[str] = (),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -17,6 +17,7 @@ from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
 from ..placement import Placed, placed_by_path
 from ..storage.plan import TARGET, LeafPlan
+from ..trees import Params, Specs
 from .abstract_state import abstract_state
 from .straddling import straddling
 
@@ -118,7 +119,7 @@ class StateReport:
 
 
 def describe(
-    tx: optax.GradientTransformation, params: Any, *, shardings: Any = None, platform: Platform | None = None
+    tx: optax.GradientTransformation, params: Params, *, shardings: Specs = None, platform: Platform | None = None
 ) -> StateReport:
     """Reports what `tx.init(params)` would store, without storing it. Sees through optax's wrappers.
 
@@ -202,7 +203,7 @@ def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
     return row._replace(shards=known.shards, straddles=straddling(plan, known.shards))
 
 
-def _bytes_per_device(tx: optax.GradientTransformation, params: Any, shardings: Any) -> tuple[int, int]:
+def _bytes_per_device(tx: optax.GradientTransformation, params: Params, shardings: Specs) -> tuple[int, int]:
     """Counts the bytes of the state on one device, and those in host memory."""
     on_device = in_host = 0
     for x in jax.tree.leaves(abstract_state(tx, params, shardings=shardings)):

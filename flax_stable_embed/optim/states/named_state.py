@@ -17,7 +17,7 @@ from jax.tree_util import GetAttrKey
 from ..engine.records import StoredMoment, trace_init
 from ..storage.format_code import format_difference
 from ..storage.moments import Sums, is_codes
-from ..trees import path_name
+from ..trees import Params, path_name
 
 # The chains of states of optax's SGD, LARS and RMSprop, and the terms that their traces sum.
 _RATE = ("EmptyState", "ScaleByScheduleState")
@@ -49,7 +49,7 @@ class NamedState:
         value_counts: The counts that are stored next to a value. The others belong to schedules, for example.
     """
 
-    def __init__(self, argument: str, tx: optax.GradientTransformation, params: Any):
+    def __init__(self, argument: str, tx: optax.GradientTransformation, params: Params):
         self.argument = argument
         self.state, found = trace_init(tx, params)
         records = [(place, record) for place, record in found if place is not None]

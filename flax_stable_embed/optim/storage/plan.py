@@ -21,8 +21,8 @@ from ...ops.blockwise.blocks import SMALLEST, Blocks
 from ...ops.blockwise_step.api import Implementation, what_runs
 from ...ops.blockwise_step.capabilities import Spec
 from ..boxes import is_box, optim_bits, unbox
-from ..placement import Specs
-from ..trees import is_array, path_name, with_shape
+from ..placement import SpecsByPath
+from ..trees import Params, is_array, path_name, with_shape
 from .defaults import LIKE_AN_EMBEDDING, default_bits
 from .rules import Bits, Rule, Rules, show_pattern
 from .state_format import StateFormat
@@ -83,11 +83,11 @@ class Planner:
     """Makes plans from an optimizer's rules, `partition_specs` and `implementation`."""
 
     rules: Rules
-    specs: Specs = Specs(None)
+    specs: SpecsByPath = SpecsByPath(None)
     implementation: Implementation | None = None
     keeps_moments: bool = True  # False for an optimizer without state, such as SGD without momentum
 
-    def plans(self, params: Any) -> tuple[list[PlannedLeaf], Any]:
+    def plans(self, params: Params) -> tuple[list[PlannedLeaf], Any]:
         """Plans every leaf of a parameter pytree, and checks the rules against all of them.
 
         Returns:
@@ -186,7 +186,7 @@ def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks
     return ""
 
 
-def _check_rules(rules: Rules, used: set[int], params: Any, leaves: list[PlannedLeaf]) -> None:
+def _check_rules(rules: Rules, used: set[int], params: Params, leaves: list[PlannedLeaf]) -> None:
     """Raises where a user rule matches nothing; warns where a table that has another name gets 8-bit moments."""
     hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
     plans = [x.plan for x in leaves if x.plan]

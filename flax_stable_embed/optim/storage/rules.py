@@ -21,6 +21,7 @@ from .state_format import StateFormat
 
 Bits = Literal[8, 32, "bf16", "rowwise"]
 BITS: tuple[Bits, ...] = get_args(Bits)
+UserRules = Any  # pairs (pattern, setting), or a pytree of settings like the parameters
 
 # Shapes of embedding tables by path, while a step represents each table by a few of its rows. `row_sparse` sets them.
 _TABLE_SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("table_shapes", default={})  # noqa: B039  (never changed)
@@ -164,7 +165,7 @@ def table_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
 class Rules:
     """A user's rules, checked, and the optimizer's `state_format`."""
 
-    def __init__(self, rules: Any, state_format: StateFormat):
+    def __init__(self, rules: UserRules, state_format: StateFormat):
         if not isinstance(state_format, StateFormat):
             raise TypeError(f"`state_format` must be a StateFormat, got {state_format!r}. Try StateFormat(codec=...).")
         self.state_format = state_format
@@ -197,7 +198,7 @@ class _Path:
     path: str
 
 
-def _normalize(rules: Any) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
+def _normalize(rules: UserRules) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
     if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
         return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))

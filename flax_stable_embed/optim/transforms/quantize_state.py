@@ -30,9 +30,9 @@ from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
 from ..storage.moments import MomentSpec, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
 from ..storage.plan import LeafPlan, Planner
-from ..storage.rules import Bits, Rules
+from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
-from ..trees import entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, shapes_of
+from ..trees import Params, Updates, entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, shapes_of
 from .state_fields import (
     COUNTS,
     MOMENTS,
@@ -65,7 +65,7 @@ class QuantizedState(NamedTuple):
 def quantize_state(
     tx: optax.GradientTransformation,
     moments: Mapping[str, str] | None = None,
-    rules: Any = (),
+    rules: UserRules = (),
     state_format: StateFormat = StateFormat(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optax transform so that it stores its moments in 8 bits, except for embeddings, norms and biases.
@@ -194,7 +194,7 @@ class _Quantizer:
             )
         return fields
 
-    def init(self, params: Any) -> QuantizedState:
+    def init(self, params: Params) -> QuantizedState:
         """Makes the state of `tx` and stores its moments."""
         plans = {x.path: x.plan for x in self.planner.plans(params)[0] if x.plan}
         for path, plan in plans.items():
@@ -232,7 +232,7 @@ class _Quantizer:
             records.append(Record(vector, self.rules.formats, with_moments, sizes, moments, stayed=stayed))
         return state
 
-    def update(self, updates: Any, state: Any, params: Any, **extra_args) -> tuple[Any, QuantizedState]:
+    def update(self, updates: Updates, state: Any, params: Params, **extra_args) -> tuple[Any, QuantizedState]:
         """Dequantizes the moments, runs `tx`, and quantizes the moments again."""
         if not isinstance(state, QuantizedState):
             raise TypeError(
