@@ -108,7 +108,8 @@ def markdown(results: dict[str, Any]) -> str:
     memory = ", ".join(f"{chip} {size / 1e9:.0f} GB" for chip, size in MEMORY.items())
     about = (
         f"`python -m benchmarks chips`: float32 parameters of Llama 2 ({counts} parameters) and their optimizer state, "
-        f"bytes per chip ({memory}). Gradients and activations are not included. No block is split between two chips."
+        f"bytes per chip ({memory}). Gradients and activations are not included. `shards` is the size of the larger "
+        "mesh axis, so no block is split between two chips."
     )
     return about + "\n\n" + report.table(lines)
 

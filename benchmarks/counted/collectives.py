@@ -275,9 +275,10 @@ def markdown(results: dict[str, Any]) -> str:
     about = (
         f"`python -m benchmarks collectives` at {env['commit']}: counts of the compiler for TPU (jax "
         f"{env['versions']['jax']}); nothing has run. The model is a decoder of {models[0]} on {rows[0]['slice']}, and "
-        f"of {models[1]} on larger slices, with a vocabulary of {SMALL.vocabulary:,}. Counted are the arrays that the "
-        "collectives of a training step return on one chip, and their bytes. A reduce-scatter counts as an all-reduce, "
-        "because this compiler writes it as one."
+        f"of {models[1]} on larger slices, with a vocabulary of {SMALL.vocabulary:,}. The table counts the arrays "
+        "that the collectives of a training step return on one chip, and their bytes. "
+        '"Row by row in memory" means row-major order. '
+        "A reduce-scatter counts as an all-reduce, because this compiler writes it as one."
     )
     return "\n\n".join([about, report.table(lines), report.table(tables)])
 

@@ -270,8 +270,9 @@ def markdown(results: dict[str, Any]) -> str:
     compilers = ", ".join(f"{chip}: {row['compiler']}" for chip, row in next(iter(by_step.values())).items())
     about = (
         f"`python -m benchmarks compiled` at {env['commit']}: counts of compilers ({compilers}); nothing has run. "
-        "Bytes moved and bytes of temporaries are per parameter. Bundles of instructions of a TPU kernel are per 1024 "
-        "parameters. In brackets: the cycles that memory needs to move their bytes. The larger number bounds the step."
+        "Bytes moved and bytes of temporaries are per parameter. A bundle is a group of instructions that a TPU starts "
+        "in the same cycle. Bundles of a kernel are per 1024 parameters. In brackets: the cycles that memory needs to "
+        "move the bytes of these parameters. The larger of the two numbers bounds the time of a step."
     )
     return about + "\n\n" + report.table(lines)
 

@@ -252,7 +252,8 @@ def _about(results: Tree) -> str:
         f"A copy of an array reads and writes {results['copy_gb_per_s']:,.0f} GB/s. Times are milliseconds per step: "
         "the time that the GPU was busy, from its profiler, and the elapsed time (quartiles). Kernel and reference "
         "were compared step by step from the same state. These shares of "
-        f"{sum(row['codes'] for row in rows):,} codes differ, by at most {max(row['most_apart'] for row in rows)}: "
+        f"{sum(row['codes'] for row in rows):,} codes differ between the two, "
+        f"by at most {max(row['most_apart'] for row in rows)}: "
         f"{', '.join(shares)}."
     )
 

@@ -82,8 +82,9 @@ def about(results: dict[str, Any]) -> list[str]:
         f"`python -m benchmarks quality`, {env['date']}.",
         "For each learning rate: the last validation loss, median over seeds, and in brackets how many runs were "
         f"unstable. A run is unstable if a loss is not finite, or above {EXPLODED:g} times the first, or if more than "
-        f"{FELL_BACK:.0%} of the gain is lost by the end. `against` compares stable runs with those of the first line "
-        "with the same rate and seed, at its best rate and at all rates: the mean difference and its standard error.",
+        f"{FELL_BACK:.0%} of the gain is lost by the end. The last two columns compare each stable run with the run of "
+        "the first line that has the same rate and seed: the mean difference in loss and its standard error, first at "
+        "the best rate of that line, then over all rates.",
     ]
 
 

@@ -24,7 +24,7 @@ Need = Literal["square", "rounded", "step_size"]
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The formula of an optimizer, with a declaration of what it needs from the step around it.
+    """The formula of an optimizer. It declares which values it needs from the step around it.
 
     Attributes:
         formula: `formula(g, *moments, **hyper) -> (u, moments)`, a module-level function of float32 arrays.
@@ -128,7 +128,7 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
     if step.skip_nonfinite:
         finite = jnp.isfinite(given)
         u = jnp.where(finite, u, jnp.full_like(u, -0.0))  # p + -0.0 is p to the bit, for -0.0 too
-        # A second moment of a whole row has left such elements out by itself.
+        # The second moment of an entire row ("rowwise") has already left out such elements.
         new = tuple(jnp.where(finite, x, old) if x.shape == g.shape else x for x, old in zip(new, moments))
     return (widest(p, p_in) + u if step.fused else u).astype(step.dtype), new
 
