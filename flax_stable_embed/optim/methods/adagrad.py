@@ -39,7 +39,7 @@ class ScaleByAdagrad8bitState(NamedTuple):
 
 @update_rule("square", "rounded")
 def adagrad(g, s, *, eps, eps_in_sqrt, square, rounded):
-    """The update rule, with the same operations as in optax, or with eps outside the square root."""
+    """Applies the rule, with the same operations as in optax, or with eps outside the square root."""
     # XLA on CPU contracts one of the two products and the sum into one instruction. It depends on the sharding which
     # product that is, and so does the last bit. The maximum changes no value, but it prevents the contraction.
     s = jnp.maximum(square(g), 0.0) + jnp.maximum(s, 0.0) if rounded else square(g) + s

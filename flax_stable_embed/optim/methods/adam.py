@@ -44,7 +44,7 @@ class ScaleByAdam8bitState(NamedTuple):
 
 @update_rule("square", "rounded")
 def adam(g, m, v, *, b1, b2, eps, eps_root, c1, c2, c1_next, nesterov, square, rounded):
-    """The update rule, with the same operations in the same order as in optax. `c1` is 1 - b1^t, `c2` is 1 - b2^t."""
+    """Applies the rule, with the same operations in the same order as in optax. `c1` is 1 - b1^t, `c2` is 1 - b2^t."""
     m = (1 - b1) * g + b1 * m
     v = (1 - b2) * square(g) + b2 * v
     if nesterov:

@@ -50,7 +50,7 @@ class ScaleByAdemamix8bitState(NamedTuple):
 
 @update_rule("square", "rounded")
 def ademamix(g, m1, m2, v, *, b1, b2, b3, b3_rest, alpha, eps, eps_root, c1, c2, square, rounded):
-    """The update rule, with the same operations in the same order as in optax.
+    """Applies the rule, with the same operations in the same order as in optax.
 
     `c1` is 1 - b1^t, `c2` is 1 - b2^t and `b3_rest` is 1 - b3.
     """

@@ -37,7 +37,7 @@ from .trust_ratio import clipped, trust_ratio
 
 @update_rule("step_size")
 def lars(g, t, *, momentum, nesterov, step_size, ratio=None):
-    """The update rule, with the same operations as in optax: the trace sums steps, which include the learning rate."""
+    """Applies the rule, with the same operations as in optax: the trace sums steps, which include the learning rate."""
     if ratio is not None:
         g = g * ratio
     if step_size is not None:

@@ -39,7 +39,7 @@ class ScaleByLion8bitState(NamedTuple):
 
 @update_rule()
 def lion(g, m, *, b1, b2):
-    """The update rule, with the same operations in the same order as in optax."""
+    """Applies the rule, with the same operations in the same order as in optax."""
     return sign((1.0 - b1) * g + b1 * m), ((1 - b2) * g + b2 * m,)
 
 

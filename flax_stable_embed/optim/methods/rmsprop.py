@@ -51,7 +51,7 @@ class ScaleByRmsprop8bitState(NamedTuple):
 
 @update_rule("square", "rounded", "step_size")
 def rmsprop(g, v, *others, decay, eps, eps_in_sqrt, centered, c, momentum, nesterov, square, rounded, step_size):
-    """The update rule, with the same operations in the same order as in optax.
+    """Applies the rule, with the same operations in the same order as in optax.
 
     `others` has the mean if centered, then the trace if there is momentum. Rounded moments need not satisfy v >= m^2,
     so then the variance is clipped at zero.

@@ -41,14 +41,14 @@ class ScaleBySgd8bitState(NamedTuple):
 
 @update_rule()
 def sgd(g, t, *, momentum, nesterov):
-    """The update rule, with the same operations in the same order as in optax."""
+    """Applies the rule, with the same operations in the same order as in optax."""
     t = g + momentum * t
     return g + momentum * t if nesterov else t, (t,)
 
 
 @update_rule()
 def plain_sgd(g):
-    """The update rule without momentum: the update is the gradient."""
+    """Applies the update rule without momentum: the update is the gradient."""
     return g, ()
 
 

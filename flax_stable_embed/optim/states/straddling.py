@@ -37,7 +37,7 @@ def straddling(plan: LeafPlan, shards: tuple[int, ...]) -> str:
 
 
 def _fit(plan: LeafPlan, state_format: StateFormat, shards: tuple[int, ...]) -> bool:
-    """Whether every device has complete blocks, of an axis that is stored in 8 bits."""
+    """Returns whether every device has complete blocks, of an axis that is stored in 8 bits."""
     shape = plan.shape
     blocks = state_format.blocks(plan.path, shape)
     long = not shape or not state_format.min_size or shape[blocks.axis] >= SMALLEST

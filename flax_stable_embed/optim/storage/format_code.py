@@ -71,7 +71,7 @@ def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) 
 
 
 def _is_untold(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
-    """Whether scales of this shape could belong to other codes, or to moments that are not in 8 bits."""
+    """Returns whether scales of this shape could belong to other codes, or to moments that are not in 8 bits."""
     one_block = not plan.shape or blocks.size in (1, plan.shape[blocks.axis])
     another_size = not one_block and blocks.size & (blocks.size - 1) != 0  # 384 and 512 both split 768 in two
     no_codes = all(n == 1 for n in blocks.absmax_shape(plan.shape))  # as for a parameter that is not in 8 bits
