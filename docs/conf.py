@@ -49,4 +49,4 @@ napoleon_use_ivar = True
 napoleon_custom_sections = [("Raises", "params_style")]
 maximum_signature_line_length = 88
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"flax_stable_embed\.optim\..*")]  # not exported
+nitpick_ignore_regex = [("py:class", r"flax_stable_embed\.(optim|interop\.bitsandbytes\.report)\..*")]  # not exported
