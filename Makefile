@@ -42,7 +42,7 @@ dist: .venv/dist
 bench: .venv/examples
 	$(BIN)/python -m benchmarks all $(ARGS)
 
-# One stamp per set of extras: made anew when pyproject.toml changes.
+# One stamp per set of extras. A change of pyproject.toml installs the extras again.
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(call install,$(BIN)/python) -e ".[$(if $(filter test%,$*),test$(WITH),$*)]"
