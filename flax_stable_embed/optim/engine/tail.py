@@ -1,4 +1,4 @@
-"""What happens around the update rule: weight decay, norms over a parameter, step size."""
+"""Declares the parts of a step around the update rule: weight decay, norms over a parameter, step size."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ..trees import Mask
 
 
 class Tail(NamedTuple):
-    """What an optimizer does around its method: `u += weight_decay * p` where the mask allows, then `u *= step_size`.
+    """Weight decay and scaling around the update rule: `u += weight_decay * p` where the mask allows, `u *= step_size`.
 
     AdamW is Adam's method with `Tail(weight_decay=...)`. LAMB adds `Tail(rescale=...)`.
 
