@@ -49,4 +49,5 @@ napoleon_use_ivar = True
 napoleon_custom_sections = [("Raises", "params_style")]
 maximum_signature_line_length = 88
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"flax_stable_embed\.(optim|interop\.bitsandbytes\.report)\..*")]  # not exported
+not_exported = r"flax_stable_embed\.(optim|interop\.bitsandbytes\.report)\..*"
+nitpick_ignore_regex = [("py:class", not_exported)]
