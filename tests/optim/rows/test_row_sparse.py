@@ -213,7 +213,7 @@ def wrong_update(tx, grads=None, params=None, **extra_args):
             TypeError,
             r"contains optax\.MultiSteps, which sums gradients",
         ),
-        (lambda: fse.row_sparse(0.1), TypeError, "`tx` must be an optax transform, got 0.1"),
+        (lambda: fse.row_sparse(0.1), TypeError, "`tx` must be an optax transform, with `init` and `update`, got 0.1"),
         (lambda: fse.row_sparse(optax.sgd(0.1), "eager"), ValueError, "must be 'lazy' or 'catch_up', got 'eager'"),
         (
             lambda: wrong_update(optax.sgd(0.1), dense(gradients(0))),
