@@ -1,4 +1,4 @@
-# Everything a person needs: make train, make test, make check, make docs, make dist, make bench.
+# The commands for a checkout: make train, make test, make check, make docs, make dist, make bench.
 # EXTRAS=tpu (or cuda) adds optional dependencies, for example `make test EXTRAS=tpu`.
 PYTHON ?= python3
 EXTRAS ?=
@@ -6,10 +6,11 @@ comma := ,
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 install = $(if $(UV),uv pip install --quiet --python $(1),$(1) -m pip install --quiet)
+pip_with_groups = $(if $(UV),,$(1) -m pip install --quiet "pip>=25.1")
 WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
 
-.PHONY: train test test-all check docs dist bench
+.PHONY: train test test-all test-oldest check docs dist bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
@@ -18,6 +19,12 @@ test: .venv/test$(EXTRAS)
 
 test-all: .venv/test$(EXTRAS)
 	$(PYTEST) $(ARGS)
+
+# `make test` with the lowest versions that pyproject.toml allows, on the lowest Python. The libraries of that time use
+# names that JAX has deprecated since, so that a DeprecationWarning is not an error here.
+test-oldest: .venv/oldest/installed
+	JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
+		-W ignore::DeprecationWarning $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -42,8 +49,16 @@ dist: .venv/dist
 bench: .venv/examples
 	$(BIN)/python -m benchmarks all $(ARGS)
 
-# One stamp per set of extras. A change of pyproject.toml installs the extras again.
+# One stamp per dependency group of pyproject.toml. A change of that file installs the group again.
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(call install,$(BIN)/python) -e ".[$(if $(filter test%,$*),test$(WITH),$*)]"
+	$(call pip_with_groups,$(BIN)/python)
+	$(call install,$(BIN)/python) -e ".[examples$(WITH)]" $(addprefix --group ,$(patsubst test%,test,$(filter-out examples,$*)))
+	touch $@
+
+.venv/oldest/installed: pyproject.toml .ci/lowest_versions.py
+	$(if $(UV),uv venv --quiet --clear --python 3.11,python3.11 -m venv --clear) .venv/oldest
+	$(call pip_with_groups,.venv/oldest/bin/python)
+	.venv/oldest/bin/python .ci/lowest_versions.py > .venv/oldest/constraints.txt
+	$(call install,.venv/oldest/bin/python) -c .venv/oldest/constraints.txt -e ".[examples]" --group test
 	touch $@

@@ -224,7 +224,7 @@ WRAPPED = [
     _wrapped(optax.rmsprop, "nu trace", name="rmsprop_momentum", learning_rate=0.01, momentum=0.9),
     _wrapped(optax.rmsprop, "trace", name="rmsprop_centered_momentum", learning_rate=0.01, centered=True, momentum=0.9),
     _wrapped(optax.sgd, "trace", name="sgd_momentum", learning_rate=5.0, momentum=0.9),
-    _wrapped(optax.signum, "ema", learning_rate=0.03),
+    *([_wrapped(optax.signum, "ema", learning_rate=0.03)] if hasattr(optax, "signum") else []),
     _wrapped(optax.sm3, "nu", learning_rate=1.0),
     _wrapped(optax.yogi, "mu nu", learning_rate=0.1),
     _wrapped(_averaged, "ema", name="ema", learning_rate=30.0),

@@ -29,7 +29,8 @@ WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
 # Levels inside a layer, from the ground up. A file or folder imports only from lower levels of its layer.
 LEVELS = {
     "ops": [
-        {"dtypes", "sharding", "rounding"},
+        {"dtypes", "jax_compat", "rounding"},
+        {"sharding"},
         {"counter_random", "lowering"},
         {"blockwise", "embedding"},
         {"blockwise_step"},

@@ -13,6 +13,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .jax_compat import varying_axes
+
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
     """Returns the sharding in the type of `x`; None if its mesh has no Explicit axes."""
@@ -73,10 +75,5 @@ def varying_like(x: Array, *others: Array) -> Array:
 
     Inside of `shard_map` the type of an array says whether devices hold the same value or each its own.
     """
-    axes = tuple(frozenset().union(*map(_varying_axes, others)) - _varying_axes(x))
+    axes = tuple(frozenset().union(*map(varying_axes, others)) - varying_axes(x))
     return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def _varying_axes(x: Array) -> frozenset:
-    aval = jax.typeof(x)
-    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # depends on the version of JAX

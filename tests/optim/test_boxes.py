@@ -82,7 +82,7 @@ def test_on_a_known_mesh_scales_are_sharded_like_their_codes(kind, names):
 def test_metadata_can_hold_a_sharding_instead_of_names():
     mesh = mesh_of()
     params = {
-        name: nnx.Param(jnp.ones((64, 256)), out_sharding=NamedSharding(mesh, P("a", "b")))
+        name: nnx.Param(jnp.ones((64, 256)), out_sharding=NamedSharding(mesh, P("a", "b")), eager_sharding=False)
         for name in ("kernel", "embedding")
     }
     state = TX.init(params)

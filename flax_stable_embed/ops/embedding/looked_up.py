@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import get_opaque_trace_state
 
 from ..dtypes import at_least_float32
+from ..jax_compat import get_opaque_trace_state
 from ..sharding import varying_like
 from .gather import GatherOptions, plain_gather, rows_of_tangent, take
 from .rows import SparseRows, find_rows, sealed, unsealed

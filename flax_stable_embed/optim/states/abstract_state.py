@@ -54,10 +54,10 @@ def abstract_state(tx: optax.GradientTransformation, params: Params, *, sharding
     >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 768), jnp.float32)}
     >>> state = fse.abstract_state(fse.lion8bit(1e-3), shapes, shardings={"kernel": NamedSharding(mesh, P("fsdp"))})
     >>> codes, scales = state[0].mu["kernel"], state[0].mu_absmax["kernel"]
-    >>> codes.shape, str(codes.dtype), codes.sharding.spec
-    ((1024, 768), 'int8', P('fsdp', None))
-    >>> scales.shape, scales.sharding.spec, state[0].count.sharding.spec
-    ((8, 768), P('fsdp', None), P())
+    >>> codes.shape, str(codes.dtype), tuple(codes.sharding.spec)
+    ((1024, 768), 'int8', ('fsdp', None))
+    >>> scales.shape, tuple(scales.sharding.spec), tuple(state[0].count.sharding.spec)
+    ((8, 768), ('fsdp', None), ())
     """
     by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
     if not by_path:
