@@ -1,6 +1,6 @@
 """Writes embedding.npz: outputs and gradients of bitsandbytes' Embedding and StableEmbedding, option by option.
 
-    python tests/golden/make_embedding.py        # needs the extra `parity`
+    python tests/golden/make_embedding.py        # needs the dependency group `parity`
 
 CASES lists all cases. This script freezes the answers of torch and bitsandbytes. `test_embedding.py` compares ours with
 the frozen answers, and with live ones where torch and bitsandbytes are installed.

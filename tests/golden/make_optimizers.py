@@ -1,6 +1,6 @@
 """Writes optimizers.npz and state_dicts.npz: parameters and states that bitsandbytes' optimizers compute.
 
-    python tests/golden/make_optimizers.py        # needs the extra `parity`
+    python tests/golden/make_optimizers.py        # needs the dependency group `parity`
 
 Frozen from bitsandbytes 0.50.2 and torch 2.13.0 (CPU, one thread) on x86-64 with AVX-512. Initial parameters and
 gradients come from numpy and SEED and are the same for every case of a shape. Tests compute them again, so only the

@@ -101,6 +101,6 @@ def test_modules_equal_live_torch_and_bitsandbytes(case, api):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
-            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
+            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (dependency group `parity`)")
         theirs = torch_answers(case)
     assert_close(case, our_answers(case, api, inputs(case)), theirs)

@@ -267,7 +267,7 @@ def live():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
-            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
+            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (dependency group `parity`)")
         if not torch_rounds_as_frozen():
             pytest.skip("torch has no fused multiply-adds on this CPU, so its codes have other last bits")
         yield

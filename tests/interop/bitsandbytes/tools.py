@@ -125,5 +125,5 @@ def live():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their warnings at import are not ours
         for name in ("torch", "bitsandbytes"):
-            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (extra `parity`)")
+            pytest.importorskip(name, reason="torch and bitsandbytes are not installed (dependency group `parity`)")
         yield

@@ -82,7 +82,11 @@ def test_max_norm_can_be_a_schedule_by_inject_hyperparams():
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda: fse.with_max_norm(0.1, 1.0), TypeError, "`tx` must be an optax transform, with `init` and `update`, got 0.1"),
+        (
+            lambda: fse.with_max_norm(0.1, 1.0),
+            TypeError,
+            "`tx` must be an optax transform, with `init` and `update`, got 0.1",
+        ),
         (lambda: fse.with_max_norm(optax.sgd(0.1), None), TypeError, "`max_norm` must be a number, got None"),
         (lambda: fse.with_max_norm(optax.sgd(0.1), -1.0), ValueError, "`max_norm` must be positive, got -1.0"),
         (lambda: fse.with_max_norm(optax.sgd(0.1), 1.0, -2.0), ValueError, "`norm_type`.*must be 0 or more, got -2.0"),
