@@ -1,4 +1,4 @@
-"""One step of one parameter.
+"""Runs one step of one parameter.
 
     u, m = rule(g, *m);   u = rescale(u + weight_decay * p, p);   u = step_size * u;   p = p + u where fused
 

@@ -122,7 +122,7 @@ def _pair_counts(
 
 
 def _counts_of_same_moments(pairs: dict[str, str], source: NamedState, target: NamedState) -> dict[str, list[str]]:
-    """Returns, for counts of the target, the counts of the source that counted the steps of the same moments."""
+    """Finds, for each count of the target, the counts of the source that counted the steps of the same moments."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for name, origin in pairs.items():
         theirs = source.counts_of(origin)

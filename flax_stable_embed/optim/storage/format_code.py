@@ -58,19 +58,19 @@ def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) 
         axis = 255 if f.block_axis is None else f.block_axis % 254
         content += [codec, int(f.rounding == "stochastic"), axis]
         content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
-    untold = [
-        f"{x.path} {x.state_format.codec} {x.blocks}" for x in plans if x.blocks and _is_untold(x, x.blocks, formats)
+    ambiguous = [
+        f"{x.path} {x.state_format.codec} {x.blocks}" for x in plans if x.blocks and _is_ambiguous(x, x.blocks, formats)
     ]
     length = _FORMAT_SIZE * number
-    if untold:
-        tens, ones = divmod(zlib.crc32("; ".join(sorted(untold)).encode()) % 66, _FORMAT_SIZE - 1)
+    if ambiguous:
+        tens, ones = divmod(zlib.crc32("; ".join(sorted(ambiguous)).encode()) % 66, _FORMAT_SIZE - 1)
         length = _FORMAT_SIZE * (6 * number + tens) + ones + 1
     vector = np.zeros(length, np.uint8)
     vector[: len(content)] = content
     return vector
 
 
-def _is_untold(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
+def _is_ambiguous(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
     """Returns whether scales of this shape could belong to other codes, or to moments that are not in 8 bits."""
     one_block = not plan.shape or blocks.size in (1, plan.shape[blocks.axis])
     another_size = not one_block and blocks.size & (blocks.size - 1) != 0  # 384 and 512 both split 768 in two
@@ -85,16 +85,16 @@ def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
     while number > 0:
         number, codec = divmod(number - 1, 3)
         codecs.insert(0, _CODECS[codec])
-    made, told = [StateFormat(codec) for codec in codecs], ("codec",)
+    made, compared = [StateFormat(codec) for codec in codecs], ("codec",)
     if not isinstance(vector, Tracer):
-        made, told = _formats_of(np.asarray(vector), len(codecs)), [f.name for f in fields(StateFormat)]
+        made, compared = _formats_of(np.asarray(vector), len(codecs)), [f.name for f in fields(StateFormat)]
     found = []
     for i, (a, b) in enumerate(zip_longest(made, formats)):
         name = "`state_format`" if i == 0 else f"the rules' format {i}"
         if a is None or b is None:
             found.append(f"{name} is {'new here' if a is None else 'missing here'}")
             continue
-        pairs = {field: (getattr(a, field), getattr(b, field)) for field in told}
+        pairs = {field: (getattr(a, field), getattr(b, field)) for field in compared}
         changes = [f"{field} {x!r}, here {y!r}" for field, (x, y) in pairs.items() if x != y]
         found += [f"{name} had {', and '.join(changes)}"] if changes else []
     return "; ".join(found)

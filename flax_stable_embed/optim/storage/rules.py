@@ -154,7 +154,7 @@ def _takes_two(function: Callable) -> bool:
 
 @contextmanager
 def table_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """While open, rules see these shapes of tables, by path, instead of the shapes of the rows that a step passes."""
+    """Lets rules see these shapes of tables, by path, instead of the shapes of the rows that a step passes."""
     token = _TABLE_SHAPES.set(shapes)
     try:
         yield
