@@ -31,7 +31,7 @@ _TABLE_SHAPES: ContextVar[Mapping[str, tuple[int, ...]]] = ContextVar("table_sha
 class Rule:
     """Says how to treat the parameters that a pattern in `rules` matches. The first rule that matches wins.
 
-    A hyper-parameter that is None keeps the optimizer's own value. Later user rules are not consulted.
+    A hyper-parameter that is None keeps the optimizer's own value.
 
     Args:
         bits: How the moments are stored. If None, the NNX metadata `optim_bits` decides, then the default rules. Later
@@ -228,7 +228,8 @@ def _pattern(pattern: Any) -> re.Pattern | Where:
         return re.compile(pattern) if isinstance(pattern, str) else pattern
     except re.error as error:
         raise ValueError(
-            f"`rules` has {pattern!r}, which is not a regular expression: {error}. Escape special characters with \\."
+            f"`rules` has {pattern!r}, which is not a regular expression: {error}. Put a backslash before special "
+            "characters."
         ) from None
 
 
