@@ -197,6 +197,12 @@ def _schedule_free_momentum(learning_rate):
     return optax.contrib.schedule_free(optax.sgd(learning_rate, momentum=0.9), learning_rate)
 
 
+def _signum(learning_rate):  # optax.signum, which optax has since 0.2.7
+    return optax.chain(
+        optax.ema(0.9, debias=False), optax.scale_by_sign(), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
 def _averaged(learning_rate):
     return optax.chain(optax.ema(0.9), optax.scale_by_learning_rate(learning_rate))
 
@@ -224,7 +230,7 @@ WRAPPED = [
     _wrapped(optax.rmsprop, "nu trace", name="rmsprop_momentum", learning_rate=0.01, momentum=0.9),
     _wrapped(optax.rmsprop, "trace", name="rmsprop_centered_momentum", learning_rate=0.01, centered=True, momentum=0.9),
     _wrapped(optax.sgd, "trace", name="sgd_momentum", learning_rate=5.0, momentum=0.9),
-    *([_wrapped(optax.signum, "ema", learning_rate=0.03)] if hasattr(optax, "signum") else []),
+    _wrapped(_signum, "ema", name="signum", learning_rate=0.03),
     _wrapped(optax.sm3, "nu", learning_rate=1.0),
     _wrapped(optax.yogi, "mu nu", learning_rate=0.1),
     _wrapped(_averaged, "ema", name="ema", learning_rate=30.0),

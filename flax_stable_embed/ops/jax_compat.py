@@ -1,6 +1,6 @@
-"""Names that differ between the supported versions of JAX. No other file looks at what this version has.
+"""What JAX 0.10 changed. No other file depends on the version of JAX.
 
-Remove a fallback when the lowest supported version in pyproject.toml no longer needs it.
+Delete this file when pyproject.toml no longer allows JAX 0.9.
 """
 
 import jax
@@ -15,4 +15,4 @@ except ImportError:  # JAX 0.9 and earlier
 def varying_axes(x: Array) -> frozenset[str]:
     """Returns the mesh axes of a `jax.shard_map` that the type of `x` varies over."""
     aval = jax.typeof(x)
-    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # JAX 0.10 has `vma`
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # `vma`: JAX 0.9 and earlier
