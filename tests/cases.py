@@ -198,9 +198,7 @@ def _schedule_free_momentum(learning_rate):
 
 
 def _signum(learning_rate):  # optax.signum, which optax has since 0.2.7
-    return optax.chain(
-        optax.ema(0.9, debias=False), optax.scale_by_sign(), optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(optax.ema(0.9, debias=False), optax.scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
 
 
 def _averaged(learning_rate):
