@@ -19,7 +19,7 @@ from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
 from ..placement import SpecsByPath
 from ..storage.format_code import format_code
-from ..storage.moments import initial
+from ..storage.moments import initial, is_codes
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
 from ..storage.rules import Bits, Rules
 from ..trees import Params, Updates, is_none, nbytes, path_name
@@ -167,8 +167,5 @@ class Engine:
                 path, leaf.g if leaf.p is None else leaf.p, stored_bits(self.method, path, leaf)
             )
         codes = next((leaf.stored[m.name] for m in self.method.moments), None)
-        if codes is None:
-            return None
-        # No gradient for a parameter that has moments. Its plan still counts for the length of `format`.
-        like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
-        return self.planner.plan_stored(path, like, stored_bits(self.method, path, leaf._replace(g=like, p=None)))
+        # Without a gradient a parameter takes no step. The format of its codes still counts for the length of `format`.
+        return None if codes is None or not is_codes(codes.dtype) else self.planner.plan_unstepped(path, codes)

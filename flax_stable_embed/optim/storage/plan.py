@@ -105,6 +105,7 @@ class Planner:
                 matches = list(self.rules.matches(path, unbox(box).shape))
                 used.update(matches)
                 plan = self._plan(matches[:1], path, unbox(box), metadata_bits=optim_bits(box))
+                plan = self._finished(plan, unbox(box))
             planned.append(PlannedLeaf(key_path, path, box, plan))
         twice = [path for path, n in Counter(x.path for x in planned).items() if n > 1]
         if twice:
@@ -129,7 +130,7 @@ class Planner:
         if stored_bits == 8:
             self.specs.check_mesh(path)
         if plan.bits == stored_bits:
-            return plan
+            return self._finished(plan, parameter)
         if plan.rule.bits is not None:
             raise ValueError(
                 f"The state of parameter {path!r} is stored with bits {stored_bits!r}, but `rules` has "
@@ -137,6 +138,12 @@ class Planner:
                 "the rules that made the state, or convert the state: fse.convert_state."
             )
         return self._finished(replace(plan, bits=stored_bits, reason="as the state stores it"), parameter)
+
+    def plan_unstepped(self, path: str, codes: Any) -> LeafPlan:
+        """Plans a parameter with 8-bit moments that gets no gradient, so that its format is known and nothing else."""
+        like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
+        plan = self._plan(list(islice(self.rules.matches(path, codes.shape), 1)), path, like)
+        return replace(plan, bits=8, blocks=plan.state_format.blocks(path, plan.shape))
 
     def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: int | None = None) -> LeafPlan:
         pattern, rule = self.rules.user[matches[0]] if matches else (None, Rule())
@@ -157,8 +164,7 @@ class Planner:
             obstacle = obstacle or ("rows of one element" if shape else "a scalar has no rows")
         if obstacle:
             bits, reason = 32, obstacle
-        plan = LeafPlan(path, shape, parameter.dtype, rule, bits, state_format, blocks, reason, None, "")
-        return self._finished(plan, parameter)
+        return LeafPlan(path, shape, parameter.dtype, rule, bits, state_format, blocks, reason, None, "")
 
     def _finished(self, plan: LeafPlan, parameter: Any) -> LeafPlan:
         """Returns the plan with the implementation of its step, and without blocks if it is not in 8 bits."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import flax_stable_embed as fse
@@ -137,3 +138,15 @@ def test_the_platform_of_a_report_can_be_another_one():
     assert fse.describe(aware, shapes, shardings=sharded, platform="tpu").rows[0].implementation == "pallas_tpu"
     with pytest.raises(ValueError, match="`platform` must be"):
         fse.describe(tx, shapes, platform="quantum")
+
+
+def test_metadata_that_keeps_a_parameter_out_of_8_bits_needs_no_specs_of_it_in_update():
+    params = nnx.State({"a": nnx.Param(jnp.ones((64, 128)), optim_bits=32), "b": nnx.Param(jnp.ones((64, 128)))})
+    tx = fse.adamw8bit(1e-3, partition_specs={"b": PartitionSpec()})
+    jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_rules_are_not_checked_for_a_parameter_without_a_gradient():
+    params = {"a": jnp.ones((64, 128), jnp.int32), "b": jnp.ones((64, 128))}
+    tx = fse.adamw8bit(1e-3, rules=((".*", 8),))
+    jax.eval_shape(tx.update, {"a": None, "b": params["b"]}, tx.init(params), params)
