@@ -46,7 +46,7 @@ def as_jax(x: Any) -> Any:
     return rebox(x, jnp.asarray(array)) if isinstance(array, np.ndarray) else x
 
 
-def optim_bits(x: Any) -> int | None:
+def optim_bits(x: Any) -> Any:
     """Returns the `optim_bits` in the metadata of an NNX variable, by which a module asks for a precision, or None."""
     return x.get_metadata().get("optim_bits") if isinstance(x, nnx.Variable) else None
 

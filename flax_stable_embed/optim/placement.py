@@ -115,12 +115,12 @@ class SpecsByPath:
                     f"{spec!r:.80} at {path!r}."
                 )
 
-    def of(self, path: str) -> Spec | None:
+    def of(self, path: str, shape: tuple[int, ...]) -> Spec | None:
         """Returns the spec of one parameter; None where `partition_specs` was not given.
 
         Raises:
-            ValueError: There are specs, but none for this parameter; or its spec names an axis that the mesh in the
-                context does not have.
+            ValueError: There are specs, but none for this parameter; or its spec is longer than the shape, names an
+                axis that the mesh in the context does not have, or is on another mesh.
         """
         if not self.given:
             return None
@@ -130,6 +130,16 @@ class SpecsByPath:
                 "Give a pytree like the parameters, with PartitionSpec() for replicated ones."
             )
         spec, mesh = self.by_path[path], jax.sharding.get_abstract_mesh()
+        entries = spec.spec if isinstance(spec, NamedSharding) else spec or ()
+        if len(entries) > len(shape):
+            raise ValueError(
+                f"`partition_specs` has {entries} for parameter {path!r}, but its shape {shape} has {len(shape)} axes."
+            )
+        if isinstance(spec, NamedSharding) and not mesh.empty and dict(spec.mesh.shape) != dict(mesh.shape):
+            raise ValueError(
+                f"`partition_specs` has a NamedSharding on the mesh {dict(spec.mesh.shape)} for parameter {path!r}, "
+                f"but jax.set_mesh has {dict(mesh.shape)}. Give the sharding that the parameter has in this program."
+            )
         if isinstance(spec, PartitionSpec) and not mesh.empty:
             if unknown := [name for name in _axis_names(spec) if name not in mesh.axis_names]:
                 raise ValueError(
@@ -140,7 +150,10 @@ class SpecsByPath:
         return spec
 
     def check_mesh(self, path: str) -> None:
-        """Raises where a step would have to ignore the spec of a parameter because no mesh is set."""
+        """Raises where a step would have to ignore the spec of a parameter because no mesh is set.
+
+        For parameters whose type does not say how they are sharded.
+        """
         spec = self.by_path.get(path) if self.given else None
         if isinstance(spec, PartitionSpec) and any(_axis_names(spec)) and jax.sharding.get_abstract_mesh().empty:
             raise ValueError(

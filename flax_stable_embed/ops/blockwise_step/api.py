@@ -113,7 +113,7 @@ def what_runs(
     if not why and (devices or jax.device_count()) > 1:
         sharding = lowering.sharding_of(parameter, spec)
         if sharding is None:
-            why = "no partition_specs"
+            why = "no partition_specs" if spec is None else "no mesh is set for its PartitionSpec"
         elif not lowering.has_whole_blocks(sharding, blocks, parameter.shape):
             why = f"{sharding.spec} does not divide it into shards of full blocks"
     return f"xla: {why}" if why else name

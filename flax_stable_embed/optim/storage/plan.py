@@ -20,6 +20,7 @@ import optax
 from ...ops.blockwise.blocks import SMALLEST, Blocks
 from ...ops.blockwise_step.api import Implementation, what_runs
 from ...ops.blockwise_step.capabilities import Spec
+from ...ops.sharding import explicit_sharding
 from ..boxes import is_box, optim_bits, unbox
 from ..placement import SpecsByPath
 from ..trees import Params, is_array, path_name, with_shape
@@ -40,7 +41,7 @@ class LeafPlan:
     Attributes:
         path: The parameter's path, "block/kernel".
         shape: Its global shape. For a table that a step represents by a few of its rows: the shape of the table.
-        dtype: Its dtype.
+        dtype: Its dtype. Where `update` gets no parameters: that of the gradient.
         rule: The first user rule that matches, or a `Rule` that sets nothing.
         bits: How its moments are stored: 8, 32, "bf16" or "rowwise".
         state_format: The format of its 8-bit moments: the rule's, else the optimizer's.
@@ -127,7 +128,7 @@ class Planner:
         """
         matches = list(islice(self.rules.matches(path, parameter.shape), 1))
         plan = self._plan(matches, path, parameter)
-        if stored_bits == 8:
+        if stored_bits == 8 and explicit_sharding(parameter) is None:
             self.specs.check_mesh(path)
         if plan.bits == stored_bits:
             return self._finished(plan, parameter)
@@ -145,12 +146,12 @@ class Planner:
         plan = self._plan(list(islice(self.rules.matches(path, codes.shape), 1)), path, like)
         return replace(plan, bits=8, blocks=plan.state_format.blocks(path, plan.shape))
 
-    def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: int | None = None) -> LeafPlan:
+    def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: Any = None) -> LeafPlan:
         pattern, rule = self.rules.user[matches[0]] if matches else (None, Rule())
         shape = self.rules.global_shape(path, parameter.shape)
         bits, reason = rule.bits, f"rule {show_pattern(pattern)}"
         if bits is None and metadata_bits is not None:
-            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"  # pyright: ignore[reportArgumentType]  # checked there
+            bits, reason = Rule(metadata_bits).bits, "metadata optim_bits"
         if bits is None:
             bits, reason = default_bits(path)
         state_format = rule.state_format or self.rules.state_format
@@ -170,7 +171,7 @@ class Planner:
         """Returns the plan with the implementation of its step, and without blocks if it is not in 8 bits."""
         if plan.bits != 8:
             return replace(plan, blocks=None, implementation="optax's formula")
-        blocks, placement = plan.state_format.blocks(plan.path, plan.shape), self.specs.of(plan.path)
+        blocks, placement = plan.state_format.blocks(plan.path, plan.shape), self.specs.of(plan.path, plan.shape)
         platform, devices = TARGET.get()
         runs = what_runs(
             self.implementation, plan.path, blocks, parameter, placement, platform=platform, devices=devices

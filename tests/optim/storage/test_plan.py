@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
 from flax_stable_embed.optim.storage import plan as plan_module
@@ -110,6 +110,26 @@ def test_partition_specs_with_an_axis_that_the_mesh_does_not_have_are_an_error()
             tx.init(params)
 
 
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (PartitionSpec(None, None, "data"), r"its shape \(64, 512\) has 2 axes"),
+        (NamedSharding(AbstractMesh((4,), ("data",)), PartitionSpec("data")), "jax.set_mesh has {'data': 2}"),
+    ],
+)
+def test_partition_specs_that_do_not_fit_the_parameter_or_the_mesh_are_an_error(spec, message):
+    tx = fse.adamw8bit(1e-3, partition_specs={"kernel": spec}, state_format=SMALL)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))), pytest.raises(ValueError, match=message):
+        tx.init({"kernel": jnp.ones((64, 512))})
+
+
+def test_partition_specs_need_no_mesh_if_array_types_have_one():
+    explicit = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,)), PartitionSpec("data"))
+    params = jax.device_put({"kernel": jnp.ones((64, 512))}, explicit)
+    tx = fse.adamw8bit(1e-3, partition_specs={"kernel": PartitionSpec("data")}, state_format=SMALL)
+    jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
 def test_replicated_parameters_need_no_mesh():
     tx = fse.adamw8bit(1e-3, partition_specs={"kernel": PartitionSpec(None)}, state_format=SMALL)
     params = {"kernel": jnp.ones((64, 512))}
@@ -131,7 +151,7 @@ def test_the_platform_of_a_report_can_be_another_one():
     assert fse.describe(tx, shapes).rows[0].implementation == "xla"
     assert fse.describe(tx, shapes, platform="gpu").rows[0].implementation == "pallas_gpu"
     mesh = AbstractMesh((16,), ("fsdp",))
-    sharded = {"kernel": jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))}
+    sharded = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp"))}
     row = fse.describe(tx, shapes, shardings=sharded, platform="tpu").rows[0]
     assert row.implementation == "xla: no partition_specs"
     aware = fse.adamw8bit(1e-3, partition_specs=sharded, state_format=fse.StateFormat(shards=16))
