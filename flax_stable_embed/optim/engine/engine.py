@@ -17,6 +17,7 @@ from jax.tree_util import GetAttrKey
 
 from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
+from ..boxes import optim_bits
 from ..placement import SpecsByPath
 from ..storage.format_code import format_code
 from ..storage.moments import initial, is_codes
@@ -63,7 +64,8 @@ class Engine:
         """Makes a state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = self.planner.plans(params)
         for x in leaves:
-            self._check_rowwise(x.plan and x.plan.bits, f"The metadata of parameter {x.path!r}")
+            if x.plan and x.plan.rule.bits is None:  # else the rule decides, and metadata is not used
+                self._check_rowwise(optim_bits(x.box), f"The metadata of parameter {x.path!r}")
         fields, sizes = {}, dict.fromkeys((x.path for x in leaves if x.plan), 0)
         for moment in self.method.moments:
             pairs = [initial(x.box, moment, x.plan) if x.plan else (x.box, x.box) for x in leaves]

@@ -45,9 +45,14 @@ def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:
     """Reads from dtypes and shapes how a parameter's moments are stored.
 
     Raises:
-        ValueError: The parameter, the gradient and the moments do not have one shape, or not one storage.
+        ValueError: The parameter, the gradient and the moments do not have one shape, or not one storage, or the state
+            has no moments for the parameter.
     """
     g, p, stored = leaf
+    if missing := [m.name for m in method.moments if stored[m.name] is None]:
+        raise ValueError(
+            f"Parameter {path!r} has a gradient, but no `{missing[0]}` in the state: was it None or masked in `init`?"
+        )
     if p is not None and p.shape != g.shape:
         raise ValueError(f"Parameter {path!r} has the shape {p.shape}, but its gradient {g.shape}.")
     kinds: list[Bits] = [bits_of(stored[m.name], g.shape) for m in method.moments]

@@ -207,8 +207,9 @@ def adamw8bit(
         TypeError: `mu_dtype` is not None, a hyper-parameter is not a number, or `state_format` is not a `StateFormat`.
             In `update`: the state is not one that `init` makes.
         ValueError: A rule or a format is invalid. In `init`: a rule matches no parameter. In `update`: the state
-            belongs to other parameters, rules or formats. In both: a named implementation cannot run a parameter.
-        NotImplementedError: In `update`: the platform does not have the named implementation.
+            belongs to other parameters, rules or formats, or `partition_specs` needs a mesh and none is set. In both: a
+            named implementation cannot run a parameter, or `partition_specs` has no entry for it or does not fit it.
+        NotImplementedError: In `update`: the named implementation cannot run on the platform or the mesh.
 
     >>> import jax.numpy as jnp, optax, flax_stable_embed as fse
     >>> params = {"embedding": jnp.ones((512, 64)), "kernel": jnp.ones((64, 512))}

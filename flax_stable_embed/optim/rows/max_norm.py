@@ -130,8 +130,8 @@ def _looked_up_rows(
     tables = {path: p.shape[0] for path, p, table in zip(paths, params, is_table) if table}
     if not tables:
         raise ValueError(
-            f"with_max_norm found no table among the parameters: {', '.join(paths[:8])}. Give it a `mask`, a pytree of "
-            "booleans like the parameters, that is True for the tables."
+            f"`with_max_norm` found no table among the parameters: {', '.join(paths[:8])}. Give it a `mask`, a pytree "
+            "of booleans like the parameters, that is True for the tables."
         )
     given = {} if token_ids is None else row_numbers_by_path(token_ids, tables, tables)
     found = {}
@@ -144,7 +144,7 @@ def _looked_up_rows(
             found[i] = jnp.minimum(grads[i].indices, tables[path])
         else:
             raise ValueError(
-                f"with_max_norm does not know which rows of {path!r} were looked up. Pass them, tx.update(grads, "
+                f"`with_max_norm` does not know which rows of {path!r} were looked up. Pass them, tx.update(grads, "
                 f"state, params, token_ids={{{path!r}: ids}}), or give it a `mask` that is False for this parameter."
             )
     return found

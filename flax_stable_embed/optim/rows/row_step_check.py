@@ -69,7 +69,7 @@ def check_once(checked: set, tx: Any, inputs: StepInputs, tables: Any, extra_arg
         )
     if not decays:
         raise ValueError(
-            "semantics='catch_up' needs a `tx` whose step with a zero gradient multiplies moments and weights by "
+            "`semantics='catch_up'` needs a `tx` whose step with a zero gradient multiplies moments and weights by "
             "factors, as Adam with decoupled weight decay does. This `tx` does not. Use semantics='lazy', or decoupled "
             "weight decay as in adamw."
         )

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Literal, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 
 from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
@@ -179,8 +181,8 @@ def describe(
     rows = tuple(_row(record, plan, placed.get(plan.path)) for _, record in records for plan in record.plans.values())
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    meshes = {getattr(x.sharding, "mesh", None) for x in placed.values()}
-    on_device = _bytes_per_device(tx, params, shardings) if len(meshes) == 1 else (None, 0)
+    meshes = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in placed.values()}
+    on_device = (None, 0) if None in meshes or len(meshes) != 1 else _bytes_per_device(tx, params, shardings)
     return StateReport(rows, size - sum(row.bytes for row in rows), stayed, *on_device)
 
 
@@ -195,7 +197,7 @@ def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
         plan.reason,
         plan.implementation,
         record.bytes[plan.path],
-        len(moments) * prod(plan.shape) * itemsize,
+        sum(prod(x.shape) for x in moments) * itemsize,
         plan.rule.settings_text,
     )
     if known is None or len(known.shape) != len(plan.shape):  # a wrapper that reshapes
@@ -206,7 +208,10 @@ def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
 def _bytes_per_device(tx: optax.GradientTransformation, params: Params, shardings: Specs) -> tuple[int, int]:
     """Counts the bytes of the state on one device, and those in host memory."""
     on_device = in_host = 0
-    for x in jax.tree.leaves(abstract_state(tx, params, shardings=shardings)):
+    with catch_warnings():
+        simplefilter("ignore")  # this is the second trace of `init`, and the first has warned
+        state = abstract_state(tx, params, shardings=shardings)
+    for x in jax.tree.leaves(state):
         if x.sharding.memory_kind == "pinned_host":
             in_host += prod(x.shape) * x.dtype.itemsize
         else:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 import flax_stable_embed as fse
 from tests.tools import SMALL, assert_same_bits, gradients, is_codes, kinds, parameters, run
@@ -261,6 +261,20 @@ def test_a_rule_that_the_state_contradicts_is_named(bits):
     for tx in (adamw(f"all {bits}"), adamw(f"kernel {bits}")):
         with pytest.raises(ValueError, match=rf"stored with bits 8, but `rules` has \('.*', {bits!r}\)"):
             tx.update(params(), state, params())
+
+
+def test_a_gradient_for_a_parameter_that_init_did_not_have_is_an_error():
+    params = {"a": jnp.ones((64, 128)), "b": jnp.ones((64, 128))}
+    tx = fse.adamw8bit(1e-3)
+    state = tx.init({"a": None, "b": params["b"]})
+    with pytest.raises(ValueError, match="Parameter 'a' has a gradient, but no `mu` in the state"):
+        tx.update(params, state, params)
+
+
+def test_metadata_cannot_ask_for_second_moments_per_row_of_an_optimizer_without_them():
+    params = nnx.State({"kernel": nnx.Param(jnp.ones((64, 128)), optim_bits="rowwise")})
+    with pytest.raises(ValueError, match="metadata of parameter 'kernel' asks for one second moment per row, but sgd"):
+        fse.sgd8bit(1e-2).init(params)
 
 
 def test_float32_and_bfloat16_differ_in_one_rounding():

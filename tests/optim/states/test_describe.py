@@ -204,3 +204,25 @@ def test_bytes_per_device_are_those_of_the_shards():
     assert report.bytes_per_device == sum(x.addressable_shards[0].data.nbytes for x in arrays)
     assert f"per device: {report.bytes_per_device:,} bytes" in str(report)
     assert fse.describe(adamw(), PARAMS).bytes_per_device is None
+
+
+def test_parameters_on_several_single_devices_have_no_bytes_per_device():
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+    devices = {name: jax.sharding.SingleDeviceSharding(device) for name, device in zip(params, jax.devices())}
+    assert fse.describe(adamw(), params, shardings=devices).bytes_per_device is None
+
+
+def test_a_report_warns_once():
+    mesh = jax.make_mesh((8,), ("a",))
+    sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    params = {"vocab_weights": jax.device_put(jnp.ones((512, 64)), sharded)}
+    with pytest.warns(UserWarning, match="No parameter is named like an embedding") as warned:
+        assert fse.describe(adamw(), params).bytes_per_device
+    assert len(warned) == 1
+
+
+def test_moments_of_other_shapes_than_the_parameter_count_their_own_bytes_in_fp32():
+    tx, params = optax.novograd(1e-2), {"kernel": jnp.ones((64, 128))}
+    report = fse.describe(fse.quantize_state(tx), params)
+    theirs = sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
+    assert report.total_bytes_in_fp32 - report.other_bytes <= theirs
