@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from math import prod
@@ -289,6 +290,6 @@ def _arrays(entry: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results of a full run."""
-    if find_spec("libtpu") is None:
-        return print("No compiler for TPU is installed. Install the extra `tpu`.")
-    report.run("collectives", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+    missing = "" if find_spec("libtpu") else "No compiler for TPU is installed. Install the extra `tpu`."
+    keep = partial(report.save, path=FILE)
+    report.run("collectives", __doc__, arguments, measure, markdown, keep, missing=missing)

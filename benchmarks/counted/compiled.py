@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -286,6 +287,7 @@ FILE = report.RESULTS / "compiled.json"
 
 def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results of a full run."""
-    if find_spec("libtpu") is None and not _has_cuda():  # `dumped` has to set flags before either is loaded
-        return print("No compiler for TPU or GPU is installed. Install the extra `tpu` or the extra `cuda`.")
-    report.run("compiled", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+    there = find_spec("libtpu") or _has_cuda()  # not loaded yet, because `dumped` has to set flags before
+    missing = "" if there else "No compiler for TPU or GPU is installed. Install the extra `tpu` or the extra `cuda`."
+    keep = partial(report.save, path=FILE)
+    report.run("compiled", __doc__, arguments, measure, markdown, keep, missing=missing)

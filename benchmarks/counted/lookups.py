@@ -12,6 +12,7 @@ compiler does not print such a program, so it has no count of bytes.
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -133,6 +134,6 @@ FILE = report.RESULTS / "lookups.json"
 
 def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results of a full run."""
-    if find_spec("libtpu") is None:
-        return print("No compiler for TPU is installed. Install the extra `tpu`.")
-    report.run("lookups", __doc__, arguments, measure, markdown, lambda results: report.save(results, FILE))
+    missing = "" if find_spec("libtpu") else "No compiler for TPU is installed. Install the extra `tpu`."
+    keep = partial(report.save, path=FILE)
+    report.run("lookups", __doc__, arguments, measure, markdown, keep, missing=missing)

@@ -89,11 +89,18 @@ def run(
     measure: Callable[[bool], dict[str, Any]],
     markdown: Callable[[dict[str, Any]], str],
     keep: Callable[[dict[str, Any]], Any],
+    *,
+    missing: str = "",
 ) -> None:
-    """Runs a benchmark whose only option is `--quick`: measures, prints, and keeps the results of a full run."""
+    """Runs a benchmark whose only option is `--quick`: measures, prints, and keeps the results of a full run.
+
+    If something that it needs is `missing`, it prints that instead.
+    """
     options = parser(name, description)
     options.add_argument("--quick", action="store_true", help="small sizes and few rounds; writes no file")
     args = options.parse_args(arguments)
+    if missing:
+        return print(missing)
     results = measure(args.quick)
     print(markdown(results))
     if not args.quick:
