@@ -28,7 +28,7 @@ def test_every_module_with_a_main_is_in_the_list():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_explains_itself(name, capsys):
+def test_every_benchmark_has_a_help_text(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
@@ -48,7 +48,7 @@ def test_a_benchmark_runs_by_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_all_runs_each_in_a_process_of_its_own_and_publishes_full_runs(quick, monkeypatch, capsys):
+def test_all_runs_each_benchmark_in_its_own_process_and_publishes_full_runs(quick, monkeypatch, capsys):
     ran = []
     done = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(command_line.subprocess, "run", lambda command: ran.append(command[1:]) or done)

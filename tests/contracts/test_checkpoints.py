@@ -116,7 +116,7 @@ LIBRARIES = {"v1": by_v1, "StandardCheckpointer": by_checkpointer, "CheckpointMa
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_run_goes_on_from_shapes_and_shardings(library, target, tmp_path):
+def test_a_run_continues_from_shapes_and_shardings(library, target, tmp_path):
     by, like = LIBRARIES[library], shapes(TARGETS[target])
     by(tmp_path / "run", run=saved_run())
     before = sum(x.nbytes for x in jax.live_arrays())
@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_shapes_and_shardings(library, target, tmp_path):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_run_on_one_device_goes_on_on_a_mesh(library, tmp_path):
+def test_a_run_on_one_device_continues_on_a_mesh(library, tmp_path):
     one = jax.device_put(bits(2), jax.devices()[0])
     LIBRARIES[library](tmp_path / "run", run=one)
     assert_goes_on(LIBRARIES[library](tmp_path / "run", like=shapes(TARGETS["more devices"])))
@@ -168,7 +168,7 @@ def by_safetensors(file, run):
 
 
 @pytest.mark.parametrize("by", [by_msgpack, by_bytes, by_safetensors], ids=lambda by: by.__name__)
-def test_a_run_goes_on_from_bytes(by, tmp_path):
+def test_a_run_continues_from_serialized_bytes(by, tmp_path):
     run = by(tmp_path / "run", saved_run())
     assert_goes_on(placed(run, mesh_of(2, 4)))
 
@@ -176,7 +176,7 @@ def test_a_run_goes_on_from_bytes(by, tmp_path):
 # --- while the run goes on -------------------------------------------------------------------------------------------
 
 
-def test_saving_goes_on_beside_steps_that_overwrite_what_is_saved(tmp_path):
+def test_saving_is_correct_while_steps_overwrite_the_saved_arrays(tmp_path):
     """Steps donate their buffers: what is written must be the bits of when `save` was called, every time.
 
     (On CPU JAX copies a donated buffer that is still being written to a file; on other devices orbax copies before.)
@@ -193,7 +193,7 @@ def test_saving_goes_on_beside_steps_that_overwrite_what_is_saved(tmp_path):
             assert_same_bits(manager.restore(i, args=ocp.args.StandardRestore(like)), tree)
 
 
-def test_v1_saves_beside_steps_too(tmp_path):
+def test_v1_saves_while_steps_run(tmp_path):
     run = saved_run()
     pending = v1.save_async(tmp_path / "run", run)
     run = go_on(run, 2, 2)
@@ -292,7 +292,7 @@ def refuse_and_go_on(folder):
     print("all went on")
 
 
-def test_a_spoiled_checkpoint_is_refused_and_the_last_good_one_opens(tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_opens(tmp_path):
     # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
     # collected, and that can be in any later test.
     code = f"import tests.conftest; from {__name__} import refuse_and_go_on; refuse_and_go_on({str(tmp_path)!r})"

@@ -84,7 +84,7 @@ def test_every_public_optimizer_is_swept():
 
 
 @every_optimizer
-def test_order_and_defaults_of_arguments_are_the_namesakes(case):
+def test_order_and_defaults_of_arguments_equal_those_of_optax(case):
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (case.ours, case.theirs))
     kinds = [[(p.name, p.default, p.kind) for p in parameters] for parameters in (ours, theirs)]
     assert kinds[0][: len(theirs)] == kinds[1]
@@ -92,7 +92,7 @@ def test_order_and_defaults_of_arguments_are_the_namesakes(case):
 
 
 @every_optimizer
-def test_the_state_lines_up_with_the_namesakes(case):
+def test_the_state_has_the_structure_of_the_optax_state(case):
     ours, theirs = build(case).init(parameters()), build_theirs(case).init(parameters())
     found = assert_8bit(case, ours)
     assert isinstance(ours, tuple) and len(ours) == len(theirs)
@@ -179,7 +179,7 @@ def test_gradients_may_have_another_dtype_than_parameters(case):
 
 @pytest.mark.parametrize("case", [case for case in OPTIMIZERS if not case.sums], ids=lambda case: case.name)
 @pytest.mark.one_in(4)
-def test_the_half_works_without_params(case):
+def test_scale_by_transforms_work_without_params(case):
     ours, _ = halves(case)
     params, grads = parameters(), gradients()
     with_params = jax.jit(ours.update)(grads, ours.init(params), params)
@@ -292,7 +292,7 @@ def test_float64_parameters_keep_float64_moments(case):
 
 
 @every_kind_of_optimizer
-def test_numbers_of_numpy_are_as_good_as_pythons(case):
+def test_numpy_numbers_work_like_python_numbers(case):
     """`np.float64` is a Python float to isinstance, and yet promotes float32 arrays under x64."""
     with jax.enable_x64(True):
         params = parameters("float32")
@@ -306,7 +306,7 @@ def test_numbers_of_numpy_are_as_good_as_pythons(case):
 
 
 @every_kind_of_optimizer
-def test_init_takes_shapes_for_arrays(case):
+def test_init_accepts_shapes_instead_of_arrays(case):
     params = parameters()
     shapes = jax.eval_shape(lambda: params)
     tx = build(case)
@@ -319,7 +319,7 @@ def test_init_takes_shapes_for_arrays(case):
 
 
 @every_kind_of_optimizer
-def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
+def test_tree_map_params_finds_moments_and_scales(case):
     params = parameters()
     specs = jax.tree.map(lambda p: P("x") if p.ndim == 2 else P(), params)
     tx = build(case)
@@ -336,7 +336,7 @@ def test_tree_map_params_finds_what_lies_beside_the_parameters(case):
 
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
-def test_vmap_of_init_and_update_equals_members_one_by_one(case):
+def test_vmap_of_init_and_update_equals_a_loop_over_members(case):
     members = [parameters(seed=i) for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
     tx = build(case)
@@ -413,7 +413,7 @@ def test_donated_buffers_are_used_in_place(case):
 
 @every_optimizer
 @pytest.mark.one_in(3)
-def test_fp32_moments_give_optax_bit_for_bit(case):
+def test_fp32_moments_equal_optax_bit_for_bit(case):
     params = parameters()
     ours, theirs = build(case, rules=ALL_FP32), build_theirs(case)
     (new, state), (expected, expected_state) = run(ours, params), run(theirs, params)
@@ -426,7 +426,7 @@ def test_fp32_moments_give_optax_bit_for_bit(case):
 
 @every_optimizer
 @pytest.mark.one_in(8, start=1)
-def test_fp32_moments_give_optax_bit_for_bit_beside_8bit_ones_and_in_eager_mode(case):
+def test_fp32_moments_next_to_8bit_ones_equal_optax_bit_for_bit_with_and_without_jit(case):
     params, grads = parameters(), gradients()
     ours, theirs = build(case), build_theirs(case)
     for step in (jitted(ours), ours.update):
@@ -484,7 +484,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 
 @every_optimizer_and_storage
 @pytest.mark.one_in(3)
-def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
+def test_the_first_step_equals_optax_in_every_storage(case, codec, rounding):
     """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
     params, grads = parameters(), gradients()
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
@@ -496,7 +496,7 @@ def test_the_first_step_is_optax_whatever_the_storage(case, codec, rounding):
 
 @every_optimizer_and_storage
 @pytest.mark.one_in(3, start=1)
-def test_a_zero_gradient_moves_nothing(case, codec, rounding):
+def test_a_zero_gradient_changes_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
     if case.name != "lars8bit":  # whose trace begins with 0.0, which -0.0 plus it is then, in optax too
@@ -514,7 +514,7 @@ def test_a_zero_gradient_moves_nothing(case, codec, rounding):
 
 
 @every_optimizer_and_storage
-def test_coordinates_without_a_gradient_stay_untouched(case, codec, rounding):
+def test_elements_without_a_gradient_do_not_change(case, codec, rounding):
     """A row of its own blocks, and single elements among live ones of their block."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -602,7 +602,7 @@ def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case,
 
 
 @every_kind_of_optimizer
-def test_a_state_of_other_parameters_is_refused(case):
+def test_a_state_of_renamed_parameters_is_refused(case):
     tx = build(case)
     state = tx.init({"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))})
     renamed = {"a": jnp.ones((64, 64)), "c": jnp.ones((64, 64))}
@@ -613,7 +613,7 @@ def test_a_state_of_other_parameters_is_refused(case):
 @every_optimizer
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
 @pytest.mark.one_in(8)
-def test_skip_nonfinite_leaves_such_elements_alone(case, fused):
+def test_skip_nonfinite_does_not_update_elements_with_a_nonfinite_gradient(case, fused):
     tx = build(case, skip_nonfinite=True)
     params = parameters()
     params["kernel"] = params["kernel"].at[0, 5].set(-0.0)  # under a NaN: -0.0 + 0.0 would be 0.0
@@ -649,7 +649,7 @@ def kernel_moment(state, name):
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.one_in(6)
-def test_fused_update_is_update_and_apply_updates(case, dtype):
+def test_fused_update_equals_update_and_apply_updates(case, dtype):
     tx, params = build(case), parameters(dtype)
     _, state, _ = jitted(tx)(gradients(0, params), tx.init(params), params)
     new, after, updates = jitted(tx)(gradients(1, params), state, params)
@@ -680,7 +680,7 @@ def test_chain_keeps_the_fused_path(case):
 
 
 @every_kind_of_optimizer
-def test_a_wrapper_that_hides_the_optimizer_is_named(case):
+def test_the_error_names_a_wrapper_that_hides_the_optimizer(case):
     params = parameters()
     wrappers = {
         "chain": optax.chain(build(case)),
@@ -715,7 +715,7 @@ TREES = {
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("kind", TREES)
-def test_every_kind_of_tree(case, kind):
+def test_every_kind_of_tree_keeps_its_structure_and_types(case, kind):
     params = TREES[kind]()
     tx = build(case)
     state = tx.init(params)
@@ -742,7 +742,7 @@ def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
 
 
 @every_kind_of_optimizer
-def test_parameters_may_be_numpys_and_pythons(case):
+def test_parameters_can_be_numpy_arrays_and_python_numbers(case):
     """As a checkpoint may bring them: float64 without x64, and a temperature that is a number."""
     params = {"kernel": np.ones((64, 64)), "scale": np.ones(8, np.float16), "a": 1.0, "b": np.float32(2.0)}
     grads = {"kernel": np.full((64, 64), 0.5), "scale": np.ones(8, np.float16), "a": 0.25, "b": np.float32(2.0)}
@@ -760,7 +760,7 @@ def test_parameters_may_be_numpys_and_pythons(case):
 
 
 @every_kind_of_optimizer
-def test_eight_bit_floats_may_be_parameters(case):
+def test_parameters_can_be_8bit_floats(case):
     params = {"kernel": jnp.ones((64, 64), jnp.float8_e4m3fn), "scale": jnp.ones(8, jnp.float8_e5m2)}
     tx = build(case)
     state = tx.init(params)
@@ -770,7 +770,7 @@ def test_eight_bit_floats_may_be_parameters(case):
 
 
 @every_kind_of_optimizer
-def test_a_leaf_may_be_without_a_gradient(case):
+def test_a_parameter_can_have_no_gradient(case):
     params = {"kernel": parameters()["kernel"], "frozen": jnp.ones((32, 32)), "absent": None}
     grads = {"kernel": gradients()["kernel"], "frozen": None, "absent": None}
     tx = build(case)
@@ -787,7 +787,7 @@ def test_a_leaf_may_be_without_a_gradient(case):
 
 
 @every_kind_of_optimizer
-def test_a_state_of_parameters_with_other_names_is_refused(case):
+def test_a_state_of_fewer_parameters_or_of_another_block_size_is_refused(case):
     tx, params = build(case), parameters()
     assert_8bit(case, tx.init(params))
     with pytest.raises(ValueError, match="The gradients have 3 leaves, the parameters 3 and the optimizer state 1"):
@@ -802,7 +802,7 @@ def test_a_state_of_parameters_with_other_names_is_refused(case):
 
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
-def test_learning_rates_may_follow_a_schedule(case):
+def test_learning_rates_can_follow_a_schedule(case):
     schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two: count / 3 * 3 need not be count
     hyper = case.hyper | {"learning_rate": schedule}
     tx, theirs = case.ours(**hyper, state_format=SMALL), case.theirs(**hyper)
@@ -854,7 +854,7 @@ def test_weights_decay_as_in_optax(case, mask, scheduled):
 
 
 @with_weight_decay
-def test_params_are_asked_for_by_name(case):
+def test_the_error_for_missing_params_names_the_argument(case):
     tx, params = build(case), parameters()
     state = tx.init(params)
     assert_8bit(case, state)

@@ -49,7 +49,7 @@ X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
 @every_kind_of_optimizer
 @pytest.mark.one_in(2)
-def test_masked_around_us(case):
+def test_masked_works_around_the_optimizer(case):
     params, grads = parameters(), gradients()
     tx = optax.masked(build(case), {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": True}})
     state = tx.init(params)
@@ -65,7 +65,7 @@ def test_masked_around_us(case):
 
 
 @every_kind_of_optimizer
-def test_partition_around_us(case):
+def test_partition_works_around_the_optimizer(case):
     """Also with rules: one that matches nothing may match on the other side of the partition."""
     params, grads = parameters(), gradients()
     ours = build(case, rules=(("wte", 32), ("kernel", 8), ("scale", 32)))
@@ -81,7 +81,7 @@ def test_partition_around_us(case):
 
 
 @every_kind_of_optimizer
-def test_two_of_us_in_a_partition(case):
+def test_partition_works_with_two_8bit_optimizers(case):
     params = {"left": parameters(), "right": parameters(seed=1)}
     tx = optax.partition(
         {"left": build(case), "right": build(case, state_format=fse.StateFormat("dynamic", min_size=0))},
@@ -98,7 +98,7 @@ def test_two_of_us_in_a_partition(case):
 
 
 @every_kind_of_optimizer
-def test_wrappers_that_select_between_states(case):
+def test_wrappers_that_select_between_states_work(case):
     params, grads = parameters(), gradients()
     tx = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), build(case)), 3)
     state = tx.init(params)
@@ -201,7 +201,7 @@ def test_linen_boxes_give_specs_that_divide(case, box, names):
 
 @every_kind_of_optimizer
 @every_kind
-def test_linen_boxes_are_initialized_under_a_mesh_whatever_is_in_them(case, kind):
+def test_linen_boxes_of_shapes_and_arrays_are_initialized_under_a_mesh(case, kind):
     """Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     tx = build(case)
@@ -212,7 +212,7 @@ def test_linen_boxes_are_initialized_under_a_mesh_whatever_is_in_them(case, kind
 
 
 @every_kind_of_optimizer
-def test_linen_boxes_change_no_number(case):
+def test_linen_boxes_do_not_change_the_result(case):
     model = LinenModel()
     boxed = model.init(jax.random.key(0), X)["params"]
     plain = meta.unbox(boxed)
@@ -400,7 +400,7 @@ def moment_arrays(case, optimizer):
 @every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
 @pytest.mark.one_in(9)
-def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
+def test_an_nnx_optimizer_trains_with_optax_wrappers(case, wrap):
     tx = {
         "masked": lambda: optax.masked(build(case), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 0, tree)),
         "partition": lambda: optax.partition(
@@ -423,7 +423,7 @@ def test_an_nnx_optimizer_with_optax_around_us(case, wrap):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("names", [None, (None, "b")], ids=["without a mesh", "under a mesh"])
-def test_an_nnx_optimizer_is_made_in_the_abstract(case, names):
+def test_eval_shape_of_an_nnx_optimizer_gives_the_real_shapes_and_specs(case, names):
     """Under the mesh two blocks of 32 lie beside an axis of four pieces."""
 
     def build_both():

@@ -50,7 +50,7 @@ def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
 
 @with_second_moment
 @pytest.mark.one_in(2)
-def test_rowwise_second_moments_are_those_of_the_mean_square_of_the_row(case):
+def test_rowwise_second_moments_average_the_mean_square_of_the_row(case):
     """Where all elements of a row have the same size, that is the fp32 optimizer."""
     tx, theirs = build(case, "rowwise"), case.theirs(**case.hyper)
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_rowwise_second_moments_are_those_of_the_mean_square_of_the_row(case):
     assert (row.bits, row.bytes) == ("rowwise", firsts * 4 * 64 * 64 + 4 * 64 + 4 * len(case.moments))
 
 
-def test_rowwise_adam_by_hand():
+def test_rowwise_adam_equals_a_step_by_hand():
     """A row with gradients 3 and 4 has the mean square 12.5."""
     tx = fse.scale_by_adam8bit(eps=0.0, rules=((".*", "rowwise"),))
     params = {"table": jnp.zeros((2, 2))}
@@ -85,7 +85,7 @@ def test_rowwise_adam_by_hand():
 
 @with_second_moment
 @pytest.mark.one_in(6)
-def test_one_bad_element_of_a_row_leaves_the_others_alone(case):
+def test_one_bad_element_of_a_row_does_not_change_the_others(case):
     """It counts as zero in the row's mean, as does a gradient whose square overflows."""
     params = parameters()
     without = gradients() | {"kernel": gradients()["kernel"].at[3, 5].set(0.0)}
@@ -107,7 +107,7 @@ def test_one_bad_element_of_a_row_leaves_the_others_alone(case):
             assert np.isfinite(new["kernel"][3, 5]) == (skip or bad == 1e30)
 
 
-def test_leaves_that_have_no_rows_keep_fp32():
+def test_parameters_without_rows_keep_fp32():
     params = {"scalar": jnp.ones(()), "vector": jnp.ones(64), "complex": jnp.ones((4, 4), jnp.complex64)}
     params |= {"empty": jnp.ones((0, 4)), "column": jnp.ones((8, 1))}
     tx = fse.adamw8bit(1e-3, rules=((".*", "rowwise"),))
@@ -125,7 +125,7 @@ def test_leaves_that_have_no_rows_keep_fp32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
-def test_tiers_in_x64_bfloat16_vmap_and_numbers_of_numpy(bits):
+def test_bf16_and_rowwise_work_under_x64_and_vmap_and_for_half_precision(bits):
     tx = build(OPTIMIZERS[1], bits)
     for dtype in ("bfloat16", "float16", "float32"):
         params = parameters(dtype)
@@ -149,7 +149,7 @@ def test_tiers_in_x64_bfloat16_vmap_and_numbers_of_numpy(bits):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
 @pytest.mark.one_in(2)
-def test_tiers_on_a_mesh(bits, kind):
+def test_bf16_and_rowwise_moments_are_sharded_on_a_mesh(bits, kind):
     mesh, tx = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2), build(OPTIMIZERS[1], bits)
     expected = jitted(tx)(gradients(), tx.init(parameters()), parameters())
     with jax.set_mesh(mesh):
@@ -166,7 +166,7 @@ def test_tiers_on_a_mesh(bits, kind):
 
 @pytest.mark.parametrize("bits", ["bf16", "rowwise"])
 @pytest.mark.one_in(2)
-def test_tiers_in_an_nnx_optimizer_with_named_axes(bits):
+def test_bf16_and_rowwise_work_in_an_nnx_optimizer_with_named_axes(bits):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         metadata = {"out_sharding": ("a", "b"), "optim_bits": bits}
@@ -179,7 +179,7 @@ def test_tiers_in_an_nnx_optimizer_with_named_axes(bits):
         assert nu.get_value().shape == ((64, 1) if bits == "rowwise" else (64, 64))
 
 
-def test_a_state_of_another_tier_is_refused():
+def test_a_state_stored_with_other_bits_is_refused():
     params = parameters()
     states = {bits: build(OPTIMIZERS[1], bits).init(params) for bits in (8, 32, "bf16", "rowwise")}
     for ours in states:
@@ -190,7 +190,7 @@ def test_a_state_of_another_tier_is_refused():
                     build(OPTIMIZERS[1], ours).update(params, state, params)
 
 
-def test_an_embedding_can_have_its_own_tier_beside_8bit_matrices():
+def test_an_embedding_can_have_other_bits_than_8bit_matrices():
     """The totals of the report, beside the bytes of the real state."""
     params = {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512)), "scale": jnp.ones(64)}
     for bits, size in (("rowwise", 4 * 512 * 64 + 4 * 512), ("bf16", 4 * 512 * 64), (32, 8 * 512 * 64)):
@@ -249,7 +249,7 @@ def test_slow_means_in_bfloat16_follow_those_in_float32(case):
 
 
 @cases("adam8bit", "rmsprop8bit", "adagrad8bit", "ademamix8bit")
-def test_a_gradient_whose_square_overflows_takes_no_step_of_its_size_rowwise(case):
+def test_rowwise_steps_stay_small_if_the_square_of_a_gradient_overflows(case):
     tx, params = build(case, "rowwise"), parameters()
     state, before = tx.init(params), params["kernel"][5, 7]
     for i in range(4):

@@ -70,7 +70,7 @@ def cut(x):
 @every_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.one_in(10)
-def test_the_state_lies_as_the_parameter_and_stays_there(case, kind, spec):
+def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
     mesh, tx = mesh_of(kind), build(case)
     with jax.set_mesh(mesh):
         params = place(parameters(kernel=KERNEL), mesh, spec)
@@ -162,7 +162,7 @@ def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
 @every_kind_of_optimizer
 @pytest.mark.parametrize("made", ["eager", "jit", "elsewhere", "numpy"])
 @pytest.mark.one_in(3)
-def test_parameters_on_a_mesh_take_states_from_anywhere(case, made):
+def test_parameters_on_a_mesh_work_with_states_from_anywhere(case, made):
     """With an Auto mesh that nobody has set: as of a state from `jit(init)`, or a restored one."""
     mesh, tx, plain = mesh_of(AxisType.Auto), build(case), parameters(kernel=KERNEL)
     params = place(plain, mesh, P("a", "b"))
@@ -274,7 +274,7 @@ def test_abstract_init_keeps_the_shardings_of_its_shapes(case, kind):
 
 @every_kind_of_optimizer
 @every_kind
-def test_init_under_jit_with_the_shardings_of_the_abstract_state(case, kind):
+def test_init_under_jit_accepts_the_shardings_of_the_abstract_state(case, kind):
     mesh, tx = mesh_of(kind), build(case)
     with jax.set_mesh(mesh):
         params = place(parameters(kernel=KERNEL), mesh, P("a", "b"))
@@ -296,7 +296,7 @@ def test_init_under_jit_with_the_shardings_of_the_abstract_state(case, kind):
 @every_kind_of_optimizer
 @every_kind
 @pytest.mark.one_in(3)
-def test_multi_steps_and_clipping_on_a_mesh(case, kind):
+def test_multi_steps_and_clipping_work_on_a_mesh(case, kind):
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), build(case)), 2)
     plain = parameters(kernel=KERNEL)
     expected = run(tx, plain, 2, step=jax.jit(functools.partial(_stepped, tx)))

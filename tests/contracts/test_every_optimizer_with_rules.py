@@ -56,7 +56,7 @@ def test_a_rule_sets_hyperparameters_of_the_parameters_that_it_matches(name, fus
     assert_nearly(found["norm"], without["norm"])
 
 
-def test_a_rule_says_more_than_a_mask():
+def test_the_weight_decay_of_a_rule_overrides_the_mask():
     rules = (("kernel", fse.Rule(weight_decay=0.5)),)
     tx = fse.adamw8bit(1.0, weight_decay=0.1, mask=False, rules=rules, state_format=SMALL)
     zero = jax.tree.map(jnp.zeros_like, parameters())
@@ -76,7 +76,7 @@ def test_the_first_rule_that_matches_is_the_only_one():
     assert is_codes(state[0].mu["kernel"])  # what the first leaves open is for the defaults
 
 
-def test_halves_scale_too():
+def test_lr_scale_works_in_scale_by_transforms():
     tx = fse.scale_by_adam8bit(rules=(("kernel", fse.Rule(lr_scale=0.25)),), state_format=SMALL)
     plain = fse.scale_by_adam8bit(state_format=SMALL)
     updates, _ = jax.jit(tx.update)(gradients(), tx.init(parameters()))
@@ -84,7 +84,7 @@ def test_halves_scale_too():
     assert_nearly(updates, expected | {"kernel": 0.25 * expected["kernel"]})
 
 
-def test_describe_shows_them():
+def test_describe_shows_hyperparameters_of_rules():
     rules = (("kernel", fse.Rule(8, lr_scale=0.1, b2=0.99, weight_decay=0.0)), ("wte", fse.Rule(lr_scale=2.0)))
     report = fse.describe(fse.adamw8bit(1e-3, rules=rules, state_format=SMALL), parameters())
     found = {row.path: row.overrides for row in report.rows}
@@ -108,18 +108,18 @@ def test_describe_shows_them():
         (lambda r: fse.lion8bit(1e-3, rules=r), fse.Rule("rowwise"), r"lion has no second moment. Use 'bf16' or 8"),
     ],
 )
-def test_a_hyperparameter_that_is_not_there_is_refused(make, rule, message):
+def test_a_hyperparameter_that_the_optimizer_does_not_have_is_refused(make, rule, message):
     with pytest.raises(ValueError, match=message):
         make((("kernel", rule),))
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, optax.constant_schedule(0.1), jnp.float32(0.1)], ids=type)
-def test_a_scale_that_is_not_a_number_is_refused(value):
+def test_an_lr_scale_that_is_not_a_number_is_refused(value):
     with pytest.raises(TypeError, match="`lr_scale` of a Rule must be a number"):
         fse.Rule(lr_scale=value)
 
 
-def test_numbers_of_numpy_are_numbers_and_nan_is_not_one_to_scale_with():
+def test_lr_scale_can_be_a_numpy_number_but_not_nan():
     assert fse.Rule(lr_scale=np.float32(0.5)) == fse.Rule(lr_scale=0.5)
     with pytest.raises(ValueError, match="`lr_scale` of a Rule must be finite, got nan"):
         fse.Rule(lr_scale=float("nan"))
@@ -138,7 +138,7 @@ def bits(state):
     return {name: x["kernel"].dtype for name, x in state[0].mu.items()}
 
 
-def test_two_optimizers_in_one_process_have_rules_of_their_own():
+def test_two_optimizers_in_one_process_have_separate_rules():
     first, second = fse.adam8bit(1e-3, rules=HEAD), fse.adam8bit(1e-3)
     params = tree(body=1.0, head=2.0)
     first.init(params)
@@ -197,7 +197,7 @@ def test_a_tied_weight_is_one_parameter_with_one_rule():
         trained(rules=(("wte", 8),))
 
 
-def test_a_rule_holds_where_parameters_move_to_another_top_level():
+def test_a_rule_still_matches_if_parameters_are_nested_deeper():
     """Or get another one: which leaf is in fp32, and which one has the rate of its own."""
     tx = fse.adam8bit(1e-3, rules=(("(^|/)head/", fse.Rule(32, lr_scale=0.5)),))
     names = [lambda p: p, lambda p: {"params": p}, lambda p: {"lm": p}, lambda p: {"decoder": {"inner": p}}]
@@ -214,7 +214,7 @@ def test_a_rule_holds_where_parameters_move_to_another_top_level():
     np.testing.assert_allclose(head.ravel()[0], 0.5 * body.ravel()[0], rtol=1e-5)
 
 
-def test_the_rule_holds_for_a_deep_copy_of_a_module():
+def test_a_rule_still_matches_in_a_deep_copy_of_a_module():
     class Model(nnx.Module):
         def __init__(self):
             self.body, self.head = (nnx.Linear(64, 64, rngs=nnx.Rngs(i)) for i in range(2))
@@ -240,7 +240,7 @@ def test_every_optimizer_with_a_rule_is_swept():
     assert EVERY.keys() == {name for name in vars(fse) if name.endswith("8bit") and not name.startswith("scale_by")}
 
 
-def test_the_slow_mean_of_bitsandbytes_ademamix_grows_from_the_rules_b1():
+def test_the_b3_schedule_of_bitsandbytes_ademamix_starts_from_the_b1_of_a_rule():
     make = lambda **options: fse.interop.bitsandbytes.ademamix8bit(1e-2, t_beta3=20, **options)  # noqa: E731
     special, ruled = make(b1=0.5), make(rules=(("kernel", fse.Rule(b1=0.5)),))
     results = []

@@ -69,7 +69,7 @@ def assert_in_bytes(case, state):
 
 @every_transform
 @pytest.mark.one_in(6)
-def test_it_trains_as_its_fp32_self(case):
+def test_a_quantized_transform_trains_like_the_transform_in_fp32(case):
     ((params, state), losses), expected = trained(case.name)
     assert_in_bytes(case, state)
     assert types(params) == types(jax.tree.map(jnp.asarray, PARAMS))
@@ -83,7 +83,7 @@ def test_it_trains_as_its_fp32_self(case):
 
 @every_transform
 @pytest.mark.one_in(3, start=2)
-def test_optax_wrappers_and_controls_leave_its_types(case):
+def test_optax_wrappers_and_control_flow_keep_types(case):
     params = jax.tree.map(jnp.asarray, PARAMS)
     options = {"state_format": SMALL}
     plain = wrapped(case)
@@ -154,7 +154,7 @@ def test_flax_serialization_restores_every_bit(case):
 
 @every_transform
 @pytest.mark.one_in(3)
-def test_the_report_has_every_byte(case):
+def test_the_report_counts_every_byte(case):
     tx = wrapped(case)
     report = fse.describe(tx, PARAMS)
     assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(trained(case.name)[0][0][1]))
@@ -165,7 +165,7 @@ def test_the_report_has_every_byte(case):
 
 @pytest.mark.slow
 @every_transform
-def test_wrappers_and_controls_change_no_number(case):
+def test_wrappers_and_control_flow_do_not_change_the_result(case):
     """MultiSteps around it, a learning rate that is injected, `lax.cond`: two steps are those without them."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     plain = wrapped(case)
@@ -202,7 +202,7 @@ def test_orbax_restores_every_bit(case, tmp_path):
 EXCUSED = {"optimistic_adam", "schedule_free", "dpsgd"}
 
 
-def test_every_optimizer_of_optax_is_wrapped_or_said_not_to_be():
+def test_every_optimizer_of_optax_is_tested_or_listed_as_an_exception():
     """Whatever takes a learning rate in `optax` and `optax.contrib`."""
     wrapped_names = {getattr(case.make, "__name__", "") for case in WRAPPED} | {case.name for case in WRAPPED}
     named = wrapped_names | {name for name, *_ in NOT_WRAPPED} | EXCUSED
@@ -216,13 +216,13 @@ def test_every_optimizer_of_optax_is_wrapped_or_said_not_to_be():
 
 
 @pytest.mark.parametrize(("make", "reason"), [x[1:] for x in NOT_WRAPPED], ids=[x[0] for x in NOT_WRAPPED])
-def test_without_moments_it_says_so_at_once(make, reason):
+def test_transforms_without_moments_are_refused_at_once(make, reason):
     assert reason
     with pytest.raises(ValueError, match="has no moments to store in 8 bits"):
         fse.quantize_state(make())
 
 
-def test_the_docs_list_them_all():
+def test_the_docs_list_every_transform_without_moments():
     for name, *_ in NOT_WRAPPED:
         known = {"rmsprop_centered": "centered rmsprop", "schedule_free_sgd": "schedule_free"}
         assert known.get(name, name) in fse.quantize_state.__doc__, name

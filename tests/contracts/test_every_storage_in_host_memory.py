@@ -48,7 +48,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bits", [None, 8, 32, "bf16", "rowwise"])
 @pytest.mark.one_in(2)
-def test_every_storage_gives_the_bits_that_it_gives_on_the_device(bits, fused):
+def test_every_storage_gives_the_same_bits_as_in_device_memory(bits, fused):
     host = ((".*", fse.Rule(bits, memory_kind="pinned_host")),)
     tx, on_device = fse.adamw8bit(1e-3, rules=host), fse.adamw8bit(1e-3, rules=((".*", fse.Rule(bits)),))
     assert memories(tx.init(PARAMS)) == {"pinned_host"}
@@ -57,7 +57,7 @@ def test_every_storage_gives_the_bits_that_it_gives_on_the_device(bits, fused):
     assert_same(got, want)
 
 
-def test_a_rule_says_it_for_some_and_a_step_without_jit_keeps_it():
+def test_a_rule_can_move_some_moments_to_host_memory_and_steps_keep_them_there():
     tx = fse.adamw8bit(1e-3, rules=(("embedding", fse.Rule(memory_kind="pinned_host")),))
     state = tx.update(GRADS, tx.init(PARAMS), PARAMS)[1]
     kinds = {name: x.sharding.memory_kind for name, x in state[0].mu.items()}
@@ -76,11 +76,11 @@ def test_a_rule_says_it_for_some_and_a_step_without_jit_keeps_it():
     ],
     ids=["chain", "MultiSteps", "apply_if_finite", "inject_hyperparams", "masked"],
 )
-def test_optax_wrappers_take_it(wrap):
+def test_optax_wrappers_keep_moments_in_host_memory(wrap):
     assert "pinned_host" in memories(trained(wrap())[1])
 
 
-def test_nnx_optimizers_take_it():
+def test_nnx_optimizers_keep_moments_in_host_memory():
     model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, fse.adamw8bit(1e-3, rules=HOST), wrt=nnx.Param)
 
@@ -94,7 +94,7 @@ def test_nnx_optimizers_take_it():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-def test_moments_are_cut_in_the_hosts_memory_as_on_devices(kind):
+def test_moments_in_host_memory_are_sharded_as_on_devices(kind):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
     cut = NamedSharding(mesh, PartitionSpec(None, "b"))
     params, grads = ({"kernel": jax.device_put(x["kernel"], cut)} for x in (PARAMS, GRADS))
@@ -105,7 +105,7 @@ def test_moments_are_cut_in_the_hosts_memory_as_on_devices(kind):
     assert_same(got, want)
 
 
-def test_a_state_goes_there_and_back():
+def test_convert_state_moves_a_state_to_host_memory_and_back():
     here, there = fse.adamw8bit(1e-3), fse.adamw8bit(1e-3, rules=HOST)
     state = here.update(GRADS, here.init(PARAMS), PARAMS)[1]
     away = fse.convert_state(here, there, PARAMS, state)
@@ -116,7 +116,7 @@ def test_a_state_goes_there_and_back():
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_another_storage_is_converted_to_and_from_there(jit):
+def test_convert_state_changes_the_codec_of_a_state_in_host_memory(jit):
     dynamic = fse.StateFormat("dynamic")
     from_host, to_host = fse.adamw8bit(1e-3, rules=HOST), fse.adamw8bit(1e-3, rules=HOST, state_format=dynamic)
     here, to_here = fse.adamw8bit(1e-3), fse.adamw8bit(1e-3, state_format=dynamic)
@@ -131,7 +131,7 @@ def test_another_storage_is_converted_to_and_from_there(jit):
             assert_same(got, want)
 
 
-def test_what_cannot_be_raises():
+def test_unsupported_uses_of_host_memory_raise():
     with pytest.raises(ValueError, match="`memory_kind` must be 'device', 'pinned_host' or None, got 'disk'"):
         fse.Rule(memory_kind="disk")
     with pytest.raises(ValueError, match="for a wrapped transform a rule sets only the storage"):
@@ -160,7 +160,7 @@ def tpu_step(leaves):
     return step.lower(params, state, params).compile().memory_analysis()
 
 
-def test_on_a_tpu_bytes_cross_the_bus_and_none_stay():
+def test_on_a_tpu_moments_are_transferred_and_do_not_stay_in_device_memory():
     memory = tpu_step(2)
     n = 2 * 2**24
     assert memory.host_argument_size_in_bytes / n == pytest.approx(2 + 8 / 256, abs=1e-3)
@@ -170,6 +170,6 @@ def test_on_a_tpu_bytes_cross_the_bus_and_none_stay():
 
 
 @pytest.mark.slow
-def test_a_tpu_fetches_ahead_no_further_than_its_memory_goes():
+def test_a_tpu_prefetches_no_more_moments_than_its_memory_can_hold():
     memory = tpu_step(116)  # parameters and gradients take 15.6 GB of 16, their moments would take 4
     assert memory.temp_size_in_bytes / (116 * 2**24) < 0.3

@@ -131,7 +131,7 @@ def test_round_trip_errors_in_the_docs_equal_those_of_the_code():
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_within_the_repository_leads_somewhere(page):
+def test_every_link_within_the_repository_works(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
@@ -214,7 +214,7 @@ def test_ratios_on_the_page_of_embeddings_equal_the_results():
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
-def test_a_picture_can_be_drawn_and_is_there(name, tmp_path):
+def test_a_picture_can_be_drawn_and_exists(name, tmp_path):
     pictures.PICTURES[name]().savefig(tmp_path / name, dpi=20)
     page = DOCS / "format.md" if name in pictures.FORMAT else ROOT / "README.md"
     assert (pictures.FOLDER / name).exists() and f"images/{name}" in page.read_text()

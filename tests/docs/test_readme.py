@@ -86,7 +86,7 @@ def test_figures_of_kernels_equal_the_counts_and_measurements():
     assert f"takes {ratios['H100']} of `optax.adamw`'s time; on the H200 it takes {ratios['H200']}" in page
 
 
-def test_links_lead_somewhere_on_a_package_index():
+def test_links_work_on_a_package_index():
     """The package index gets README with the substitutions of pyproject.toml."""
     hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     text = README

@@ -20,7 +20,7 @@ def test_the_code_of_the_page_runs(capsys):
     assert "straddles devices: down: axis 1 of 4096 is sharded over 256 devices, 16 on each" in printed
 
 
-def test_every_link_of_the_page_leads_somewhere():
+def test_every_link_of_the_page_works():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGE.read_text()):
         assert (PAGE.parent / target).exists(), target
 
@@ -29,7 +29,7 @@ def rows():
     return json.loads(collectives.FILE.read_text())["rows"]
 
 
-def test_the_optimizer_moves_nothing_where_every_chip_has_whole_blocks():
+def test_the_optimizer_moves_nothing_if_no_block_straddles_chips():
     ours = [row for row in rows() if row["step"] not in (collectives.BASELINE, collectives.BY_ROWS)]
     assert {row["slice"] for row in ours} == {case.slice for case in collectives.CASES}
     for row in ours:
@@ -45,7 +45,7 @@ def where(row, step):
     return [r for r in rows() if r["step"] == step and all(r[key] == row[key] for key in ("slice", "mesh", "axes"))]
 
 
-def test_where_blocks_straddle_scales_are_combined_and_other_blocks_end_it():
+def test_if_blocks_straddle_only_scales_are_combined_and_other_blocks_avoid_it():
     straddling = [row for row in rows() if row["straddling"]]
     assert straddling and all(row["mesh"][0] == 256 for row in straddling)
     for row in straddling:
@@ -64,7 +64,7 @@ def of_chips():
     return json.loads(chips.FILE.read_text())["rows"]
 
 
-def test_no_block_of_the_large_models_lies_on_two_chips():
+def test_no_block_of_the_large_models_straddles_chips():
     assert len(of_chips()) == 3 * len(chips.SLICES)
     assert not any(row["straddling"] for row in of_chips())
 
@@ -81,7 +81,7 @@ def test_bytes_of_a_large_model_on_the_page_equal_the_results():
 
 
 @pytest.mark.slow
-def test_bytes_of_the_large_models_are_those_of_the_code():
+def test_bytes_of_the_large_models_equal_those_of_the_code():
     for one in chips.SLICES:
         here = one._asdict() | {"mesh": list(one.mesh)}
         written = [row for row in of_chips() if row.items() >= here.items()]

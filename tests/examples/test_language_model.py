@@ -62,7 +62,7 @@ def entries(folder):
 
 
 @pytest.mark.slow
-def test_a_comparison_ends_with_a_table_a_plot_and_a_summary_and_the_linear_codec_fails_it(tmp_path):
+def test_a_comparison_writes_a_table_a_plot_and_a_summary_and_rejects_the_linear_codec(tmp_path):
     # A vocabulary with rare tokens, and their moments in 8 bits too: what `linear` cannot do and `root` can.
     control = "--compare --codec root linear --embedding-bits 8 --vocab 2048 --steps 60".split()
     printed = finish(command(tmp_path, *control))
@@ -87,7 +87,7 @@ def test_a_comparison_ends_with_a_table_a_plot_and_a_summary_and_the_linear_code
 
 
 @pytest.mark.slow
-def test_the_state_in_8_bits_takes_what_it_should(tmp_path):
+def test_the_8bit_state_has_the_expected_bytes(tmp_path):
     printed = finish(command(tmp_path, "--steps", "2"))
     run = json.loads((tmp_path / "adamw8bit-root-stable-seed0" / "run.json").read_text())
     held = run["state_bytes"]
@@ -100,7 +100,7 @@ def test_the_state_in_8_bits_takes_what_it_should(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_continues_bit_for_bit(tmp_path):
     options = "--steps 150 --checkpoint-every 10 --quiet".split()
     finish(command(tmp_path / "whole", *options))
     whole, killed = (tmp_path / name / "adamw8bit-root-stable-seed0" for name in ("whole", "killed"))
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_other_settings(tmp_path):
+def test_a_run_does_not_continue_with_other_settings(tmp_path):
     finish(command(tmp_path, "--steps", "2", "--quiet"))
     other = command(tmp_path, "--steps", "3", "--quiet", "--resume")
     refused = subprocess.run(other, capture_output=True, text=True)
@@ -134,7 +134,7 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_parameters_and_state_are_updated_in_their_own_memory(tmp_path):
+def test_parameters_and_state_are_updated_in_place(tmp_path):
     """The compiled step writes its results over its arguments: as many bytes are aliased as they have."""
     code = f"""
 import sys
@@ -155,7 +155,7 @@ print(memory.alias_size_in_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves((p
 
 
 @pytest.mark.slow
-def test_the_standard_library_is_a_text_of_megabytes_in_a_fixed_order(corpus):
+def test_the_standard_library_gives_megabytes_of_text_in_a_fixed_order(corpus):
     names = [name for name, _ in corpus.find_files()]
     assert names == sorted(names) == [name for name, _ in corpus.find_files()]
     assert {"argparse.py", "json/decoder.py"} <= {*names}
@@ -170,11 +170,11 @@ def test_validation_files_are_not_trained_on(corpus):
     assert sorted(train + validation) == sorted(files)
 
 
-def test_of_few_files_the_ends_are_held_out(corpus):
+def test_if_there_are_few_files_their_ends_are_held_out(corpus):
     assert corpus.split(["a" * 95 + "b" * 5, "c" * 19 + "d"]) == (["a" * 95, "c" * 19], ["b" * 5, "d"])
 
 
-def test_a_batch_depends_on_seed_and_step_alone(corpus):
+def test_a_batch_depends_only_on_seed_and_step(corpus):
     ids = np.arange(1000, dtype=np.uint16)
     batch = corpus.batch(ids, 1, 7, batch_size=4, length=9)
     assert batch.shape == (4, 9)

@@ -33,7 +33,7 @@ def test_a_short_run_on_a_few_files_learns_and_ends_with_the_line_of_the_readme(
 
 
 @pytest.mark.slow
-def test_the_whole_run_finds_what_is_alike():
+def test_the_full_run_finds_similar_words():
     out = run()
     found = dict(re.findall(r"^ *(.+?): (.*)$", out, re.MULTILINE))
     assert "decode" in found["encode"] and "TestSuite" in found["TestCase"] and "abspath" in found["os path"]

@@ -108,7 +108,7 @@ def test_logical_names_depend_on_shards():
         assert state.mu_absmax["kernel"].get_value().sharding.spec == P("a", "b")
 
 
-def test_boxes_in_boxes_keep_their_structure():
+def test_nested_boxes_keep_their_structure():
     inner = meta.Partitioned(jnp.ones((64, 256)), ("x", "y"))
     params = {"kernel": meta.Partitioned(inner, ("u", "v"))}
     state = TX.init(params)

@@ -8,7 +8,7 @@ from benchmarks.harness import contenders
 from benchmarks.harness.shapes import DEFAULT, QUICK, SHAPES
 
 
-def test_every_shape_gets_the_bits_it_says():
+def test_every_shape_is_stored_with_the_bits_of_its_entry():
     for shape in SHAPES.values():
         problem = contenders._tree(shape.path, jax.ShapeDtypeStruct(shape.shape, jnp.float32))
         (row,) = fse.describe(fse.adamw8bit(1e-3, rules=shape.rules), problem).rows

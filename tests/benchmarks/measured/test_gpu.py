@@ -18,6 +18,6 @@ def test_a_quick_run_fills_every_part(capsys):
     assert all(f"| {name} |" in table for name in measured["training"])
 
 
-def test_a_machine_without_a_gpu_is_told_so(capsys):
+def test_without_a_gpu_a_message_is_printed(capsys):
     gpu.main([])
     assert "JAX finds no GPU" in capsys.readouterr().out

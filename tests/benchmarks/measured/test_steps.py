@@ -91,7 +91,7 @@ def test_bytes_of_state_are_exact(quick):
 
 
 @pytest.mark.slow
-def test_bytes_of_temporaries_are_whole_and_those_of_the_compiled_step(quick):
+def test_bytes_of_temporaries_are_integers_and_only_for_compiled_steps(quick):
     results, _ = quick
     for entry in results["shapes"]:
         for row in entry["rows"]:
@@ -103,7 +103,7 @@ def test_bytes_of_temporaries_are_whole_and_those_of_the_compiled_step(quick):
 
 
 @pytest.mark.slow
-def test_both_paths_of_a_codec_store_the_same(quick):
+def test_update_and_fused_update_of_a_codec_store_the_same(quick):
     results, _ = quick
     for entry in results["shapes"]:
         rows = [row for row in entry["rows"] if row["contender"].startswith("fse")]
@@ -114,7 +114,7 @@ def test_both_paths_of_a_codec_store_the_same(quick):
 
 
 @pytest.mark.slow
-def test_table_quotes_the_file_alone(quick, tmp_path, capsys):
+def test_the_table_shows_only_numbers_of_the_file(quick, tmp_path, capsys):
     results, _ = quick
     results["shapes"][0]["rows"][0] |= {"ms": [1.0, 2.0, 3.0], "state_bytes_per_parameter": 123.456}
     file = tmp_path / "results.json"

@@ -14,7 +14,7 @@ def test_the_two_loss_curves_coincide():
     assert max(abs(a / b - 1) for a, b in zip(fp32, in_8_bits, strict=True)) < 0.01
 
 
-def test_bars_carry_the_counted_bytes():
+def test_bars_show_the_counted_bytes():
     left, _ = pictures.draw_first_screen().axes
     texts = [text.get_text() for text in left.texts]
     model = json.loads(state.FILE.read_text())["models"][pictures.MODEL]

@@ -16,7 +16,7 @@ def test_a_page_gets_the_parts_that_it_has_marks_for(parts):
     assert readme.replace_parts(text) == new == readme.replace_parts(new)
 
 
-def test_parts_of_the_example_stay_as_they_are(parts):
+def test_parts_of_the_example_are_not_changed(parts):
     text = "<!-- language_model: by the example -->\nold\n<!-- /language_model -->\n"
     assert readme.replace_parts(text) == text
 
@@ -26,7 +26,7 @@ def test_an_unknown_part_is_an_error_that_lists_the_names(parts):
         readme.replace_parts("<!-- three: from here -->\n<!-- /three -->\n")
 
 
-def test_quoted_marks_are_no_part(parts):
+def test_quoted_marks_are_not_parts(parts):
     text = ':start-after: "<!-- one: from here -->"\n:end-before: "<!-- /one -->"\n'
     assert readme.replace_parts(text) == text
 

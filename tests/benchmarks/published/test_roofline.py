@@ -34,7 +34,7 @@ def test_optax_comes_first_and_no_step_is_faster_than_memory(groups):
         assert all(0 < bar.memory_ms <= 1.02 * bar.ms for bar in bars)  # a copy is measured, too
 
 
-def test_a_time_on_a_tpu_is_that_of_its_memory_or_of_its_instructions():
+def test_a_tpu_step_is_limited_by_memory_or_by_instructions():
     row = {"chip": "v5e", "step": "a step", "bundles": None, "cycles_of_memory": 1024 * 16 / (819e9 / 1.5e9)}
     bar = roofline._least(row)
     assert bar.ms == bar.memory_ms == pytest.approx(1e3 * roofline.SIZE * 16 / 819e9)

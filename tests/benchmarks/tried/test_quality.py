@@ -48,7 +48,7 @@ def test_a_second_invocation_trains_nothing_and_other_settings_train_again(two_c
     assert quality.finished(folder / "runs", longer["digits"], run) is None
 
 
-def test_no_run_begins_when_the_time_is_over(tmp_path, capsys):
+def test_no_run_starts_after_the_time_limit(tmp_path, capsys):
     quality.train_all([Run(Cell("digits", "fp32"), 1e-3, 0)], {"digits": DIGITS}, tmp_path, hours=-1.0)
     assert "1 runs are left" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
@@ -70,7 +70,7 @@ def test_the_collected_file_is_complete(two_cells):
 
 
 @pytest.mark.slow
-def test_table_and_plot_render_what_is_there(two_cells, capsys):
+def test_table_and_plot_show_the_finished_runs(two_cells, capsys):
     folder, options, _ = two_cells
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
     quality.main([*options, "--table"])
@@ -80,14 +80,14 @@ def test_table_and_plot_render_what_is_there(two_cells, capsys):
 
 
 @pytest.mark.slow
-def test_the_list_marks_what_is_done(two_cells, capsys):
+def test_the_list_marks_finished_runs(two_cells, capsys):
     _, options, field = two_cells
     quality.main([*options, "--list"], field)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and all(line.startswith("x ") for line in lines)
 
 
-def test_cells_have_names_of_their_own_and_every_first_seed_comes_first():
+def test_cells_have_unique_names_and_the_first_seed_of_every_cell_runs_first():
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     field = {"language": Language(), "digits": Digits()}
     runs = quality.grid(field, 3)
@@ -113,7 +113,7 @@ def params_of(cell):
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.task == "language" and not cell.nudged])
 @pytest.mark.one_in(4)
-def test_every_cell_stores_what_it_says(cell):
+def test_every_cell_stores_its_moments_as_described(cell):
     params, grads = params_of(cell)
     tx = quality.optimizer(cell, lambda count: 1e-3, params)
     state = jax.eval_shape(tx.init, params)
@@ -138,7 +138,7 @@ def test_every_cell_stores_what_it_says(cell):
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
-def test_flattening_changes_no_fp32_update():
+def test_flattening_does_not_change_fp32_updates():
     params, grads = params_of(Cell("language", "fp32"))
     plain = optax.adamw(1e-3)
     flat = quality.flattened(plain)

@@ -21,7 +21,7 @@ from benchmarks.tried import quality_report
         ([8.0, float("nan"), 6.0], [8.0, 6.0], "not finite"),
     ],
 )
-def test_unstable_runs_are_told_from_their_curves(losses, validation, expected):
+def test_unstable_runs_are_recognized_by_their_curves(losses, validation, expected):
     assert quality_report.unstable(losses, list(enumerate(validation))) == expected
 
 
@@ -44,7 +44,7 @@ def results_of(losses):
     }
 
 
-def test_table_by_hand():
+def test_the_table_equals_one_computed_by_hand():
     results = results_of(
         {
             "language-fp32": {
@@ -61,7 +61,7 @@ def test_table_by_hand():
     assert quality_report.differences(results, "language-root", "language-fp32", 1e-1) == []
 
 
-def test_plot_draws_runs_that_left_the_picture(tmp_path):
+def test_runs_that_exploded_can_be_plotted(tmp_path):
     gone = {1e-3: [(5e4, "exploded")] * 2, 1e-1: [(None, "not finite"), (6.0, "")]}
     results = results_of({"language-fp32": {1e-3: [(4.0, ""), (4.1, "")]}, "language-root": gone})
     quality_report.plot(results, tmp_path / "plot.png")

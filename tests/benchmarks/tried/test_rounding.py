@@ -10,7 +10,7 @@ def measured():
     return rounding.measure(shorter=30)
 
 
-def test_rounding_moves_updates_and_the_table_says_how_much(measured):
+def test_rounding_changes_updates_and_the_table_shows_by_how_much(measured):
     exact, *stored = measured["rows"]
     assert (exact["size"], exact["error"], exact["second_moment_after"]) == (1, 0, 1)
     assert [(row["codec"], row["rounding"]) for row in stored] == rounding.STORAGES

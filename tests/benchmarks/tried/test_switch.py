@@ -11,7 +11,7 @@ from benchmarks.tried.quality import Language
 
 
 @pytest.mark.slow
-def test_a_training_changes_its_storage_in_the_middle(tmp_path, capsys):
+def test_training_continues_after_a_change_of_storage(tmp_path, capsys):
     size = {"steps": 6, "width": 64, "layers": 1, "vocab": 512, "context": 16, "batch_size": 4, "windows": 8}
     text = (Path(some_module_with_a_text.__file__),)
     task = Language(rates=(1e-3, 1e-2), **size, text=text, cache=tmp_path)

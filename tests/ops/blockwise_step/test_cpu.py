@@ -152,7 +152,7 @@ RULES = {
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.one_in(3)
-def test_no_turn_of_the_loop_copies_a_full_array(rule, fused, dtype):
+def test_no_iteration_of_the_loop_copies_a_full_array(rule, fused, dtype):
     """In any order that a rule reads overwritten arrays, and for a dtype that XLA on CPU casts."""
     shape = (4096, 4096)
     step = dataclasses.replace(a_step(shape, fused=fused, dtype=np.dtype(dtype)), rule=RULES[rule])

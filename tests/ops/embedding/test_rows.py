@@ -164,7 +164,7 @@ def test_sparse_rows_work_in_jit_scan_cond_and_vmap():
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")], ids=str)
 @pytest.mark.one_in(3)
-def test_rows_of_a_table_on_an_explicit_mesh_stay_where_they_are(spec):
+def test_adding_rows_to_a_table_on_an_explicit_mesh_keeps_its_sharding(spec):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         table = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, spec))

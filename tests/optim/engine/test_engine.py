@@ -13,7 +13,7 @@ from flax_stable_embed.optim.storage.format_code import format_code
 from tests.tools import SMALL, assert_same_bits, gradients, jitted, parameters, types
 
 
-def test_a_format_code_has_another_length_for_every_sequence_of_codecs():
+def test_the_length_of_a_format_code_differs_for_every_sequence_of_codecs():
     codecs = ("root", "dynamic", "linear")
     sequences = [s for n in (1, 2, 3) for s in itertools.product(codecs, repeat=n)]
     lengths = [format_code([fse.StateFormat(codec) for codec in s]).shape for s in sequences]
@@ -21,7 +21,7 @@ def test_a_format_code_has_another_length_for_every_sequence_of_codecs():
     assert max(lengths) == (468,)
 
 
-def test_aformat_code_differs_for_every_setting():
+def test_a_format_code_differs_for_every_setting():
     formats = [
         fse.StateFormat(),
         fse.StateFormat(rounding="stochastic"),
@@ -40,7 +40,7 @@ def test_aformat_code_differs_for_every_setting():
         assert vector.dtype == jnp.uint8 and vector.shape == (12,)
 
 
-def test_the_format_names_the_transforms_own_and_the_rules_in_order():
+def test_the_format_code_lists_the_default_format_and_then_those_of_the_rules():
     dynamic, linear = (fse.StateFormat(codec, min_size=0) for codec in ("dynamic", "linear"))
     rules = (("kernel", fse.Rule(8, dynamic)), ("norm", 32), ("scale", fse.Rule(state_format=linear)))
     params = {name: jnp.ones((64, 64)) for name in ("kernel", "norm", "scale")}
@@ -57,14 +57,14 @@ def test_the_format_names_the_transforms_own_and_the_rules_in_order():
     ],
     ids=["codec", "rule"],
 )
-def test_a_state_of_another_codec_is_refused_also_where_shapes_and_dtypes_agree(made_with):
+def test_a_state_of_another_codec_is_refused_even_if_shapes_and_dtypes_agree(made_with):
     params = {"kernel": jnp.ones((64, 64))}
     ours, theirs = (fse.adamw8bit(1e-3, **{"state_format": SMALL} | options) for options in ({}, made_with))
     with pytest.raises(ValueError, match=r"`format`.*Make the optimizer with those that made the state"):
         ours.update(params, theirs.init(params), params)
 
 
-def test_the_format_travels_through_every_step():
+def test_a_step_keeps_the_format_code():
     tx, params = fse.adamw8bit(1e-3, state_format=SMALL), parameters()
     state = tx.init(params)
     _, after, _ = jitted(tx)(gradients(), state, params)
@@ -72,7 +72,7 @@ def test_the_format_travels_through_every_step():
     assert int(after[0].count) == 1
 
 
-def test_a_mask_may_have_holes_where_the_parameters_have():
+def test_a_mask_can_be_none_where_the_parameters_are_none():
     """A mask made by mapping over parameters has None where they have."""
     params = {"absent": None, "bias": jnp.ones(8), "kernel": jnp.ones((64, 64)), "zone": None}
     mask = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)  # noqa: E731
@@ -86,7 +86,7 @@ def test_a_mask_may_have_holes_where_the_parameters_have():
         assert float(updates["kernel"][0, 0]) == -0.5 and float(updates["bias"][0]) == 0.0
 
 
-def test_every_leaf_has_random_numbers_of_its_own():
+def test_every_parameter_has_its_own_random_numbers():
     """Stochastic rounding hashes the path and the step: equal leaves with equal gradients get different codes."""
     state_format = fse.StateFormat(rounding="stochastic", min_size=0)
     tx = fse.scale_by_adam8bit(state_format=state_format)
@@ -123,7 +123,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("name", WRONG_CALLS)
-def test_a_wrong_call_is_told_what_is_wrong(name):
+def test_a_wrong_call_raises_an_error_that_says_what_is_wrong(name):
     call, message = WRONG_CALLS[name]
     tx, params = fse.adamw8bit(1e-3, state_format=SMALL), parameters()
     with pytest.raises((TypeError, ValueError), match=message):
@@ -140,12 +140,12 @@ def test_a_wrong_call_is_told_what_is_wrong(name):
     ],
     ids=["one pair", "None", "text", "bits"],
 )
-def test_rules_that_are_none_are_told_what_is_wrong(rules, message):
+def test_invalid_rules_raise_an_error_that_says_what_is_wrong(rules, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fse.adamw8bit(1e-3, rules=rules)
 
 
-def test_a_dict_of_patterns_is_told_from_labels():
+def test_a_dict_with_a_pattern_as_a_key_is_refused():
     tx = fse.adamw8bit(1e-3, rules={"kern.*": 8})
     message = r"'kern\.\*' \(the path of a label; to use it as a pattern, write a pair: \(\('kern"
     with pytest.raises(ValueError, match=message):
@@ -168,7 +168,7 @@ MASKED = {
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("mask", [{"kernel": True}, [True, False, True], "kernel", {"kernel": "no"}], ids=str)
 @pytest.mark.parametrize("called", [False, True], ids=["a tree", "a function"])
-def test_a_mask_of_another_structure_or_without_booleans_is_named(name, mask, called):
+def test_a_mask_of_another_structure_or_without_booleans_is_refused(name, mask, called):
     argument, make = MASKED[name]
     params = parameters()
     if mask == {"kernel": "no"}:
@@ -178,7 +178,7 @@ def test_a_mask_of_another_structure_or_without_booleans_is_named(name, mask, ca
         tx.update(params, tx.init(params), params)
 
 
-def test_a_mask_may_be_a_prefix_a_number_or_an_array():
+def test_a_mask_can_be_a_prefix_and_hold_numbers_or_arrays():
     params = {"a": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}, "b": jnp.ones(8)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     for mask in ({"a": True, "b": False}, {"a": 1, "b": 0}, {"a": np.bool_(True), "b": jnp.asarray(False)}):
@@ -220,18 +220,18 @@ def test_a_state_with_other_moments_is_refused(made_by, given_to, message):
         ("trust_coefficient", lambda: fse.lars8bit(0.1, trust_coefficient="x")),
     ],
 )
-def test_a_hyperparameter_that_is_no_number_is_named_at_once(argument, make):
+def test_a_hyperparameter_that_is_not_a_number_is_refused_when_the_optimizer_is_made(argument, make):
     with pytest.raises(TypeError, match=f"`{argument}` must be a number"):
         make()
 
 
-def test_parameters_of_other_names_are_refused():
+def test_parameters_with_other_names_than_the_gradients_are_refused():
     tx, grads = fse.adamw8bit(0.1), {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
     with pytest.raises(ValueError, match="a leaf 'a' where the parameters have 'b'"):
         tx.update(grads, tx.init(grads), {"b": jnp.ones((64, 64)), "c": jnp.ones((64, 64))})
 
 
-def test_whole_numbers_move_as_with_optax():
+def test_integer_parameters_are_updated_as_in_optax():
     params, grads = {"n": jnp.full((4,), 5, jnp.int32)}, {"n": jnp.zeros((4,), jnp.int32)}
     tx, theirs = fse.adamw8bit(1e-3), optax.adamw(1e-3)
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -242,12 +242,12 @@ def test_whole_numbers_move_as_with_optax():
     np.testing.assert_array_equal(fse.fused_update(tx, grads, tx.init(params), params)[0]["n"], expected)
 
 
-def test_block_sizes_may_be_numpys():
+def test_block_sizes_can_be_numpy_integers():
     assert fse.StateFormat(block_size=np.int64(64)) == fse.StateFormat(block_size=64)
     fse.adamw8bit(0.1, state_format=fse.StateFormat(block_size=np.int64(64))).init({"kernel": jnp.ones((64, 64))})
 
 
-def test_a_fused_chain_asks_for_a_state_of_its_length():
+def test_a_fused_chain_refuses_a_state_of_another_length():
     long = fse.chain(optax.clip(1.0), optax.trace(0.9), fse.adamw8bit(0.1))
     params = {"kernel": jnp.ones((64, 64))}
     with pytest.raises(TypeError, match="`state` must be a tuple of 2"):

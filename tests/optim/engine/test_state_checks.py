@@ -113,7 +113,7 @@ def without_format(state):
 
 
 @every_method
-def test_what_a_cast_lets_through_is_what_convert_state_makes(method, ways):
+def test_a_cast_to_the_same_shapes_gives_the_state_of_convert_state(method, ways):
     through = set()
     for a, b in itertools.permutations(ways, 2):
         (before, state), after = made(method, a), made(method, b)[0]
@@ -133,7 +133,7 @@ def test_what_a_cast_lets_through_is_what_convert_state_makes(method, ways):
 
 @pytest.mark.slow
 @every_method
-def test_what_goes_on_as_it_was_saved_goes_on_as_where_it_came_from(method, ways):
+def test_a_saved_state_that_another_optimizer_accepts_gives_the_same_updates(method, ways):
     grads = gradients(1, params())
     step = {
         way: functools.cache(lambda w: made(method, w)[0].update(grads, made(method, w)[1], params())) for way in ways
@@ -156,7 +156,7 @@ def test_what_goes_on_as_it_was_saved_goes_on_as_where_it_came_from(method, ways
 
 @pytest.mark.slow
 @every_method
-def test_no_cast_to_or_from_codes_goes_on_also_where_shapes_are_not_looked_at(method, ways):
+def test_a_cast_to_or_from_codes_is_refused_even_if_shapes_are_not_checked(method, ways):
     for a, b in itertools.permutations(ways, 2):
         state, after = made(method, a)[1], made(method, b)[0]
         cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, after.init(params()))
@@ -207,7 +207,7 @@ MORE = ["all rowwise", "blocks of 384", "blocks of 512", "row bf16", "column row
     [RESTORED, pytest.param([*RESTORED, *MORE, "1 shards"], marks=pytest.mark.slow)],
     ids=["few", "all"],
 )
-def test_orbax_refuses_by_shape(names, tmp_path):
+def test_orbax_refuses_other_formats_because_shapes_differ(names, tmp_path):
     # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
     # collected, and that can be in any later test.
     code = f"from {__name__} import refuse; refuse({str(tmp_path)!r}, {names}); print('all refused')"
@@ -235,7 +235,7 @@ LOADERS = {
         ("all 32", None),
     ],
 )
-def test_the_first_update_says_what_differs(loader, way, message):
+def test_the_first_update_raises_an_error_that_says_what_differs(loader, way, message):
     saved, loaded_by = adamw(way), adamw("root")
     state = LOADERS[loader](saved.init(params()), loaded_by.init(params()))
     if message is None:
@@ -247,7 +247,7 @@ def test_the_first_update_says_what_differs(loader, way, message):
         jax.eval_shape(loaded_by.update, params(), state, params())
 
 
-def test_under_jit_the_codecs_are_named():
+def test_errors_under_jit_name_the_codecs():
     state = adamw("square linear").init(params())
     with pytest.raises(ValueError, match="the rules' format 1 had codec 'linear', here 'dynamic'"):
         jax.eval_shape(adamw("kernel dynamic").update, params(), state, params())
@@ -256,14 +256,14 @@ def test_under_jit_the_codecs_are_named():
 
 
 @pytest.mark.parametrize("bits", [32, "bf16", "rowwise"])
-def test_a_rule_that_the_state_contradicts_is_named(bits):
+def test_the_error_names_the_rule_that_the_state_contradicts(bits):
     state = adamw("root").init(params())
     for tx in (adamw(f"all {bits}"), adamw(f"kernel {bits}")):
         with pytest.raises(ValueError, match=rf"stored with bits 8, but `rules` has \('.*', {bits!r}\)"):
             tx.update(params(), state, params())
 
 
-def test_a_gradient_for_a_parameter_that_init_did_not_have_is_an_error():
+def test_a_gradient_of_a_parameter_without_a_state_is_refused():
     params = {"a": jnp.ones((64, 128)), "b": jnp.ones((64, 128))}
     tx = fse.adamw8bit(1e-3)
     state = tx.init({"a": None, "b": params["b"]})
@@ -271,7 +271,7 @@ def test_a_gradient_for_a_parameter_that_init_did_not_have_is_an_error():
         tx.update(params, state, params)
 
 
-def test_metadata_cannot_ask_for_second_moments_per_row_of_an_optimizer_without_them():
+def test_rowwise_metadata_is_refused_by_an_optimizer_without_second_moments():
     params = nnx.State({"kernel": nnx.Param(jnp.ones((64, 128)), optim_bits="rowwise")})
     with pytest.raises(ValueError, match="metadata of parameter 'kernel' asks for one second moment per row, but sgd"):
         fse.sgd8bit(1e-2).init(params)

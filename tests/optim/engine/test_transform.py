@@ -32,7 +32,7 @@ def test_an_optimizer_can_be_copied():
         assert jitted_fused(other)(GRADS, other.init(PARAMS), PARAMS) is not None
 
 
-def test_an_optimizer_that_lost_its_fused_path_says_so():
+def test_fused_update_refuses_an_optimizer_that_lost_its_fused_path():
     """As a named tuple it is a tree of two functions to JAX, and can be taken apart."""
     tx = adamw()
     for other in (jax.tree.map(lambda f: f, tx), tx._replace(init=tx.init)):
@@ -49,21 +49,21 @@ def test_adam_needs_no_parameters():
         tx.fused_update(GRADS, tx.init(PARAMS), None)
 
 
-def test_no_weight_decay_is_adam():
+def test_adamw_without_weight_decay_equals_adam():
     tx, adam = adamw(weight_decay=0.0), fse.adam8bit(1e-2, state_format=SMALL)
     updates, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
     expected, expected_state = jax.jit(adam.update)(GRADS, adam.init(PARAMS), PARAMS)
     assert_same_bits((updates, state[0]), (expected, expected_state[0]))
 
 
-def test_weight_decay_comes_from_the_parameters_and_the_learning_rate():
+def test_weight_decay_multiplies_the_parameters_by_the_learning_rate():
     tx = fse.adamw8bit(0.5, weight_decay=0.25, state_format=SMALL)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     new, _ = jitted_fused(tx)(zero, tx.init(PARAMS), PARAMS)
     assert_same_bits(new, jax.tree.map(lambda p: p * np.float32(0.875), PARAMS))
 
 
-def test_a_chain_has_the_state_of_optaxs_chain():
+def test_a_chain_has_the_state_of_an_optax_chain():
     prefixes = optax.clip_by_global_norm(1.0), optax.scale_by_schedule(optax.constant_schedule(0.5))
     ours, theirs = fse.chain(*prefixes, adamw()), optax.chain(*prefixes, adamw())
     assert jax.tree.structure(ours.init(PARAMS)) == jax.tree.structure(theirs.init(PARAMS))
@@ -73,7 +73,7 @@ def test_a_chain_has_the_state_of_optaxs_chain():
     assert int(state[1].count) == 1
 
 
-def test_a_chain_of_one_is_that_one():
+def test_a_chain_of_one_optimizer_equals_that_optimizer():
     tx = fse.chain(adamw())
     new, (state,) = jitted_fused(tx)(GRADS, tx.init(PARAMS), PARAMS)
     assert_same_bits((new, state), jitted_fused(adamw())(GRADS, adamw().init(PARAMS), PARAMS))
@@ -100,14 +100,14 @@ def test_a_chain_must_end_in_an_optimizer():
 
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32, optax.constant_schedule], ids=lambda k: k.__name__)
 @pytest.mark.one_in(2)
-def test_learning_rates_of_every_kind(kind):
+def test_every_kind_of_learning_rate_works(kind):
     tx = fse.adam8bit(kind(0.5), eps=0.0, state_format=SMALL)
     updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS)):
         np.testing.assert_allclose(u, -0.5 * np.sign(g), rtol=1e-5)
 
 
-def test_a_learning_rate_may_be_traced():
+def test_a_learning_rate_can_be_traced():
     @jax.jit
     def step(rate, grads, params):
         tx = fse.adamw8bit(rate, weight_decay=rate, b1=1 - rate, state_format=SMALL)
@@ -122,7 +122,7 @@ def test_a_learning_rate_may_be_traced():
 
 # Not Lion: XLA copies a moment in fp32 that both the direction and the next moment read.
 @pytest.mark.parametrize("make", [fse.adamw8bit, fse.ademamix8bit, fse.adagrad8bit], ids=lambda make: make.__name__)
-def test_a_fused_step_that_is_donated_in_the_order_of_its_results_has_no_temporaries_beside_pieces(make):
+def test_a_donated_fused_step_has_only_temporaries_of_chunk_size(make):
     """Also with parameters in fp32, whose moments have the parameters' own shape and dtype."""
     shapes = {"embedding": (4096, 1024), "kernel": (2048, 2048), "norm": {"scale": (1024,)}}
     params = jax.tree.map(

@@ -40,7 +40,7 @@ def test_the_first_sum_is_stored_exactly():
 
 
 @pytest.mark.parametrize(("rounding", "low", "high"), [("nearest", 1.5, 100.0), ("stochastic", 0.97, 1.03)])
-def test_stochastic_rounding_keeps_sums_right_in_the_mean_where_nearest_lets_them_swell(rounding, low, high):
+def test_stochastic_rounding_keeps_the_mean_of_sums_that_nearest_inflates(rounding, low, high):
     """One sum of each block grows by 0.5% a step, so little that the others' codes stay what they are."""
     state_format = fse.StateFormat(rounding=rounding, block_size=32, block_axis=-1, min_size=0)
     tx = fse.scale_by_adagrad8bit(1.0, state_format=state_format)
@@ -58,7 +58,7 @@ def test_stochastic_rounding_keeps_sums_right_in_the_mean_where_nearest_lets_the
     np.testing.assert_allclose(value[:, 0], 1.005**200, rtol=1e-4)
 
 
-def test_with_the_map_of_bitsandbytes_the_sum_has_its_signed_code():
+def test_the_dynamic_codec_stores_the_sum_with_signed_codes():
     for codec, zero in (("dynamic", 127), ("root", 0), ("linear", 0)):
         tx = fse.adagrad8bit(1e-2, 0.0, state_format=fse.StateFormat(codec, min_size=0))
         state = tx.init({"kernel": jnp.zeros((64, 64))})[0]

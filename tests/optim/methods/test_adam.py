@@ -79,7 +79,7 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("codec", ["root", "linear"])
 @pytest.mark.one_in(4)
-def test_blocks_of_one_element_lose_nothing(codec, nesterov):
+def test_blocks_of_one_element_equal_fp32(codec, nesterov):
     """Each element is its block's largest, which is stored exactly: 8 bits then equal fp32."""
     state_format = fse.StateFormat(codec, block_size=1, min_size=0)
     theirs = optax.adamw(1e-2, weight_decay=0.1, nesterov=nesterov)
@@ -89,7 +89,7 @@ def test_blocks_of_one_element_lose_nothing(codec, nesterov):
     assert_nearly(new, run(theirs, parameters(), 5)[0], rtol=2e-7)
 
 
-def test_small_gradients_live_beside_a_large_one_in_their_block():
+def test_small_gradients_next_to_a_large_one_still_move_their_parameters():
     """A block with elements 1000 apart: the small ones move by the learning rate, whatever their neighbour does."""
     tx = fse.adam8bit(1e-2, eps=0.0, state_format=SMALL)
     grads = {"kernel": jnp.full((32, 32), 1e-3).at[:, 0].set(1.0)}

@@ -49,7 +49,7 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
     assert_nearly(updates, jitted(theirs)(grads, theirs.init(params), params)[2])
 
 
-def test_stochastic_rounding_keeps_the_slow_mean_right_where_the_nearest_code_would_stall():
+def test_stochastic_rounding_moves_the_slow_mean_where_rounding_to_nearest_stalls():
     """Gradients of 1, then as many of -0.5, beside an element of each block that keeps the scale large."""
     errors = {}
     for rounding in ("nearest", "stochastic"):

@@ -62,7 +62,7 @@ def test_the_trust_ratio_gives_a_step_the_length_of_its_parameter(rules):
 
 
 @pytest.mark.parametrize("rules", [(), ALL_FP32], ids=["8bit", "fp32"])
-def test_clipping_only_shortens(rules):
+def test_clipping_only_shortens_steps(rules):
     """Of two parameters with the same gradient, only the short one's step is clipped, to its own length."""
     params = {"long": jnp.full((64, 64), 10.0), "short": jnp.full((64, 64), 1e-2), "zero": jnp.zeros((64, 64))}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
@@ -79,7 +79,7 @@ def test_clipping_only_shortens(rules):
     np.testing.assert_allclose(norm(updates["short"]), 0.5 * norm(params["short"]), rtol=1e-5)
 
 
-def test_norms_leave_out_what_is_not_finite():
+def test_norms_skip_elements_that_are_not_finite():
     params, grads = parameters(), gradients()
     tx = fse.lamb8bit(1e-2, state_format=SMALL)
     bad = grads | {"kernel": grads["kernel"].at[0, 0].set(jnp.nan)}

@@ -65,7 +65,7 @@ def test_row_gradients_know_their_rows_in_either_order(order, fused):
     np.testing.assert_allclose(new["kernel"], want["kernel"], rtol=1e-6)
 
 
-def test_mask_names_the_tables():
+def test_mask_selects_the_tables():
     params = {"wte": TABLE, "kernel": PARAMS["kernel"]}
     tx = fse.with_max_norm(optax.sgd(0.1), 1.0, mask={"wte": True, "kernel": False})
     new = stepped(tx, params, jax.tree.map(jnp.zeros_like, params), token_ids=jnp.array([0]))

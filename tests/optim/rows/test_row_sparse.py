@@ -337,7 +337,7 @@ def test_row_gradients_need_no_ids_but_may_have_them():
     np.testing.assert_array_equal(updates["embedding"].indices, grads["embedding"].indices)
 
 
-def test_stochastic_rounding_of_other_parameters_works_around_it():
+def test_stochastic_rounding_of_other_parameters_works_around_row_sparse():
     params = params_of() | {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
     grads = gradients(0) | {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
     tx = fse.stochastic_round_updates(fse.row_sparse(fse.adamw8bit(1e-4)))
@@ -411,7 +411,7 @@ def rare_then_all(step):
 
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", WITHOUT_MOMENTUM)
-def test_catching_up_is_the_dense_trajectory_where_there_is_no_momentum(name):
+def test_catching_up_gives_the_dense_trajectory_if_there_is_no_momentum(name):
     inner, params = WITHOUT_MOMENTUM[name], params_of()
     found, state = trained(fse.row_sparse(inner, "catch_up"), SKIPPING_STEPS, params, of_step=rare_then_all)
     want, want_state = params, inner.init(params)
@@ -443,7 +443,7 @@ def test_catching_up_decays_the_moments_of_the_dense_optimizer(name):
     [optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale(-0.1)), optax.contrib.schedule_free_sgd(0.1)],
     ids=["a trace of a trace", "schedule_free"],
 )
-def test_moments_that_feed_each_other_are_refused(tx):
+def test_catching_up_refuses_moments_that_depend_on_each_other(tx):
     tx = fse.row_sparse(tx, "catch_up")
     with pytest.raises((ValueError, TypeError), match=r"by factors|one by one"):
         tx.update(gradients(0), tx.init(params_of()), params_of())
@@ -669,7 +669,7 @@ def test_describe_reports_the_wrapped_optimizer():
     assert {row.path: row.bits for row in report.rows} == {"embedding": 32, "kernel": 8}
 
 
-def test_it_is_compiled_once():
+def test_a_step_with_row_gradients_is_compiled_once():
     tx, params = fse.row_sparse(optax.adam(0.1)), params_of()
     traces = []
 
@@ -685,7 +685,7 @@ def test_it_is_compiled_once():
     assert len(traces) == 1
 
 
-def test_hyperparameters_can_be_injected_around_it():
+def test_hyperparameters_can_be_injected_around_row_sparse():
     def make(learning_rate):
         return fse.row_sparse(optax.adam(learning_rate))
 

@@ -421,7 +421,7 @@ def test_an_nnx_model_has_the_gradients_and_the_side_effects_of_nnx(jit):
     assert isinstance(ours.tokens.embedding[...], jax.Array)
 
 
-def test_aux_and_a_table_that_is_shared_by_two_modules():
+def test_aux_is_returned_and_a_table_can_be_shared_by_two_modules():
     class Tied(nnx.Module):
         def __init__(self, rngs):
             self.a = fse.nnx.Embed(V, D, sparse=True, rngs=rngs)

@@ -74,7 +74,7 @@ def assert_sharded_like(like, state):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_shardings_are_those_of_the_state_of_arrays(name, kind):
+def test_shardings_equal_those_of_the_real_state(name, kind):
     tx, mesh = TRANSFORMS[name](), mesh_of(kind)
     params = placed(mesh)
     state, like = tx.init(params), fse.abstract_state(tx, params)
@@ -108,7 +108,7 @@ def test_a_learning_rate_can_be_an_array_on_the_mesh(kind):
     assert_sharded_like(fse.abstract_state(tx, params), tx.init(params))
 
 
-def test_an_init_that_types_do_not_follow_is_placed_by_paths():
+def test_shardings_are_found_by_path_if_they_do_not_propagate_through_init():
     def init(params):
         sums = jnp.concatenate([p.ravel() for p in jax.tree.leaves(params)])
         return {"mu": jax.tree.map(jnp.zeros_like, params), "sums": sums}
@@ -168,13 +168,13 @@ def test_a_sharding_of_none_means_replicated():
     assert like[0].mu["wte"]["embedding"].sharding.is_fully_replicated
 
 
-def test_without_a_known_sharding_it_equals_eval_shape():
+def test_without_known_shardings_the_result_equals_eval_shape():
     tx = adamw()
     assert fse.abstract_state(tx, shapes()) == jax.eval_shape(tx.init, shapes())
     assert fse.abstract_state(tx, {}) == jax.eval_shape(tx.init, {})
 
 
-def test_a_single_device():
+def test_a_single_device_sharding_is_accepted():
     device = SingleDeviceSharding(jax.devices()[3])
     like = fse.abstract_state(adamw(rules=IN_HOST), shapes(), shardings=jax.tree.map(lambda _: device, shapes()))
     assert {x.sharding.device_set == device.device_set for x in jax.tree.leaves(like)} == {True}
@@ -183,7 +183,7 @@ def test_a_single_device():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_nnx_variables(kind):
+def test_nnx_variables_get_the_shardings_of_the_real_state(kind):
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         init = nnx.with_partitioning(nnx.initializers.ones, ("a", "b"))
@@ -198,7 +198,7 @@ def test_nnx_variables(kind):
         assert_same_bits(restored, state)
 
 
-def test_linen_boxes():
+def test_linen_boxes_get_the_shardings_of_the_real_state():
     mesh = mesh_of()
     box = nn.Partitioned(jnp.ones((256, 32)), names=("a", "b"))
     params = {"kernel": box.replace(value=jax.device_put(box.value, NamedSharding(mesh, P("a", "b"))))}
@@ -208,7 +208,7 @@ def test_linen_boxes():
     assert like[0].mu["kernel"].value.sharding.is_equivalent_to(NamedSharding(mesh, P("a", "b")), 2)
 
 
-def test_orbax_restores_into_it_on_another_mesh(tmp_path):
+def test_orbax_restores_into_an_abstract_state_on_another_mesh(tmp_path):
     tx, params = adamw(rules=IN_HOST), placed(mesh_of())
     state = tx.init(params)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -71,7 +71,7 @@ def named(state):
 
 @every_namesake
 @pytest.mark.one_in(15)
-def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
+def test_with_fp32_moments_the_run_continues_as_if_never_switched(name):
     ours, theirs = both(name, rules=ALL_FP32)
     params, state = run(theirs, parameters(), 3)
     converted = fse.convert_state(theirs, ours, params, state)
@@ -87,7 +87,7 @@ def test_with_fp32_moments_the_run_goes_on_as_if_never_switched(name):
 
 @every_namesake
 @pytest.mark.one_in(15, start=1)
-def test_with_8_bits_only_the_kernels_moments_are_rounded_and_only_once(name):
+def test_only_moments_of_the_kernel_are_rounded_to_8_bits_and_only_once(name):
     ours, theirs = both(name)
     params, state = run(theirs, parameters(), 3)
     converted = fse.convert_state(theirs, ours, params, state)
@@ -104,14 +104,14 @@ def test_with_8_bits_only_the_kernels_moments_are_rounded_and_only_once(name):
     run(ours, params, 2, state=converted)
 
 
-def test_the_count_that_a_plain_trace_lacks_comes_from_the_schedule_or_starts_at_zero():
+def test_a_trace_without_a_count_gets_the_count_of_the_schedule_or_zero():
     for name, expected in (("sgd momentum", 0), ("sgd scheduled", 3)):
         ours, theirs = both(name)
         params, state = run(theirs, parameters(), 3)
         assert int(fse.convert_state(theirs, ours, params, state)[0].count) == expected
 
 
-def test_a_bias_correction_needs_a_count():
+def test_a_target_with_bias_correction_needs_a_step_count():
     without, with_correction = optax.rmsprop(0.01), fse.rmsprop8bit(0.01, bias_correction=True, state_format=SMALL)
     params, state = run(without, parameters(), 2)
     with pytest.raises(ValueError, match=r"0/count of the target has no step count"):
@@ -127,7 +127,7 @@ def test_a_bias_correction_needs_a_count():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kernel", [(64, 64), (3, 100)], ids=str)
 @pytest.mark.one_in(15)
-def test_8_bits_to_fp32_and_back_gives_every_code_and_scale_again(codec, rounding, kernel):
+def test_converting_to_fp32_and_back_restores_every_code_and_scale(codec, rounding, kernel):
     eight, plain = adamw(state_format=fse.StateFormat(codec, rounding, min_size=0)), adamw(32)
     params, state = run(eight, parameters(kernel=kernel), 5)
     assert codes_of(state)
@@ -163,7 +163,7 @@ CODEC_TO_CODEC = {
 
 @pytest.mark.parametrize(("a", "b"), CODEC_TO_CODEC)
 @pytest.mark.one_in(6)
-def test_the_error_from_one_codec_to_another(a, b):
+def test_converting_between_codecs_has_the_measured_error(a, b):
     before, after = (adamw(state_format=fse.StateFormat(codec, min_size=0)) for codec in (a, b))
     plain = adamw(32)
     params, state = run(before, parameters(), 5)
@@ -190,7 +190,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.one_in(8)
-def test_every_other_rule_and_format_there_and_back(name):
+def test_a_state_converts_to_every_other_rule_and_format_and_back(name):
     before, after = adamw(), adamw(**OTHERS[name])
     params, state = run(before, parameters(), 3)
     converted = fse.convert_state(before, after, params, state)
@@ -202,7 +202,7 @@ def test_every_other_rule_and_format_there_and_back(name):
     run(after, params, 1, state=converted)
 
 
-def test_rowwise_takes_the_mean_of_each_row_which_is_what_it_would_have_kept():
+def test_converting_to_rowwise_gives_the_state_that_rowwise_training_gives():
     plain, rowwise = adamw(32), adamw("rowwise")
     params = parameters()
     state = plain.init(params)
@@ -216,7 +216,7 @@ def test_rowwise_takes_the_mean_of_each_row_which_is_what_it_would_have_kept():
     np.testing.assert_array_equal(back, np.broadcast_to(converted[0].nu["kernel"], back.shape))
 
 
-def test_bfloat16_moments_are_rounded_to_them():
+def test_converting_to_bf16_rounds_moments_to_bfloat16():
     plain, half = adamw(32), adamw("bf16")
     params, state = run(plain, parameters(), 2)
     converted = fse.convert_state(plain, half, params, state)
@@ -252,7 +252,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.one_in(4)
-def test_inside_wrappers_everything_else_is_carried(name):
+def test_conversion_inside_wrappers_copies_everything_else(name):
     small = functools.partial(fse.adamw8bit, state_format=SMALL)
     theirs = WRAPPERS[name](optax.adamw, optax.adamw(0.01))
     ours = WRAPPERS[name](small, small(0.01))
@@ -272,7 +272,7 @@ def test_inside_wrappers_everything_else_is_carried(name):
     run(ours, params, 1, state=converted)
 
 
-def test_a_moment_is_found_in_another_place_of_the_state():
+def test_a_moment_is_found_at_another_path_of_the_state():
     theirs = optax.adamw(optax.constant_schedule(0.01))
     params, state = run(theirs, parameters(), 3)
     clipped = optax.chain(optax.clip(1.0), adamw())
@@ -287,7 +287,7 @@ def test_a_moment_is_found_in_another_place_of_the_state():
         assert_same_bits(back[2].count, state[2].count)
 
 
-def test_a_moment_that_may_be_either_of_two_is_refused():
+def test_a_moment_with_two_possible_sources_is_refused():
     twice = optax.chain(optax.trace(0.9), optax.trace(0.8))
     params, state = run(twice, parameters(), 1)
     target = optax.chain(optax.identity(), optax.identity(), fse.scale_by_sgd8bit(0.9, state_format=SMALL))
@@ -310,7 +310,7 @@ def test_a_moment_that_may_be_either_of_two_is_refused():
     ],
     ids=["nu dropped", "nu new", "another method", "accumulator", "hyperparams", "amsgrad"],
 )
-def test_what_has_no_counterpart_is_named(before, after, message):
+def test_the_error_names_leaves_without_a_counterpart(before, after, message):
     params = parameters()
     with pytest.raises(ValueError, match=message):
         fse.convert_state(before, after, params, before.init(params))
@@ -329,7 +329,7 @@ STEPS_BESIDE_GRADIENTS = {
 
 @pytest.mark.parametrize("pair", STEPS_BESIDE_GRADIENTS)
 @pytest.mark.one_in(2)
-def test_a_trace_of_gradients_is_none_of_steps(pair):
+def test_a_trace_of_gradients_is_not_converted_to_a_trace_of_steps(pair):
     make_before, make_after, *momentum = STEPS_BESIDE_GRADIENTS[pair]
     options = {make: {"momentum": m} for make in (fse.sgd8bit, optax.sgd) for m in momentum}
     before, after = (make(0.1, **options.get(make, {})) for make in (make_before, make_after))
@@ -353,7 +353,7 @@ CHAINS_OF_ONES_OWN = {
 
 
 @pytest.mark.parametrize("name", CHAINS_OF_ONES_OWN)
-def test_what_ones_own_chain_feeds_to_a_trace_is_not_guessed(name):
+def test_a_trace_in_a_custom_chain_is_copied(name):
     before = CHAINS_OF_ONES_OWN[name]
     theirs = optax.chain(*before, optax.trace(0.9))
     ours = optax.chain(*before, fse.scale_by_sgd8bit(0.9, state_format=SMALL))
@@ -361,7 +361,7 @@ def test_what_ones_own_chain_feeds_to_a_trace_is_not_guessed(name):
     assert_same_bits(fse.convert_state(theirs, ours, params, state)[-1].trace["wte"], state[-1].trace["wte"])
 
 
-def test_moments_of_different_ages_do_not_get_one_count():
+def test_moments_with_different_step_counts_are_not_merged():
     two = optax.partition({"a": optax.adam(0.1), "b": optax.adam(0.1)}, labels)
     params, state = run(two, parameters(), 2)
     converted = fse.convert_state(two, adamw(), params, state)
@@ -378,7 +378,7 @@ def is_schedule(x):
     return type(x).__name__ in ("ScaleByScheduleState", "WrappedScheduleState")
 
 
-def test_a_schedules_count_is_a_schedules_wherever_it_lies():
+def test_the_count_of_a_schedule_is_copied_from_a_schedule_at_any_path():
     schedule = optax.constant_schedule(0.01)
     percentile = optax.chain(fse.percentile_clipping(), optax.adamw(schedule))
     for before in (optax.adamw(schedule), percentile, optax.inject_hyperparams(optax.adamw)(schedule)):
@@ -392,14 +392,14 @@ def test_a_schedules_count_is_a_schedules_wherever_it_lies():
             assert (int(adam.count), int(of_schedule.count)) == (2, 77)
 
 
-def test_two_values_of_one_path_are_refused():
+def test_two_values_with_the_same_path_are_refused():
     params = {"a/b": jnp.ones(4), "a": {"b": jnp.ones(4)}}
     tx = optax.adam(0.1)
     with pytest.raises(ValueError, match=r"Two values in the state of `tx_from` have the path '0/mu/a/b'"):
         fse.convert_state(tx, tx, params, tx.init(params))
 
 
-def test_moments_that_begin_anew_do_not_keep_the_count_of_others():
+def test_the_count_is_reset_if_all_moments_are_reset():
     before, after = fse.sgd8bit(0.1, 0.9, state_format=SMALL), adamw()
     params, state = run(before, parameters(), 2)
     converted = fse.convert_state(before, after, params, state, allow_reset=("trace", "mu", "nu"))
@@ -415,7 +415,7 @@ class Layer(NamedTuple):
     nu: jax.Array
 
 
-def test_parameters_in_tuples_with_names_move_too():
+def test_moments_of_parameters_in_named_tuples_are_converted():
     params = Layer(jnp.ones((64, 64)), jnp.ones(8))
     before, after = optax.adamw(0.1), optax.chain(optax.clip(1.0), adamw())
     _, state = before.update(params, before.init(params), params)
@@ -423,7 +423,7 @@ def test_parameters_in_tuples_with_names_move_too():
     assert is_codes(converted[1][0].mu.kernel) and float(converted[1][0].nu.nu[0]) > 0
 
 
-def test_labels_and_parameters_may_have_the_names_of_moments():
+def test_labels_and_parameters_can_have_the_names_of_moments():
     params = {"mu": {"nu": jnp.ones((64, 64))}, "trace": jnp.ones((64, 64))}
     split = optax.partition({"mu": optax.adam(0.1), "nu": optax.adam(0.1)}, {"mu": {"nu": "mu"}, "trace": "nu"})
     _, state = split.update(params, split.init(params))
@@ -433,7 +433,7 @@ def test_labels_and_parameters_may_have_the_names_of_moments():
     assert types(back) == types(state)
 
 
-def test_a_count_comes_with_the_moments_that_it_counts_for():
+def test_a_count_is_copied_with_its_moments():
     before = optax.chain(optax.scale_by_schedule(optax.constant_schedule(1.0)), optax.scale_by_adam())
     after = optax.chain(fse.scale_by_adam8bit(state_format=SMALL), optax.identity())
     params, state = run(before, parameters(), 2)
@@ -441,7 +441,7 @@ def test_a_count_comes_with_the_moments_that_it_counts_for():
     assert int(fse.convert_state(before, after, params, state)[0].count) == 2
 
 
-def test_what_may_begin_anew_or_stay_behind():
+def test_allow_reset_names_moments_to_drop_or_to_reset():
     before, after = optax.adamw(0.1), fse.lion8bit(0.1, state_format=SMALL)
     params, state = run(before, parameters(), 2)
     converted = fse.convert_state(before, after, params, state, allow_reset="nu")
@@ -482,7 +482,7 @@ def test_a_wrapper_that_hides_the_state_is_refused():
 # --- where it runs ---------------------------------------------------------------------------------------------------
 
 
-def test_under_jit_the_same_bits_and_errors_while_it_is_traced():
+def test_conversion_under_jit_gives_the_same_bits_and_raises_while_tracing():
     before, after = plain_adamw(), adamw()
     params, state = run(before, parameters(), 2)
     convert = jax.jit(functools.partial(fse.convert_state, before, after))
@@ -526,7 +526,7 @@ PAIRS = {
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None)], ids=str)
 @pytest.mark.one_in(21)
-def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
+def test_on_a_mesh_a_converted_state_is_sharded_as_by_the_init_of_the_target(kind, pair, spec):
     before, after = (make() for make in PAIRS[pair])
     plain, state = run(before, parameters(kernel=KERNEL), 2)
     expected = fse.convert_state(before, after, plain, state)
@@ -550,7 +550,7 @@ def test_on_a_mesh_the_state_lies_as_the_targets_init_lays_it(kind, pair, spec):
 
 
 @pytest.mark.parametrize("placed", [True, False], ids=["counts on the mesh", "counts on no device"])
-def test_a_converted_state_goes_on_beside_parameters_on_a_mesh(placed):
+def test_a_converted_state_continues_with_parameters_on_a_mesh(placed):
     before, after = adamw(), adamw(state_format=fse.StateFormat("dynamic", min_size=0))
     mesh = jax.make_mesh((2, 4), ("a", "b"))
     params = place(parameters(kernel=KERNEL), mesh, P("a", "b"))
@@ -573,7 +573,7 @@ class Model(nnx.Module):
         return self.embed.attend(self.linear(self.embed(ids)))
 
 
-def test_an_nnx_optimizer_goes_on_with_another():
+def test_an_nnx_optimizer_continues_with_another_transform():
     def step(model, optimizer):
         ids = jnp.arange(16)
         loss = lambda m: optax.softmax_cross_entropy_with_integer_labels(m(ids), ids).mean()  # noqa: E731
@@ -608,7 +608,7 @@ def test_linen_boxes_keep_their_metadata():
     assert_same_bits(fse.convert_state(after, before, params, converted), state)
 
 
-def test_the_dicts_of_a_checkpoint_will_do():
+def test_the_state_dict_of_a_checkpoint_can_be_converted():
     before, after = plain_adamw(), adamw()
     params, state = run(before, parameters(), 2)
     dicts = jax.tree.map(np.asarray, serialization.to_state_dict(state))
@@ -664,7 +664,7 @@ def validation_loss(params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["root", "dynamic"])
-def test_a_training_goes_on_across_the_switch(codec):
+def test_training_continues_after_a_switch_of_optimizers(codec):
     """Compares the validation loss after 100 steps, switched at step 50, with both runs that never switched.
 
     They differ by 0.003% with `root` and 0.03% with `dynamic`. Moments that start again at step 50 cost 1.9%.
@@ -687,7 +687,7 @@ def test_a_training_goes_on_across_the_switch(codec):
             assert anew / without - 1 > 0.015
 
 
-def test_a_wrapped_transform_and_ours_convert_into_each_other():
+def test_quantized_adamw_and_adamw8bit_convert_into_each_other():
     """`quantize_state(optax.adamw)` keeps what `adamw8bit` keeps: codes move as they are."""
     params = parameters()
     ours = fse.adamw8bit(1e-2, state_format=SMALL)
@@ -715,7 +715,7 @@ INNER = {
 @pytest.mark.parametrize("name", INNER)
 @pytest.mark.parametrize("clipped", [False, True], ids=["alone", "in a chain"])
 @pytest.mark.one_in(4)
-def test_whatever_else_a_transform_keeps_goes_into_its_wrapped_self_and_back(name, clipped):
+def test_a_transform_and_its_quantized_form_convert_into_each_other(name, clipped):
     def whole(tx):
         return optax.chain(optax.clip(1.0), tx) if clipped else tx
 
@@ -735,7 +735,7 @@ def test_whatever_else_a_transform_keeps_goes_into_its_wrapped_self_and_back(nam
     run(wrapped, params, 1, state=there)
 
 
-def test_the_error_names_the_fields_that_could_be_given_up():
+def test_the_error_names_the_fields_that_can_be_reset():
     before, after = optax.contrib.prodigy(0.01), optax.MultiSteps(fse.adamw8bit(0.01), 2)
     params = parameters()
     state = before.init(params)
@@ -747,7 +747,7 @@ def test_the_error_names_the_fields_that_could_be_given_up():
     assert types(converted) == types(after.init(params))
 
 
-def test_under_vmap_and_with_parameters_that_jit_knows():
+def test_conversion_works_under_vmap_and_with_parameters_closed_over_by_jit():
     params, plain, eight = parameters(), plain_adamw(), adamw()
     states = jax.vmap(plain.init)(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params))
     converted = jax.vmap(lambda s: fse.convert_state(plain, eight, params, s))(states)
@@ -756,7 +756,7 @@ def test_under_vmap_and_with_parameters_that_jit_knows():
     assert codes_of(jax.jit(lambda s: fse.convert_state(before, after, params, s))(before.init(params)))
 
 
-def test_random_keys_in_a_state_are_carried():
+def test_random_keys_in_a_state_are_copied():
     params = parameters()
     noisy = lambda tx: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), tx)  # noqa: E731
     converted = fse.convert_state(noisy(plain_adamw()), noisy(adamw()), params, noisy(plain_adamw()).init(params))

@@ -55,7 +55,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_the_totals_are_the_bytes_of_the_state(name):
+def test_the_totals_equal_the_bytes_of_the_state(name):
     tx = TRANSFORMS[name]()
     report = fse.describe(tx, PARAMS)
     assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(tx.init(PARAMS)))
@@ -69,7 +69,7 @@ def test_the_totals_are_the_bytes_of_the_state(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_it_says_the_same_again_and_for_shapes(name):
+def test_a_second_report_and_one_for_shapes_are_the_same(name):
     """A cached trace would leave the second report without rows."""
     tx = TRANSFORMS[name]()
     shapes = jax.eval_shape(lambda: PARAMS)
@@ -81,14 +81,14 @@ def test_it_says_the_same_again_and_for_shapes(name):
     assert fse.describe(tx, shapes) == first
 
 
-def test_a_transform_whose_init_is_jitted_has_rows_too():
+def test_a_transform_with_a_jitted_init_has_the_same_rows():
     tx = adamw()
     jitted = optax.GradientTransformation(jax.jit(tx.init), tx.update)
     jitted.init(PARAMS)
     assert fse.describe(jitted, PARAMS) == fse.describe(tx, PARAMS)
 
 
-def test_the_table_shows_what_is_where():
+def test_the_table_shows_how_every_parameter_is_stored():
     tx = adamw(rules=(("wte", fse.Rule(8, fse.StateFormat("dynamic", block_size=16, min_size=0))), ("kernel", 8)))
     report = fse.describe(tx, PARAMS | {"complex": jnp.ones(3, jnp.complex64)})
     rows = {row.path: row for row in report.rows}
@@ -129,7 +129,7 @@ def test_nnx_parameters_have_the_same_rows():
     assert [row.path for row in fse.describe(adamw(), params).rows] == ["up/bias", "up/kernel", "wte/embedding"]
 
 
-def test_bytes_under_x64_and_of_half_precision():
+def test_bytes_are_exact_under_x64_and_for_every_dtype():
     for dtype in ("bfloat16", "float32", "float64", "complex64", "complex128"):
         with jax.enable_x64(True):
             params = {"kernel": jnp.ones((64, 64), dtype), "bias": jnp.ones(8, dtype)}
@@ -137,7 +137,7 @@ def test_bytes_under_x64_and_of_half_precision():
             assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(adamw().init(params)))
 
 
-def test_a_transform_without_ours_says_so():
+def test_a_report_says_that_there_is_no_8bit_transform():
     report = fse.describe(optax.adam(1e-3), {"kernel": jnp.ones((4, 4))})
     assert report.rows == ()
     assert str(report) == "No 8-bit transform of this library in it; the state has 132 bytes."
@@ -167,7 +167,7 @@ def test_layers_that_differ_only_in_their_number_share_a_line():
     assert "12 x (64, 64)" in table[1] and f"{12 * report.rows[0].bytes:,}" in table[1]
 
 
-def test_layers_of_different_shapes_or_with_gaps_have_lines_of_their_own():
+def test_layers_of_different_shapes_or_with_gaps_have_separate_lines():
     params = {
         "a_0": jnp.ones((64, 64)),
         "a_1": jnp.ones((64, 128)),
@@ -185,7 +185,7 @@ def test_a_table_fits_88_columns():
     assert re.search(r"^a_module_wi\w*\.\.\.[\w/]*tion/kernel  ", text, re.MULTILINE)
 
 
-def test_the_total_in_fp32_is_that_of_the_optax_optimizer():
+def test_the_total_in_fp32_equals_that_of_the_optax_optimizer():
     report = fse.describe(adamw(), PARAMS)
     theirs = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(1e-3).init(PARAMS)))
     moments = sum(row.bytes_in_fp32 for row in report.rows)
@@ -193,7 +193,7 @@ def test_the_total_in_fp32_is_that_of_the_optax_optimizer():
     assert f"{report.total_bytes_in_fp32:,} in fp32" in str(report)
 
 
-def test_bytes_per_device_are_those_of_the_shards():
+def test_bytes_per_device_equal_those_of_the_shards():
     mesh = jax.make_mesh((8,), ("a",))
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
     params = {"kernel": jax.device_put(jnp.ones((512, 64)), sharded), "bias": jnp.ones(64)}

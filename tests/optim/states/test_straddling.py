@@ -48,7 +48,7 @@ def moves_data(tx, params) -> bool:
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.one_in(4)
-def test_blocks_straddle_where_a_step_moves_data_and_the_way_out_ends_it(name, kind):
+def test_a_step_moves_data_if_blocks_straddle_and_the_suggested_format_avoids_it(name, kind):
     shape, spec, state_format = CASES[name]
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
@@ -65,7 +65,7 @@ def test_blocks_straddle_where_a_step_moves_data_and_the_way_out_ends_it(name, k
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_the_reference_gives_the_same_bits_where_types_say_that_blocks_straddle(rounding):
+def test_the_reference_gives_the_same_bits_if_blocks_straddle_on_an_explicit_mesh(rounding):
     """Under vmap the reference runs, here on pieces of 16 rows with blocks of 32."""
     tx = fse.adamw8bit(1e-3, state_format=fse.StateFormat(rounding=rounding, min_size=0))
     g, p = (jnp.asarray(np.random.default_rng(seed).normal(size=(3, 64, 48)), jnp.float32) for seed in (0, 1))
@@ -79,7 +79,7 @@ def test_the_reference_gives_the_same_bits_where_types_say_that_blocks_straddle(
     assert_same_bits(jax.device_get(found), jax.device_get(expected))
 
 
-def test_both_answers_are_among_the_cases():
+def test_the_cases_cover_every_suggestion():
     mesh = AbstractMesh(tuple(MESH.values()), tuple(MESH))
     answers = set()
     for shape, spec, state_format in CASES.values():
@@ -98,7 +98,7 @@ PARAMS = {
 SPECS = {"up": {"kernel": P("b", "a"), "bias": P("b")}, "wte": {"embedding": P(("a", "b"), None)}}
 
 
-def test_all_ways_to_say_how_parameters_are_cut_give_the_same_report():
+def test_every_way_to_pass_shardings_gives_the_same_report():
     tx, mesh = fse.adamw8bit(1e-3, state_format=SMALL), mesh_of(AxisType.Auto)
     is_spec = lambda x: isinstance(x, P)  # noqa: E731
     named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=is_spec)
@@ -119,7 +119,7 @@ def test_all_ways_to_say_how_parameters_are_cut_give_the_same_report():
     assert fse.describe(tx, jax.eval_shape(lambda: arrays)).rows[0].shards is None
 
 
-def test_the_printed_report_names_what_straddles():
+def test_the_printed_report_names_parameters_whose_blocks_straddle():
     tx, mesh = fse.adamw8bit(1e-3, state_format=SMALL), AbstractMesh((8,), ("a",))
     params = {"head": {"kernel": jax.ShapeDtypeStruct((64, 40), jnp.float32)}}
     report = fse.describe(tx, params, shardings={"head": {"kernel": NamedSharding(mesh, P("a"))}})
@@ -131,7 +131,7 @@ def test_the_printed_report_names_what_straddles():
     )
 
 
-def test_rows_of_an_embedding_keep_their_own_scales():
+def test_the_suggestion_for_an_embedding_keeps_scales_per_row():
     mesh, rules = AbstractMesh((8,), ("a",)), (("embedding", 8),)
     params = {"embedding": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
     cut = {"embedding": NamedSharding(mesh, P(None, "a"))}
@@ -139,7 +139,7 @@ def test_rows_of_an_embedding_keep_their_own_scales():
     assert "Use StateFormat(block_size=16, block_axis=1, min_size=0)" in row.straddles
 
 
-def test_a_row_that_is_cut_has_its_mean_on_several_devices():
+def test_the_mean_of_a_sharded_row_needs_communication():
     mesh, tx = AbstractMesh((8,), ("a",)), fse.adamw8bit(1e-3, rules=((".*", "rowwise"),))
     params = {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     for spec, straddles in ((P(None, "a"), True), (P("a"), False)):
@@ -160,14 +160,14 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_have_the_same_cuts(name):
+def test_parameters_inside_wrappers_have_the_same_shards(name):
     tx = WRAPPED[name](fse.adamw8bit(1e-3, state_format=SMALL))
     with jax.set_mesh(mesh_of(AxisType.Auto)):
         rows = {row.path: row for row in fse.describe(tx, PARAMS, shardings=SPECS).rows}
     assert rows["up/kernel"].shards == (4, 2) and rows["up/kernel"].straddles == ""
 
 
-def test_nnx_variables_and_their_specs():
+def test_nnx_variables_and_their_specs_are_accepted():
     class Model(nnx.Module):
         def __init__(self):
             init = nnx.with_partitioning(nnx.initializers.ones, ("b", "a"))
@@ -198,13 +198,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_is_named(name):
+def test_shardings_that_do_not_fit_are_refused(name):
     shardings, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         fse.describe(fse.adamw8bit(1e-3), PARAMS, shardings=shardings)
 
 
-def test_axes_that_the_mesh_does_not_have_and_unequal_pieces_are_named():
+def test_unknown_mesh_axes_and_unequal_shards_are_refused():
     tx, params = fse.adamw8bit(1e-3), {"kernel": jax.ShapeDtypeStruct((300, 64), jnp.float32)}
     with jax.set_mesh(mesh_of(AxisType.Auto)):
         with pytest.raises(ValueError, match=r"has P\('model',\) for parameter 'kernel': .*not found in mesh"):
@@ -213,7 +213,7 @@ def test_axes_that_the_mesh_does_not_have_and_unequal_pieces_are_named():
             fse.describe(tx, params, shardings={"kernel": P(("a", "b"))})
 
 
-def test_what_is_on_one_device_or_not_known():
+def test_parameters_on_one_device_are_one_shard_and_unknown_shardings_are_none():
     tx, params = fse.adamw8bit(1e-3, state_format=SMALL), {"kernel": jnp.ones((64, 64)), "empty": np.ones((0, 3))}
     one = SingleDeviceSharding(jax.devices()[0])
     rows = {row.path: row for row in fse.describe(tx, params, shardings={"kernel": one, "empty": None}).rows}

@@ -81,7 +81,7 @@ def test_describe_shows_the_plans_that_update_uses(case, monkeypatch):
         assert shown.overrides == plan.rule.settings_text
 
 
-def test_a_state_decides_where_metadata_has_decided_in_init():
+def test_update_takes_the_bits_that_metadata_chose_in_init_from_the_state():
     """Metadata of NNX variables is not at hand in `update`; the dtypes of the state are."""
     planner = plan_module.Planner(Rules((), SMALL))
     plan = planner.plan_stored("kernel", jax.ShapeDtypeStruct((64, 512), jnp.float32), 32)
@@ -136,7 +136,7 @@ def test_replicated_parameters_need_no_mesh():
     tx.update(params, tx.init(params), params)
 
 
-def test_a_gradient_that_is_none_keeps_its_moments():
+def test_moments_do_not_change_if_the_gradient_is_none():
     params = {"kernel": jnp.ones((64, 512)), "other": jnp.ones((64, 512))}
     tx = fse.adamw8bit(1e-3, rules=(("other", fse.Rule(8, fse.StateFormat("linear", min_size=0))),), weight_decay=0.0)
     state = tx.init(params)
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_none_keeps_its_moments():
     np.testing.assert_array_equal(new[0].mu["other"], state[0].mu["other"])
 
 
-def test_the_platform_of_a_report_can_be_another_one():
+def test_a_report_can_be_made_for_another_platform():
     shapes = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     tx = fse.adamw8bit(1e-3)
     assert fse.describe(tx, shapes).rows[0].implementation == "xla"
@@ -160,7 +160,7 @@ def test_the_platform_of_a_report_can_be_another_one():
         fse.describe(tx, shapes, platform="quantum")
 
 
-def test_metadata_that_keeps_a_parameter_out_of_8_bits_needs_no_specs_of_it_in_update():
+def test_parameters_that_metadata_keeps_in_fp32_need_no_partition_specs():
     params = nnx.State({"a": nnx.Param(jnp.ones((64, 128)), optim_bits=32), "b": nnx.Param(jnp.ones((64, 128)))})
     tx = fse.adamw8bit(1e-3, partition_specs={"b": PartitionSpec()})
     jax.eval_shape(tx.update, params, tx.init(params), params)

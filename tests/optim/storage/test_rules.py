@@ -97,7 +97,7 @@ def test_metadata_of_an_nnx_variable_decides_after_the_rules():
     assert optimizer.opt_state[0].mu["embedding"].get_value().dtype == jnp.int8
 
 
-def test_metadata_that_cannot_be_is_refused():
+def test_invalid_metadata_is_refused():
     params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits=7)}
     with pytest.raises(ValueError, match="`bits` must be 8, 32, 'bf16' or 'rowwise', got 7"):
         fse.scale_by_adam8bit(state_format=SMALL).init(params)
@@ -106,14 +106,14 @@ def test_metadata_that_cannot_be_is_refused():
         fse.scale_by_lion8bit(state_format=SMALL).init(params)
 
 
-def test_two_parameters_of_one_path_are_refused():
+def test_two_parameters_with_the_same_path_are_refused():
     params = {"a/b": jnp.ones(4), "a": {"b": jnp.ones(4)}}
     for tx in (fse.adamw8bit(1e-3), fse.quantize_state(optax.adamw(1e-3))):
         with pytest.raises(ValueError, match="Two parameters have the path 'a/b'"):
             tx.init(params)
 
 
-def test_labels_may_stand_in_a_tree_like_the_parameters():
+def test_labels_can_be_a_tree_like_the_parameters():
     labels = {
         "wte": {"embedding": 8},
         "block": {"kernel": 32, "norm": {"scale": fse.Rule(8)}},
@@ -137,14 +137,14 @@ def test_labels_may_stand_in_a_tree_like_the_parameters():
     assert list(bits([listed[0], {"kernel": listed[1]}], ["bf16", {"kernel": 8}]).values()) == ["bf16", 8]
 
 
-def test_labels_match_exactly_their_own_path():
+def test_a_label_matches_only_its_own_path():
     params = shapes(a=(64, 64), b__a=(64, 64))
     with pytest.raises(ValueError, match=r"patterns that match no parameter: 'c'"):
         bits(params, {"a": 32, "c": 8})
     assert bits(params, {"a": 32, "b": {"a": 8}}) == {"a": 32, "b/a": 8}
 
 
-def test_labels_survive_the_other_trees_that_nnx_shows_in_update():
+def test_labels_work_with_the_different_trees_that_nnx_passes_to_update():
     class Model(nnx.Module):
         def __init__(self):
             self.left = nnx.Param(jnp.ones((64, 64)))
@@ -176,7 +176,7 @@ def test_where_gets_the_path_and_the_global_shape():
     assert reasons(PARAMS, ((fse.where(predicate), 8),))["block/norm/scale"] == "rule where(predicate)"
 
 
-def test_patterns_may_be_compiled():
+def test_patterns_can_be_compiled():
     assert bits(PARAMS, ((re.compile("LM_HEAD", re.IGNORECASE), 32),))["lm_head/kernel"] == 32
 
 
@@ -222,13 +222,13 @@ def test_small_parameters_keep_fp32(shape, expected, reason):
     assert bits(params) == {"kernel": 32 if 0 in shape else 8}
 
 
-def test_what_is_not_real_floating_point_is_never_in_8_bits():
+def test_arrays_that_are_empty_or_not_real_floating_point_are_never_in_8_bits():
     params = {"a": jnp.ones((64, 64), jnp.complex64), "b": jnp.ones((64, 64), jnp.int32), "c": jnp.ones((0, 64))}
     assert bits(params, ((".*", 8),)) == {"a": 32, "b": 32, "c": 32}
     assert reasons(params) == {"a": "complex", "b": "not floating point", "c": "empty"}
 
 
-def test_a_rules_own_format_decides_its_size_rule():
+def test_the_format_of_a_rule_sets_its_minimum_size():
     params = shapes(kernel=(32, 32), other=(32, 32))
     rules = (("kernel", fse.Rule(8, fse.StateFormat(min_size=0))),)
     assert bits(params, rules, fse.StateFormat()) == {"kernel": 8, "other": 32}
@@ -250,7 +250,7 @@ def test_a_rule_that_matches_nothing_is_an_error():
     assert bits(PARAMS, ((".*", 8), ("lm_head", 32)))
 
 
-def test_a_rule_may_match_behind_a_mask_or_on_no_parameter_yet():
+def test_a_rule_can_match_nothing_behind_a_mask_or_without_parameters():
     tx = fse.scale_by_adam8bit(rules=(("embedding", 32), ("kernel", 8)), state_format=SMALL)
     params = {"kernel": jnp.ones((64, 64)), "wte": {"embedding": jnp.ones((64, 64))}}
     masked = optax.masked(tx, {"kernel": True, "wte": {"embedding": False}})
@@ -266,7 +266,7 @@ def test_a_rule_may_match_behind_a_mask_or_on_no_parameter_yet():
 
 
 @pytest.mark.parametrize("path", ["wte/weight", "model/embed_tokens/weight", "vocab_table", "Emb/kernel"])
-def test_a_name_like_an_embeddings_gives_one_warning(path):
+def test_a_name_like_that_of_an_embedding_gives_one_warning(path):
     params = shapes(**{path: (64, 64), "other/kernel": (64, 64)})
     tx = fse.adamw8bit(1e-3, state_format=SMALL)
     with pytest.warns(UserWarning, match=rf"No parameter is named like an embedding.*: {path}\.") as record:
@@ -275,7 +275,7 @@ def test_a_name_like_an_embeddings_gives_one_warning(path):
     assert record[0].filename == __file__, "it points to the caller's line"
 
 
-def test_no_warning_without_need():
+def test_a_table_with_a_rule_or_too_small_for_8_bits_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bits(shapes(wte__weight=(64, 64)), (("wte", 8),))
@@ -306,7 +306,7 @@ def test_no_warning_without_need():
         ({"mu_dtype": jnp.bfloat16}, r"`mu_dtype` must be None, got .*bfloat16.* rules="),
     ],
 )
-def test_bad_arguments_are_named_and_shown(arguments, message):
+def test_errors_show_the_bad_argument_and_its_value(arguments, message):
     for factory in (
         lambda **kw: fse.adamw8bit(1e-3, **kw),
         lambda **kw: fse.adam8bit(1e-3, **kw),
@@ -329,7 +329,7 @@ def test_bad_arguments_are_named_and_shown(arguments, message):
         ({"min_size": -1}, r"`min_size` must be an integer of at least 0, got -1"),
     ],
 )
-def test_formats_that_cannot_be_are_refused(arguments, message):
+def test_invalid_formats_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         fse.StateFormat(**arguments)
 
@@ -344,18 +344,18 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
         ({"bits": 32, "state_format": SMALL}, r"but `bits` is 32 in .* Drop one"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(arguments, message):
+def test_invalid_rules_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fse.Rule(**arguments)
 
 
-def test_where_takes_a_function():
+def test_where_requires_a_function():
     with pytest.raises(TypeError, match="`predicate` must be a function of a path and a shape, got 'kernel'"):
         fse.where("kernel")
     assert not callable(fse.where(lambda path, shape: True))
 
 
-def test_an_axis_that_a_parameter_lacks_names_the_parameter():
+def test_the_error_for_a_missing_axis_names_the_parameter():
     tx = fse.scale_by_adam8bit(state_format=fse.StateFormat(block_axis=2, min_size=0))
     with pytest.raises(ValueError, match=r"Parameter 'kernel': `block_axis` 2 is not an axis"):
         tx.init({"kernel": jnp.ones((64, 64))})
@@ -371,7 +371,7 @@ def test_options_are_static_and_equal_by_value():
 # --- blocks in a real state ------------------------------------------------------------------------------------------
 
 
-def test_scales_have_the_blocks_that_the_format_asks_for():
+def test_scales_have_the_blocks_of_the_format():
     params = shapes(kernel=(64, 512), wte__embedding=(64, 512), bias=(512,), gate=(600,), cube=(4, 64, 96))
 
     def absmax(state_format, rules=((".*", 8),)):

@@ -93,7 +93,7 @@ def test_at_100_percent_nothing_is_clipped():
 @pytest.mark.parametrize(("percentile", "history", "index"), [(5, 10, 0), (50, 10, 5), (29, 100, 29), (99, 7, 6),
                                                               (12.5, 8, 1), (50, 1, 0), (57, 1000, 570),
                                                               (4.996, 100, 4)])  # fmt: skip
-def test_the_percentile_is_that_of_the_history(percentile, history, index):
+def test_the_percentile_is_computed_over_the_history(percentile, history, index):
     """With a full ring buffer, a larger norm is clipped to the entry at floor(percentile n / 100)."""
     tx = fse.percentile_clipping(percentile, history)
     ring = norms(history) ** 2
@@ -269,7 +269,7 @@ def test_a_scan_equals_a_loop(per_parameter):
 
 @either_norm
 @pytest.mark.one_in(2, start=1)
-def test_vmap_equals_members_one_by_one(per_parameter):
+def test_vmap_equals_a_loop_over_members(per_parameter):
     tx = fse.percentile_clipping(50, 4, per_parameter=per_parameter)
     members = [gradients(i) for i in range(3)]
     stack = jax.tree.map(lambda *x: jnp.stack(x), *members)
@@ -360,7 +360,7 @@ def test_the_percentile_can_be_injected_and_changed(per_parameter, jitted):
     assert types(after) == types(state)
 
 
-def test_the_percentile_may_follow_a_schedule():
+def test_the_percentile_can_follow_a_schedule():
     schedule = lambda count: jnp.where(count < 2, 100.0, 0.0)  # noqa: E731
     tx = optax.inject_hyperparams(fse.percentile_clipping)(schedule, history=8)
     out, _ = run(tx, [1.0, 3.0, 3.0])
@@ -414,7 +414,7 @@ def test_the_default_history_is_that_of_bitsandbytes():
         ({"history": None}, TypeError, "`history` must be an integer, got None"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_errors_name_the_bad_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         fse.percentile_clipping(**arguments)
 

@@ -54,7 +54,7 @@ def assert_8bit(state):
 
 @pytest.mark.parametrize("state_format", [SMALL, DYNAMIC, STOCHASTIC, fse.StateFormat("linear", min_size=0)], ids=str)
 @pytest.mark.one_in(2)
-def test_around_adamw_it_is_adamw8bit(state_format):
+def test_quantized_adamw_equals_adamw8bit(state_format):
     params = parameters()
     ours, theirs = adamw(state_format=state_format), fse.adamw8bit(0.01, weight_decay=0.1, state_format=state_format)
     (new, state), (expected, expected_state) = run(ours, params, 5), run(theirs, params, 5)
@@ -68,14 +68,14 @@ def test_around_adamw_it_is_adamw8bit(state_format):
     np.testing.assert_array_equal(found.format, reference.format)
 
 
-def test_fp32_moments_are_the_transforms_own_to_the_bit():
+def test_fp32_moments_equal_those_of_the_transform_bit_for_bit():
     params = parameters()
     theirs = optax.adamw(0.01, weight_decay=0.1)
     (new, state), (expected, expected_state) = run(adamw(rules=ALL_FP32), params), run(theirs, params)
     assert_same_bits((new, state.inner), (expected, expected_state))
 
 
-def test_half_precision_is_computed_in_float32():
+def test_half_precision_updates_are_computed_in_float32():
     params = parameters("bfloat16")
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     tx, theirs = adamw(), optax.adamw(0.01, weight_decay=0.1)
@@ -89,7 +89,7 @@ def test_half_precision_is_computed_in_float32():
     assert_8bit(state)
 
 
-def test_bf16_by_rule():
+def test_a_rule_stores_moments_in_bfloat16():
     tx, params = adamw(rules=(("kernel", "bf16"),)), parameters()
     state = tx.init(params)
     _, after, _ = jitted(tx)(gradients(), state, params)
@@ -109,7 +109,7 @@ def test_float64_parameters_keep_float64_moments():
 
 
 @pytest.mark.parametrize("state_format", [SMALL, DYNAMIC, STOCHASTIC], ids=str)
-def test_what_the_transform_leaves_alone_keeps_its_codes(state_format):
+def test_moments_that_a_step_does_not_change_keep_their_codes(state_format):
     """In MultiSteps, say, between its steps: the codes are decoded and encoded again, and must not drift."""
     params = parameters()
     multi = optax.MultiSteps(optax.adamw(0.01), 3).gradient_transformation()
@@ -121,7 +121,7 @@ def test_what_the_transform_leaves_alone_keeps_its_codes(state_format):
     assert_same_bits(after.absmax, state.absmax)
 
 
-def test_an_element_that_overflows_starts_anew():
+def test_moments_of_an_element_that_overflows_are_reset():
     params = {"kernel": jnp.ones((64, 64))}
     tx = adamw()
     grads = {"kernel": jnp.ones((64, 64)).at[0, 0].set(1e30)}
@@ -130,7 +130,7 @@ def test_an_element_that_overflows_starts_anew():
     assert state.inner[0].mu["kernel"][0, 1] != 0
 
 
-def test_stochastic_rounding_needs_a_count():
+def test_stochastic_rounding_needs_a_step_count():
     with pytest.raises(ValueError, match=r"state of `tx` has no field count, step_count, t\. A schedule"):
         fse.quantize_state(optax.rmsprop(0.1), state_format=STOCHASTIC)
     params = {"kernel": jnp.ones((64, 64)) * jnp.linspace(0.1, 1.0, 64)[None]}
@@ -145,7 +145,7 @@ def test_stochastic_rounding_needs_a_count():
 # --- what stays ------------------------------------------------------------------------------------------------------
 
 
-def test_parameters_in_a_state_stay_as_they_are():
+def test_parameters_in_a_state_are_not_quantized():
     params = parameters()
     for tx, name in ((optax.contrib.schedule_free_adamw(0.1), "z"), (optax.contrib.prodigy(1.0), "params0")):
         state = fse.quantize_state(tx, state_format=SMALL).init(params)
@@ -157,13 +157,13 @@ def test_parameters_in_a_state_stay_as_they_are():
     assert_8bit(ours.init(optax.LookaheadParams(params, params)).fast_state)
 
 
-def test_lookahead_goes_around():
+def test_lookahead_cannot_be_wrapped():
     params = optax.LookaheadParams.init_synced(parameters())
     with pytest.raises(ValueError, match="has no moments to store"):
         fse.quantize_state(optax.lookahead(optax.adam(0.1), 2, 0.5)).init(params)
 
 
-def test_describe_lists_what_stayed_and_why():
+def test_describe_lists_fields_that_are_not_quantized_and_the_reasons():
     params = parameters()
     report = fse.describe(fse.quantize_state(optax.contrib.schedule_free_adamw(0.1), state_format=SMALL), params)
     assert report.stayed == (("z", 4 * (64 * 64 + 8 + 128), "parameters"),)
@@ -186,7 +186,7 @@ def test_a_field_can_be_named_by_its_state():
     assert state.inner[0].trace["kernel"].dtype == jnp.float32
 
 
-def test_parameters_may_be_named_as_moments_are():
+def test_parameters_can_have_the_names_of_moments():
     params = {"mu": {"kernel": jnp.ones((64, 64))}, "kernel": jnp.ones((64, 64)), "trace": {"nu": jnp.ones((32, 64))}}
     tx = fse.quantize_state(optax.contrib.schedule_free_adamw(0.1), state_format=SMALL)
     state = tx.init(params)
@@ -197,7 +197,7 @@ def test_parameters_may_be_named_as_moments_are():
 
 
 @pytest.mark.parametrize("params", [jnp.ones((64, 64)), [jnp.ones((64, 64)), jnp.ones(())], {}, {"a": None}], ids=str)
-def test_any_tree_of_parameters(params):
+def test_every_tree_of_parameters_works(params):
     tx = adamw()
     state = tx.init(params)
     _, after, _ = jitted(tx)(params, state, params)
@@ -205,7 +205,7 @@ def test_any_tree_of_parameters(params):
     assert_same_bits(optax.tree.map_params(tx, lambda x: x, state), state)
 
 
-def test_complex_integer_and_missing_leaves_stay():
+def test_complex_integer_and_missing_leaves_are_not_quantized():
     params = {"complex": jnp.ones((64, 64), jnp.complex64), "kernel": jnp.ones((64, 64)), "none": None}
     tx, theirs = adamw(), optax.adamw(0.01, weight_decay=0.1)
     state = tx.init(params)
@@ -221,7 +221,7 @@ def test_complex_integer_and_missing_leaves_stay():
 # --- optax and frameworks --------------------------------------------------------------------------------------------
 
 
-def test_masked_and_partition_around_and_inside():
+def test_masked_and_partition_work_outside_and_inside():
     params, grads = parameters(), gradients()
     labels = {"kernel": "ours", "norm": {"scale": "theirs"}, "wte": {"embedding": "ours"}}
     around = optax.partition({"ours": adamw(), "theirs": optax.sgd(0.1)}, labels)
@@ -265,7 +265,7 @@ def test_extra_arguments_are_passed_on():
     plain.update(gradients(), plain.init(params), params, unheard_of=2)
 
 
-def test_without_params_too():
+def test_update_works_without_params():
     tx = fse.quantize_state(optax.scale_by_adam(), state_format=SMALL)
     params, grads = parameters(), gradients()
     with_params, without = (
@@ -276,7 +276,7 @@ def test_without_params_too():
     assert_same_bits(with_params, without)
 
 
-def test_scan_vmap_and_donation():
+def test_scan_vmap_and_donation_work():
     members = [parameters(seed=i) for i in range(2)]
     params, grads = (
         jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (members, [gradients(i) for i in range(2)])
@@ -299,7 +299,7 @@ def test_scan_vmap_and_donation():
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
-def test_init_takes_shapes():
+def test_init_accepts_shapes_instead_of_arrays():
     params = parameters()
     tx = adamw()
     assert_same_bits(tx.init(jax.eval_shape(lambda: params)), tx.init(params))
@@ -351,7 +351,7 @@ def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh():
             assert after[name].sharding.is_equivalent_to(sharding, 2), name
 
 
-def test_linen_boxes_keep_names_that_divide():
+def test_linen_boxes_keep_axis_names_that_divide():
     boxed = {
         "kernel": meta.Partitioned(jnp.ones((64, 96)), names=(None, "model")),
         "bias": nn.LogicallyPartitioned(jnp.ones(96), names=("model",)),
@@ -369,7 +369,7 @@ def test_linen_boxes_keep_names_that_divide():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.one_in(2)
-def test_the_state_lies_as_the_parameter_and_stays_there(kind):
+def test_the_state_is_sharded_like_the_parameter_and_stays_so(kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         place = lambda tree: jax.tree.map(  # noqa: E731
@@ -393,7 +393,7 @@ def test_the_state_lies_as_the_parameter_and_stays_there(kind):
 
 
 @pytest.mark.parametrize("around", ["jit", "scan", "cond"])
-def test_codes_stay_cut_where_devices_cut_through_blocks(around):
+def test_codes_stay_sharded_if_blocks_straddle_devices(around):
     """Three blocks of 256 over four devices, and no type that says where codes lie."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     cut = NamedSharding(mesh, P("a", "b"))
@@ -423,7 +423,7 @@ def test_orbax_restores_every_bit(tmp_path):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_table_says_what_it_knows():
+def test_moments_must_be_signed_unsigned_or_keep():
     assert set(MOMENTS.values()) == {"signed", "unsigned", "keep"}
     with pytest.raises(ValueError, match="'mu': 'sign'"):
         fse.quantize_state(optax.adam(0.1), {"mu": "sign"})
@@ -439,7 +439,7 @@ def test_the_default_table_says_what_it_knows():
     ],
     ids=str,
 )
-def test_names_that_the_state_does_not_have(moments, message):
+def test_moments_that_name_no_field_or_store_nothing_are_refused(moments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fse.quantize_state(optax.adam(0.1), moments)
 
@@ -453,18 +453,18 @@ def test_names_that_the_state_does_not_have(moments, message):
         adamw,
     ],
 )
-def test_our_own_optimizers_are_in_8_bits_already(make):
+def test_8bit_optimizers_are_refused(make):
     with pytest.raises(ValueError, match="is an 8-bit optimizer of this library"):
         fse.quantize_state(make())
 
 
 @pytest.mark.parametrize("rule", ["rowwise", fse.Rule(8, lr_scale=0.1), fse.Rule(b1=0.5)], ids=str)
-def test_rules_that_only_our_own_optimizers_can_follow(rule):
+def test_rules_that_only_8bit_optimizers_support_are_refused(rule):
     with pytest.raises(ValueError, match="a rule sets only the storage"):
         fse.quantize_state(optax.adam(0.1), rules=(("kernel", rule),))
 
 
-def test_rules_that_match_nothing_and_metadata_that_cannot_be():
+def test_rules_that_match_nothing_and_unsupported_metadata_are_refused():
     with pytest.raises(ValueError, match="match no parameter: 'lm_head'"):
         adamw(rules=(("lm_head", 32),)).init(parameters())
     params = {"kernel": nnx.Param(jnp.ones((64, 64)), optim_bits="rowwise")}
@@ -472,7 +472,7 @@ def test_rules_that_match_nothing_and_metadata_that_cannot_be():
         adamw().init(params)
 
 
-def test_a_transform_for_other_parameters_is_judged_in_init():
+def test_a_transform_that_fits_only_its_own_parameters_is_checked_in_init():
     """A mask that is a tree fits its own parameters alone, so nothing can be tried when it is made."""
     mask = {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": False}}
     demanding = lambda tx: optax.GradientTransformation(  # noqa: E731
@@ -484,7 +484,7 @@ def test_a_transform_for_other_parameters_is_judged_in_init():
         late.init(parameters())
 
 
-def test_states_of_others_are_refused():
+def test_states_of_other_transforms_are_refused():
     params, tx = parameters(), adamw()
     state = tx.init(params)
     with pytest.raises(TypeError, match="must be a QuantizedState"):
@@ -504,7 +504,7 @@ def test_states_of_others_are_refused():
         fse.quantize_state(optax.adamw)
 
 
-def test_fused_update_names_it():
+def test_fused_update_refuses_a_quantized_transform():
     params, tx = parameters(), adamw()
     with pytest.raises(TypeError, match="'quantize_state' hides what is in it"):
         fse.fused_update(tx, params, tx.init(params), params)
@@ -517,14 +517,14 @@ class frozen(dict):
         return hash(tuple(self.items()))
 
 
-def test_parameters_may_be_pythons_numbers():
+def test_parameters_can_be_python_numbers():
     params = {"kernel": jnp.ones((64, 64)), "scale": 1.0}
     tx = fse.quantize_state(optax.adamw(0.1), state_format=SMALL)
     updates, state = tx.update(params, tx.init(params), params)
     assert updates["scale"].shape == () and is_codes(state.inner[0].mu["kernel"])
 
 
-def test_a_table_of_optaxs_names_serves_many_transforms():
+def test_one_table_of_moments_works_for_several_transforms():
     table = {"mu": "signed", "trace": "signed", "nu": "unsigned"}
     for tx in (optax.adamw(0.1), optax.sgd(0.1, momentum=0.9)):
         fse.quantize_state(tx, moments=table).init(parameters())

@@ -120,7 +120,7 @@ def test_applying_the_update_gives_exactly_the_rounded_parameter(dtype):
 
 
 @half_precision
-def test_every_number_can_be_reached_from_every_other(dtype):
+def test_an_update_can_move_every_number_to_every_other(dtype):
     """Goes from every number to 64 others: `p + (q - p)` is `q`, although float32 cannot hold every `q - p`."""
     bits = np.arange(2**16, dtype=np.uint16)
     p = bits[(bits & 0x7FFF) < np.array(np.inf, dtype).view(np.uint16)].view(dtype)
@@ -220,7 +220,7 @@ def test_the_inner_optimizer_sees_float32(dtype, inner):
 
 
 @every_inner
-def test_other_parameters_pass_untouched(inner):
+def test_parameters_in_other_precisions_are_not_changed_by_the_wrapper(inner):
     tx, alone = wrapped(inner), INNER[inner]()
     params = parameters()
     grads = {**gradients(), "norm": {"scale": gradients()["norm"]["scale"].astype(jnp.bfloat16)}}
@@ -294,7 +294,7 @@ def test_an_8bit_state_stays_8bit():
 
 
 @every_inner
-def test_init_takes_shapes_for_arrays(inner):
+def test_init_accepts_shapes_instead_of_arrays(inner):
     tx, params = wrapped(inner), mixed()
     shapes = jax.eval_shape(lambda: params)
     assert types(jax.eval_shape(tx.init, shapes)) == types(tx.init(params))
@@ -314,7 +314,7 @@ def test_a_scan_equals_a_loop(inner):
     assert same > 0.999  # an ulp of float32 decides one in 2^16
 
 
-def test_vmap_equals_members_one_by_one():
+def test_vmap_equals_a_loop_over_members():
     members = [mixed() | {"kernel": parameters("bfloat16", seed=i)["kernel"]} for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
     params, grads = stack(members), wide(stack([gradients(i, members[0]) for i in range(2)]))
@@ -366,7 +366,7 @@ def test_donated_buffers_are_used_in_place(dtype, inner):
 
 
 @pytest.mark.slow
-def test_x64_changes_nothing():
+def test_x64_does_not_change_the_result():
     params, grads = (
         mixed() | {"scalar": jnp.asarray(2.0, jnp.float16)},
         gradients(0, mixed() | {"scalar": jnp.ones(())}),
@@ -408,7 +408,7 @@ def test_hyperparameters_can_be_injected():
 
 
 @every_inner
-def test_multi_steps_around_and_within(inner):
+def test_multi_steps_works_outside_and_inside(inner):
     params = mixed()
     grads = gradients(0, params)
     around = optax.MultiSteps(wrapped(inner), 2)
@@ -428,7 +428,7 @@ def test_multi_steps_around_and_within(inner):
     assert types(new) == types(params) and np.any(np.asarray(new["kernel"]) != np.asarray(params["kernel"]))
 
 
-def test_chains_and_masks():
+def test_chains_masks_and_partitions_work():
     params, grads = mixed(), gradients(0, mixed())
     chain = fse.chain(optax.clip_by_global_norm(1.0), wrapped("adamw8bit"))
     new, state = fse.fused_update(chain, grads, chain.init(params), params)
@@ -462,7 +462,7 @@ TREES = {
 
 @pytest.mark.parametrize("kind", TREES)
 @pytest.mark.one_in(2)
-def test_every_kind_of_tree(kind):
+def test_every_kind_of_tree_keeps_its_structure_and_types(kind):
     params = TREES[kind]()
     tx = fse.stochastic_round_updates(optax.chain(optax.trace(0.9), optax.scale(-0.5)))
     state = tx.init(params)
@@ -479,7 +479,7 @@ def test_every_kind_of_tree(kind):
         np.testing.assert_array_equal(np.asarray(x, np.float32), 0.5 * np.asarray(p, np.float32))
 
 
-def test_a_leaf_may_be_without_a_gradient():
+def test_a_parameter_can_have_no_gradient():
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
     tx = wrapped("adamw8bit")
     updates, _ = tx.update({"a": params["a"], "b": None}, tx.init(params), params)
@@ -488,7 +488,7 @@ def test_a_leaf_may_be_without_a_gradient():
     assert_same_bits(new["b"], params["b"])
 
 
-def test_the_optimizer_of_nnx():
+def test_an_nnx_optimizer_rounds_stochastically():
     model = nnx.Linear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     before = np.asarray(model.kernel.get_value()).astype(np.float32)
     optimizer = nnx.Optimizer(model, wrapped("adamw8bit"), wrt=nnx.Param)
@@ -533,7 +533,7 @@ def test_a_restored_state_continues_with_the_same_bits():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("spec", [P("a", "b"), P(("a", "b"), None), P(None, "b"), P()], ids=str)
 @pytest.mark.one_in(9)
-def test_the_same_bits_on_every_mesh(kind, spec, inner):
+def test_every_mesh_gives_the_same_bits(kind, spec, inner):
     tx = ADD if inner == "identity" else wrapped(inner)
     plain = parameters("bfloat16", kernel=(256, 32))
     expected, expected_state = run(tx, plain, 2)
