@@ -1,4 +1,4 @@
-"""What the sweeps in tests/contracts run over: whoever joins a list here is tested fully."""
+"""Lists the cases that tests/contracts sweeps over. A module or optimizer in a list gets all of these tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import flax_stable_embed as fse
 
 
 class ModuleCase(NamedTuple):
-    """A module and its options; 8 rows of 16 features, so that every sharding on 8 devices divides."""
+    """A module and its options. The table has 8 rows of 16 features, so every sharding on 8 devices divides it."""
 
     name: str
     module: str
@@ -47,15 +47,16 @@ MODULES = [
     ),
 ]
 
-# --- optimizers: our factory beside its optax namesake, the hyper-parameters of both, and the chainable halves --------
+# --- optimizers: our factory, the optax optimizer of that name, hyper-parameters, and the scale_by transforms --------
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as itself, so that tests can cache what they build from it
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that tests can cache what they build
 class OptimizerCase:
-    """An 8-bit optimizer and what it must equal where nothing is in 8 bits.
+    """An 8-bit optimizer, and the optax optimizer that it must equal if nothing is stored in 8 bits.
 
-    `hyper` goes to `ours` and to `theirs`, `hyper` without the keys in `only_whole` to the halves. `moments` are those
-    that the state holds with these hyper-parameters, by optax's names.
+    `hyper` is passed to `ours` and to `theirs`. `half` and `their_half` are the scale_by transforms, which get `hyper`
+    without the keys in `only_whole`. `moments` are optax's names of the moments in the state with these
+    hyper-parameters.
     """
 
     name: str
@@ -68,9 +69,9 @@ class OptimizerCase:
     their_half: Callable
     only_whole: tuple[str, ...] = ("learning_rate", "weight_decay")
     mask: str = "mask"  # the name of the argument that says where weights decay
-    sums: bool = False  # over a whole parameter, whose last bits depend on how it is cut
+    sums: bool = False  # it sums over a parameter, so the last bits depend on the sharding
     bounded: bool = True  # a huge gradient moves its parameter no further than a small one
-    teaches: dict[str, Any] | None = None  # hyper-parameters that learn a small regression in 200 steps
+    teaches: dict[str, Any] | None = None  # hyper-parameters to learn a small regression in 200 steps
 
 
 def _lamb_half(**hyper):
@@ -172,11 +173,11 @@ OPTIMIZERS = [
     ),
 ]
 
-# --- transforms of optax whose moments `quantize_state` keeps in bytes -----------------------------------------------
+# --- transforms of optax whose moments `quantize_state` stores in 8 bits ---------------------------------------------
 
 
 class WrappedCase(NamedTuple):
-    """A factory of optax, the moments that it keeps by their fields' last names, and what it needs for each update."""
+    """A factory of optax, the names of the fields that hold its moments, and the extra arguments of its update."""
 
     name: str
     make: Callable[..., optax.GradientTransformation]
@@ -247,7 +248,7 @@ WRAPPED = [
     _wrapped(optax.contrib.sophia, "mu nu", "obj_fn", learning_rate=0.1),
 ]
 
-# Those that have nothing to store in 8 bits, and why not.
+# Optimizers that have nothing to store in 8 bits, each with the reason.
 NOT_WRAPPED = [
     ("adafactor", lambda: optax.adafactor(0.1), "its second moment is factored"),
     ("fromage", lambda: optax.fromage(0.1), "keeps nothing"),

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and no silent broadcasting of ranks, in every test; equal programs are compiled once."""
+"""Gives every test eight virtual CPU devices, forbids rank promotion, and compiles equal programs once."""
 
 import atexit
 import os
@@ -15,8 +15,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Saves a tenth of the time: most tests make functions of their own, alike only in what they compile to. A folder for
-# each process, since JAX writes into it without a lock.
+# The cache saves a tenth of the time, because many tests define their own functions that compile to equal programs.
+# Each process has its own folder, because JAX writes into it without a lock.
 COMPILED = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", COMPILED)
@@ -26,9 +26,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `one_in(n)`, every n-th case is in `make test`, beginning with `start`; the others are slow.
+    """Marks cases of a test marked `one_in(n)` as slow, except for every n-th case from `start` on.
 
-    An `n` that does not divide the number of optimizers, say, takes another one for each value of the next parameter.
+    If `n` does not divide the number of optimizers, each value of the next parameter runs with another optimizer.
     """
     cases = Counter()
     for item in items:

@@ -1,4 +1,4 @@
-"""The house keeps its order: imports go down only, tests mirror the package, and every public name is documented."""
+"""Tests the structure: imports go down only, tests mirror the package, and every public name is documented."""
 
 import ast
 import inspect
@@ -49,7 +49,7 @@ FACES = {"ops"}  # folders whose `__init__` is their public face and imports fro
 
 
 def imports_of(path):
-    """Absolute names of all imports in a file; the package's own without its name in front."""
+    """Absolute names of all imports in a file. The name of the package itself is left out."""
     package = path.relative_to(PACKAGE).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

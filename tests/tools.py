@@ -1,4 +1,4 @@
-"""What the tests of optimizers share: small parameters, and questions to ask of a state."""
+"""Helpers for tests of optimizers: small parameters, steps, and checks of states."""
 
 import functools
 import inspect
@@ -15,14 +15,15 @@ from benchmarks.counted import collectives
 from flax_stable_embed.optim.engine.engine import Engine
 from tests.cases import OPTIMIZERS
 
-SMALL = fse.StateFormat(min_size=0)  # 8 bits whatever the size: the parameters of tests are small
+SMALL = fse.StateFormat(min_size=0)  # 8 bits for every size, because the parameters of tests are small
 ALL_FP32 = ((".*", 32),)
 
 
-# Two moments and decay after the rule; one, with sums and decay before it. The others differ in their formulas.
+# AdamW has two moments and decays after the rule. LARS has one moment, sums over parameters and decays before the rule.
+# The others differ from these only in their formulas.
 REPRESENTATIVE = ("adamw8bit", "lars8bit")
 every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-# For what does not depend on the formula: the others join in `make test-all`.
+# For tests that do not depend on the formula. `make test-all` adds the other optimizers.
 every_kind_of_optimizer = pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[] if c.name in REPRESENTATIVE else pytest.mark.slow, id=c.name) for c in OPTIMIZERS],
@@ -39,7 +40,7 @@ def parameters(dtype=jnp.float32, kernel=(64, 64), seed=0):
 
 
 def gradients(step=0, like=None, dtype=None):
-    """Gradients of widely differing sizes, another set for every step."""
+    """Gradients of widely differing sizes. Every step has other ones."""
     rng = np.random.default_rng(100 + step)
     like = parameters() if like is None else like
     return jax.tree.map(
@@ -49,7 +50,7 @@ def gradients(step=0, like=None, dtype=None):
 
 @functools.cache
 def build(case, **options):
-    """The case's optimizer on small parameters; built once, so that tests share its compiled updates."""
+    """The case's optimizer for small parameters. It is built once, so that tests share its compiled updates."""
     return case.ours(**case.hyper, **{"state_format": SMALL} | options)
 
 
@@ -60,14 +61,14 @@ def build_theirs(case):
 
 @functools.cache
 def halves(case, **options):
-    """Our chainable half and optax's."""
+    """Our scale_by transform and that of optax."""
     hyper = {key: value for key, value in case.hyper.items() if key not in case.only_whole}
     return case.half(**hyper, **{"state_format": SMALL} | options), case.their_half(**hyper)
 
 
 @functools.cache
 def jitted(tx):
-    """A step: updates, new state, new parameters."""
+    """A compiled step that returns new parameters, new state and updates."""
 
     @jax.jit
     def step(grads, state, params):
@@ -118,7 +119,7 @@ def takes(case, name):
 
 
 def core(case, state):
-    """The state of the 8-bit transform, from within any other."""
+    """Finds the state of the 8-bit transform inside the states of other transforms."""
     is_core = lambda x: isinstance(x, case.state)  # noqa: E731
     (found,) = [x for x in jax.tree.leaves(state, is_leaf=is_core) if is_core(x)]
     return found
@@ -135,7 +136,7 @@ def first_moment(case, state):
 
 
 def their_moment(state, name):
-    """A moment of optax's, wherever it lies in a state."""
+    """Finds a moment in a state of optax."""
     (found,) = [getattr(x, name) for x in state if hasattr(x, name)]
     return found
 
@@ -145,7 +146,7 @@ def is_codes(x):
 
 
 def assert_8bit(case, state):
-    """Kernels are in bytes, everything else is not. Returns the state of the 8-bit transform."""
+    """Checks that moments of kernels are codes and no others are. Returns the state of the 8-bit transform."""
     found = core(case, state)
     for name in moments(case):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, name))
@@ -163,13 +164,13 @@ def assert_same_bits(ours, theirs):
 
 
 def _bits(x):
-    """The bytes, so that -0.0 and 0.0 differ and a NaN equals itself."""
+    """Returns the bytes of an array, so that -0.0 and 0.0 differ and a NaN equals itself."""
     x = np.asarray(x)
     return np.frombuffer(x.tobytes(), np.uint8)
 
 
 def assert_nearly(ours, theirs, rtol=2e-6):
-    """Equal but for the roundings of another compilation: codes by one, floats by a few ulps of the largest element."""
+    """Checks equality except for rounding: codes may differ by one, floats by a few ulps of the largest element."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -180,7 +181,7 @@ def assert_nearly(ours, theirs, rtol=2e-6):
 
 
 def assert_equal(case, ours, theirs):
-    """The same bits; nearly so where norms of whole parameters are summed, in an order that the compiler chooses."""
+    """Checks equal bits. Norms may differ in rounding, because the compiler chooses the order of their sums."""
     (assert_nearly if case.sums else assert_same_bits)(ours, theirs)
 
 
@@ -195,7 +196,7 @@ def kinds(tree):
 
 
 def public_names():
-    """Every name of ours that a user may type, and what it is."""
+    """Yields every public name of the package and its value."""
     for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop, fse.interop.bitsandbytes):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
@@ -204,7 +205,7 @@ def public_names():
 
 
 def assert_an_embedding_adds_nothing(rows):
-    """StableEmbed moves as few arrays as `nn.Embed` and `nn.LayerNorm`, and their bytes, but for sums of tokens."""
+    """StableEmbed moves no more arrays and bytes than `nn.Embed` and `nn.LayerNorm`, except for sums over tokens."""
     plain, ours = collectives.MODULES
     moved = {(row["table"], row["module"]): row["all"] for row in rows}
     assert moved.keys() == {(table, module) for table in collectives.TABLES for module in (plain, ours)}

@@ -17,9 +17,9 @@ SMALL = fse.StateFormat(min_size=0)
 
 @pytest.fixture(scope="module")
 def gpus():
-    """Descriptions of eight GPUs; none has to be installed."""
+    """Descriptions of eight GPUs. No GPU needs to be installed."""
     if (devices := counted.devices_of(counted.GPU, count=8)) is None:
-        pytest.skip("the CUDA plugin is not installed. Use `make test EXTRAS=cuda` in an environment of its own")
+        pytest.skip("the CUDA plugin is not installed. Use `make test EXTRAS=cuda` in its own environment")
     return devices
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark has a name on one command line."""
+"""Tests the command line that runs every benchmark by its name."""
 
 import json
 import subprocess

@@ -41,7 +41,7 @@ class Linen:
 
 
 class Nnx:
-    """The same for an NNX module."""
+    """An NNX module, called in the same way."""
 
     def __init__(self, module, *args, **options):
         self.module = module(*args, **options, rngs=nnx.Rngs(0))

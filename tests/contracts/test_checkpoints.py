@@ -1,7 +1,7 @@
-"""A run goes on from its checkpoint: by every library, on every mesh, and after whatever went wrong with the files.
+"""Tests that a run continues from its checkpoint: with every library, on every mesh, and after damage to the files.
 
-Saved on a mesh of 2 x 2 after two steps with rounding at random, whose bits are the same on every mesh; so two steps
-more must give the bits of the run that was never interrupted, wherever they are taken.
+Runs are saved on a mesh of 2 x 2 after two steps with stochastic rounding, whose bits are the same on every mesh. So
+two more steps on any mesh must give the bits of a run that was never interrupted.
 """
 
 import functools
@@ -24,7 +24,7 @@ from orbax.checkpoint import v1
 import flax_stable_embed as fse
 from tests.tools import assert_same_bits, gradients, is_codes, parameters
 
-SHAPE = (256, 32)  # eight blocks of 32 on the first axis: whole blocks on 2, 4 and 8 devices
+SHAPE = (256, 32)  # eight blocks of 32 on the first axis, so no block straddles 2, 4 or 8 devices
 TX = fse.adamw8bit(0.01, state_format=fse.StateFormat(rounding="stochastic", min_size=0))
 
 
@@ -33,7 +33,7 @@ def mesh_of(*shape):
 
 
 def sharding_on(mesh, path, x):
-    """The kernel and what belongs to it is cut, all else is on every device."""
+    """Shards the kernel and its moments, and replicates everything else."""
     is_cut = "kernel" in jax.tree_util.keystr(path) and x.ndim == 2
     return NamedSharding(mesh, P("a", "b") if is_cut else P())
 
@@ -43,7 +43,7 @@ def placed(tree, mesh):
 
 
 def shapes(where):
-    """Of parameters and state, with shardings: nothing is allocated."""
+    """Returns shapes of parameters and state with shardings. Nothing is allocated."""
     params = jax.eval_shape(lambda: parameters(kernel=SHAPE))
     tree = {"params": params, "state": jax.eval_shape(TX.init, params)}
 
@@ -66,8 +66,8 @@ def stepped():
     return jax.jit(lambda grads, state, params: fse.fused_update(TX, grads, state, params), donate_argnums=(1, 2))
 
 
-def go_on(run, steps, first):
-    """The run after some steps more; its arrays are donated."""
+def take_steps(run, steps, first):
+    """Takes more steps and returns the run. The arrays of `run` are donated."""
     params, state = run["params"], run["state"]
     for i in range(first, first + steps):
         like = jax.tree.map(lambda p: p.sharding, params)
@@ -79,7 +79,7 @@ def go_on(run, steps, first):
 def saved_run(steps=2):
     """The run when it is saved."""
     params = placed(parameters(kernel=SHAPE), mesh_of(2, 2))
-    return go_on({"params": params, "state": placed(TX.init(params), mesh_of(2, 2))}, steps, 0)
+    return take_steps({"params": params, "state": placed(TX.init(params), mesh_of(2, 2))}, steps, 0)
 
 
 @functools.cache
@@ -88,11 +88,11 @@ def bits(steps):
     return jax.tree.map(np.array, saved_run(steps))
 
 
-def assert_goes_on(run):
-    """From the two steps of the saved run it goes on as if nothing had been."""
+def assert_continues(run):
+    """Checks that a run restored after two steps continues with the bits of the uninterrupted run."""
     assert_same_bits(run, bits(2))
     assert is_codes(run["state"][0].mu["kernel"])
-    assert_same_bits(go_on(run, 2, 2), bits(4))
+    assert_same_bits(take_steps(run, 2, 2), bits(4))
 
 
 def by_manager(folder, run=None, like=None):
@@ -122,16 +122,16 @@ def test_a_run_continues_from_shapes_and_shardings(library, target, tmp_path):
     before = sum(x.nbytes for x in jax.live_arrays())
     run = by(tmp_path / "run", like=like)
     held = sum(x.nbytes for x in jax.live_arrays()) - before
-    assert held == sum(x.nbytes for x in jax.tree.leaves(run)), "nothing is there twice"
+    assert held == sum(x.nbytes for x in jax.tree.leaves(run)), "arrays are held twice"
     assert all(x.sharding == y.sharding for x, y in zip(*map(jax.tree.leaves, (run, like)), strict=True))
-    assert_goes_on(run)
+    assert_continues(run)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_run_on_one_device_continues_on_a_mesh(library, tmp_path):
     one = jax.device_put(bits(2), jax.devices()[0])
     LIBRARIES[library](tmp_path / "run", run=one)
-    assert_goes_on(LIBRARIES[library](tmp_path / "run", like=shapes(TARGETS["more devices"])))
+    assert_continues(LIBRARIES[library](tmp_path / "run", like=shapes(TARGETS["more devices"])))
 
 
 def test_an_explicit_mesh_opens_the_checkpoint_of_an_auto_mesh(tmp_path):
@@ -140,10 +140,10 @@ def test_an_explicit_mesh_opens_the_checkpoint_of_an_auto_mesh(tmp_path):
     with jax.set_mesh(mesh):
         run = by_v1(tmp_path / "run", like=shapes(lambda path, x: sharding_on(mesh, path, x)))
         assert jax.typeof(run["params"]["kernel"]).sharding.spec == P("a", "b")
-        assert_goes_on(run)
+        assert_continues(run)
 
 
-# --- libraries of bytes ----------------------------------------------------------------------------------------------
+# --- serialization to bytes ------------------------------------------------------------------------------------------
 
 
 def by_msgpack(file, run):
@@ -157,7 +157,7 @@ def by_bytes(file, run):
 
 
 def by_safetensors(file, run):
-    """Flattened by path: every leaf of a state is one array with a name of its own."""
+    """Flattens by path. Every leaf of a state is one array with its own name."""
     library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     pairs, tree = jax.tree_util.tree_flatten_with_path(run)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.array(x) for path, x in pairs}
@@ -170,23 +170,23 @@ def by_safetensors(file, run):
 @pytest.mark.parametrize("by", [by_msgpack, by_bytes, by_safetensors], ids=lambda by: by.__name__)
 def test_a_run_continues_from_serialized_bytes(by, tmp_path):
     run = by(tmp_path / "run", saved_run())
-    assert_goes_on(placed(run, mesh_of(2, 4)))
+    assert_continues(placed(run, mesh_of(2, 4)))
 
 
-# --- while the run goes on -------------------------------------------------------------------------------------------
+# --- saving during training ------------------------------------------------------------------------------------------
 
 
 def test_saving_is_correct_while_steps_overwrite_the_saved_arrays(tmp_path):
-    """Steps donate their buffers: what is written must be the bits of when `save` was called, every time.
+    """Steps donate their buffers. The files must hold the bits at the time of each call of `save`.
 
-    (On CPU JAX copies a donated buffer that is still being written to a file; on other devices orbax copies before.)
+    On CPU, JAX copies a donated buffer that is still being written to a file. On other devices, orbax copies it before.
     """
     run, expected = saved_run(), {}
     with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(max_to_keep=None)) as manager:
         for i in range(2, 8):
             expected[i] = jax.tree.map(np.array, run)
             assert manager.save(i, args=ocp.args.StandardSave(run))
-            run = go_on(run, 1, i)
+            run = take_steps(run, 1, i)
         manager.wait_until_finished()
         for i, tree in expected.items():
             like = shapes(TARGETS["another shape"])
@@ -196,10 +196,10 @@ def test_saving_is_correct_while_steps_overwrite_the_saved_arrays(tmp_path):
 def test_v1_saves_while_steps_run(tmp_path):
     run = saved_run()
     pending = v1.save_async(tmp_path / "run", run)
-    run = go_on(run, 2, 2)
+    run = take_steps(run, 2, 2)
     pending.result()
     assert_same_bits(run, bits(4))
-    assert_goes_on(by_v1(tmp_path / "run", like=shapes(TARGETS["the same mesh"])))
+    assert_continues(by_v1(tmp_path / "run", like=shapes(TARGETS["the same mesh"])))
 
 
 # --- what can go wrong -----------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def without_arrays(folder):
 
 
 def without_state(folder):
-    """The parameters alone were saved."""
+    """Saves the parameters without the state."""
     shutil.rmtree(folder)
     with ocp.CheckpointManager(folder.parent) as manager:
         manager.save(3, args=ocp.args.StandardSave({"params": saved_run(3)["params"]}))
@@ -245,7 +245,7 @@ def _saved_by(folder, tx):
 
 
 def full_disk(folder):
-    """No file may have more than a few bytes."""
+    """Saves while no file may be longer than 2000 bytes."""
     shutil.rmtree(folder)
     run = saved_run(3)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
@@ -270,8 +270,8 @@ SAID = {
 }
 
 
-def refuse_and_go_on(folder):
-    """The last checkpoint is refused with an error that says so, and the one before it opens."""
+def refuse_and_continue(folder):
+    """Checks that the last checkpoint is refused with an error that says why, and that the one before it opens."""
     for spoil, said in SAID.items():
         steps, like = Path(folder) / spoil.__name__, shapes(TARGETS["the same mesh"])
         with ocp.CheckpointManager(steps) as manager:
@@ -288,15 +288,15 @@ def refuse_and_go_on(folder):
         assert message and said in message, spoil.__name__
         with ocp.CheckpointManager(steps) as manager:
             assert manager.latest_step() == (2 if spoil is full_disk else 3)
-            assert_goes_on(manager.restore(2, args=ocp.args.StandardRestore(like)))
-    print("all went on")
+            assert_continues(manager.restore(2, args=ocp.args.StandardRestore(like)))
+    print("all continued")
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_opens(tmp_path):
-    # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
-    # collected, and that can be in any later test.
-    code = f"import tests.conftest; from {__name__} import refuse_and_go_on; refuse_and_go_on({str(tmp_path)!r})"
+    # This runs in its own process. If one array fails, orbax drops the reads of the others, which warn when they are
+    # collected, possibly in a later test.
+    code = f"import tests.conftest; from {__name__} import refuse_and_continue; refuse_and_continue({str(tmp_path)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     print(done.stdout)
-    assert "all went on" in done.stdout, done.stderr
+    assert "all continued" in done.stdout, done.stderr

@@ -128,7 +128,7 @@ def test_the_fused_step_equals_applied_updates(name):
 @every_optimizer
 @pytest.mark.one_in(4)
 def test_elements_without_gradient_do_not_move(name):
-    """Neither in a block that also has elements with a gradient, nor in a short block."""
+    """This holds in a block that also has elements with a gradient, and in a short block."""
     params = {"kernel": normal(0, (300,), 0.1), "embedding": normal(1, (64, 16), 0.1)}
     tx, new = without_decay(name), params
     state, step = tx.init(params), fused(tx)
@@ -240,6 +240,6 @@ def test_a_stable_embedding_trains_with_every_optimizer(name):
 
 @every_optimizer
 def test_every_option_reaches_the_engine(name, options_of_engines):
-    """An option that a factory takes and drops would be ignored without a word."""
+    """An option that a factory accepts but does not pass on would be ignored silently."""
     make(name, **UNUSUAL_OPTIONS)
     assert options_of_engines == [Options(**UNUSUAL_OPTIONS)]

@@ -1,4 +1,4 @@
-"""What every optimizer of tests/cases.py must do: optax's contract, and optax's numbers where nothing is in 8 bits."""
+"""Tests every optimizer of tests/cases.py: optax's contract, and optax's numbers if nothing is in 8 bits."""
 
 import functools
 import inspect
@@ -49,7 +49,7 @@ STORAGES = [*itertools.product(("root", "dynamic", "linear"), ("nearest", "stoch
 
 
 def with_every_storage(cases):
-    """Every optimizer in every storage; `make test` takes one of the six for each, and each of the six somewhere."""
+    """Every optimizer in every storage. `make test` runs one of the six for each optimizer, and all six in total."""
     return pytest.mark.parametrize(
         ("case", "codec", "rounding"),
         [
@@ -69,7 +69,7 @@ with_weight_decay = pytest.mark.parametrize(
 
 @functools.cache
 def without_decay(case, **options):
-    """The case's optimizer without weight decay, which moves a parameter also where its gradient is zero."""
+    """The case's optimizer without weight decay, because decay also moves parameters whose gradient is zero."""
     hyper = case.hyper | ({"weight_decay": 0.0} if takes(case, "weight_decay") else {})
     return case.ours(**hyper, **{"state_format": SMALL} | options)
 
@@ -130,7 +130,7 @@ def test_extra_arguments_are_ignored(case):
 def test_a_second_call_compiles_nothing(case, dtype):
     params = parameters(dtype)
     tx = build(case)
-    # Functions of their own: `jax.jit` of the same function shares its cache with other tests.
+    # New functions, because `jax.jit` of the same function shares its cache with other tests.
     step, fused = jax.jit(lambda *args: tx.update(*args)), jax.jit(lambda *args: fse.fused_update(tx, *args))
     grads, state = gradients(like=params), tx.init(params)
     for _ in range(3):
@@ -192,7 +192,7 @@ def test_scale_by_transforms_work_without_params(case):
 @pytest.mark.parametrize("which", ["whole", "half"])
 @pytest.mark.one_in(4)
 def test_hyperparameters_can_be_injected(case, which):
-    """Static options pass through untouched, a predicate in the rules too, and every number can be changed later."""
+    """Static options are passed on unchanged, including a predicate in the rules. Numbers can be changed later."""
     rules = ((fse.where(lambda path, shape: shape == (64, 64)), fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)
     hyper = case.hyper if which == "whole" else {k: v for k, v in case.hyper.items() if k not in case.only_whole}
     options = {"state_format": SMALL, "rules": rules, "implementation": "xla", "skip_nonfinite": False}
@@ -204,15 +204,15 @@ def test_hyperparameters_can_be_injected(case, which):
     expected, expected_state = jax.jit(plain.update)(grads, plain.init(params), params)
     step = jax.jit(lambda *args: injected.update(*args))
     updates, state = step(grads, state, params)
-    assert first_moment(case, state)["kernel"].dtype == jnp.uint8  # the rule's codec, so the rule survived
+    assert first_moment(case, state)["kernel"].dtype == jnp.uint8  # the codec of the rule, so the rule was passed on
     assert_8bit(case, state)
-    # The decay 1 - b is one rounding of float32 off, which is 6e-5 of 1 - 0.999.
+    # 1 - b has an error of one rounding of float32, which is 6e-5 of 1 - 0.999.
     assert_nearly(updates, expected, rtol=1e-4)
     assert_nearly(core(case, state), core(case, expected_state), rtol=1e-4)
     for _ in range(2):
         updates, state = step(grads, state, params)
     assert step._cache_size() == 1
-    if which == "whole" and case.name != "lars8bit":  # whose trace has the rates of earlier steps in it
+    if which == "whole" and case.name != "lars8bit":  # its trace contains the rates of earlier steps
         state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
         updates, state = step(grads, state, params)
         assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
@@ -293,7 +293,7 @@ def test_float64_parameters_keep_float64_moments(case):
 
 @every_kind_of_optimizer
 def test_numpy_numbers_work_like_python_numbers(case):
-    """`np.float64` is a Python float to isinstance, and yet promotes float32 arrays under x64."""
+    """`np.float64` is an instance of Python's float, but it promotes float32 arrays under x64."""
     with jax.enable_x64(True):
         params = parameters("float32")
         hyper = {key: np.float64(x) if isinstance(x, float) else x for key, x in case.hyper.items()} | (
@@ -356,7 +356,7 @@ def test_vmap_of_init_and_update_equals_a_loop_over_members(case):
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
 def test_parameters_after_a_step_are_differentiable(case):
-    """As in learning the learning rate, or a loss on the gradient: with respect to both, and through remat."""
+    """Differentiates by the learning rate and by the gradients, as in meta-learning, and through remat."""
     params, grads = parameters(), gradients()
     state = build(case).init(params)
     assert_8bit(case, state)
@@ -374,15 +374,15 @@ def test_parameters_after_a_step_are_differentiable(case):
     ours = functools.partial(case.ours, state_format=SMALL)
     gradient = lambda make, fused: jax.jit(jax.grad(functools.partial(loss, make, fused), argnums=(0, 1)))  # noqa: E731
     expected = gradient(case.theirs, False)(0.01, grads, case.theirs(0.01, **hyper).init(params))
-    # Sums run in another order, and 1 / sqrt stands for optax's rsqrt. Products with 1 / c stand for its divisions by
-    # c, of m and sqrt(v), whose derivatives by g, the order of 1 / |g|, cancel but for what was rounded.
+    # Sums run in another order. We use 1 / sqrt where optax uses rsqrt, and multiply m and sqrt(v) by 1 / c where optax
+    # divides by c. Their derivatives by g are of the order of 1 / |g| and cancel, except for rounding.
     cancels = case.name in ("adam8bit", "adamw8bit", "ademamix8bit")
     rtol, atol = 1e-4, 1e-6
     if cancels or case.sums or case.name == "rmsprop8bit":
         rtol, atol = (2e-2, 1e-5) if cancels else (2e-3, 1e-6)
     for fused in (False, True):
         found = gradient(ours, fused)(0.01, grads, state)
-        # At the first step the moments are zero in either state: nothing is rounded, so optax's derivative is ours.
+        # At the first step the moments are zero in both states. Nothing is rounded, so the derivatives are equal.
         chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)
     rematerialized = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, ours, False)), argnums=(0, 1)))
     chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=rtol, atol=atol)
@@ -391,7 +391,7 @@ def test_parameters_after_a_step_are_differentiable(case):
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
 def test_donated_buffers_are_used_in_place(case):
-    """Warnings are errors here, and JAX warns of a donated buffer that it could not use."""
+    """JAX warns if it cannot use a donated buffer, and warnings are errors in these tests."""
     for fused in (False, True):
         tx, params = build(case), jax.tree.map(jnp.copy, parameters())
         state, grads = tx.init(params), gradients()
@@ -485,7 +485,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 @every_optimizer_and_storage
 @pytest.mark.one_in(3)
 def test_the_first_step_equals_optax_in_every_storage(case, codec, rounding):
-    """The update comes from the fresh moments, before they are rounded; only the next one sees their codes."""
+    """The update uses the new moments before they are rounded. Only the next step uses their codes."""
     params, grads = parameters(), gradients()
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     theirs = case.theirs(**case.hyper | ({"weight_decay": 0.0} if takes(case, "weight_decay") else {}))
@@ -499,7 +499,7 @@ def test_the_first_step_equals_optax_in_every_storage(case, codec, rounding):
 def test_a_zero_gradient_changes_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
-    if case.name != "lars8bit":  # whose trace begins with 0.0, which -0.0 plus it is then, in optax too
+    if case.name != "lars8bit":  # its trace starts at 0.0, and -0.0 + 0.0 is 0.0, in optax too
         params["kernel"] = params["kernel"].at[0].set(-0.0)
     zero, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
     new, after, _ = jitted(tx)(zero, state, params)
@@ -515,7 +515,7 @@ def test_a_zero_gradient_changes_nothing(case, codec, rounding):
 
 @every_optimizer_and_storage
 def test_elements_without_a_gradient_do_not_change(case, codec, rounding):
-    """A row of its own blocks, and single elements among live ones of their block."""
+    """Covers rows that fill their blocks, and single elements of blocks with other gradients."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
     untouched = np.zeros((64, 64), bool)
@@ -530,7 +530,7 @@ def test_elements_without_a_gradient_do_not_change(case, codec, rounding):
     assert not moved[untouched].any()
     assert moved[~untouched].mean() > 0.9
     for name in moments(case):
-        if not np.any(getattr(core(case, tx.init(params)), f"{name}_absmax")["kernel"]):  # it begins with zeros
+        if not np.any(getattr(core(case, tx.init(params)), f"{name}_absmax")["kernel"]):  # it starts with zeros
             codes = np.asarray(getattr(found, name)["kernel"])
             np.testing.assert_array_equal(codes[untouched], zero_codes[name][untouched])
 
@@ -550,11 +550,11 @@ def with_bad_elements(grads):
 
 @every_optimizer_and_storage
 def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, rounding):
-    """Beside the same gradient with zeros there: every other element has the same bits, now and a step later."""
+    """Compared with zeros in place of the bad elements, all others have the same bits, now and one step later."""
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
     bad, where, where_scale = with_bad_elements(gradients(1))
-    # Without moments of their own so far, the bad elements have no share in the scales.
+    # The bad elements have no moments yet, so they do not contribute to the scales.
     before = gradients(0) | {"kernel": jnp.where(where, 0.0, gradients(0)["kernel"])}
     _, warm, _ = jitted(tx)(before, tx.init(params), params)
     clean = bad | {
@@ -570,17 +570,17 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
         assert_same_bits(getattr(found, name)["wte"], getattr(reference, name)["wte"])
     assert_same_bits(np.asarray(new["kernel"])[~where], np.asarray(expected["kernel"])[~where])
     assert_same_bits(new["wte"], expected["wte"])
-    if not case.sums:  # where the clean element, which has a moment, has a share in the norm
+    if not case.sums:  # there the zero element has a moment and contributes to the norm
         scale, expected_scale = (np.asarray(x["norm"]["scale"]) for x in (new, expected))
         assert_same_bits(scale[~where_scale], expected_scale[~where_scale])
-    # A step later nothing of it is left in the state, and nothing but the bad elements has become NaN.
+    # One step later the state is finite again, and only the bad elements of the parameters are NaN.
     (later, state, _), (_, expected_state, _) = (jitted(tx)(gradients(2), s, new) for s in (state, expected_state))
     for name in moments(case):
         codes, expected = (np.asarray(getattr(core(case, s), name)["kernel"]) for s in (state, expected_state))
-        if case.name == "adagrad8bit":  # a sum that was forgotten is smaller than one that never was
+        if case.name == "adagrad8bit":  # a sum that was reset is smaller than one that was not
             codes, expected = codes[~where], expected[~where]
         assert_same_bits(codes, expected)
-    if case.name == "lion8bit":  # the sign of an infinite gradient is as good as any
+    if case.name == "lion8bit":  # the sign of an infinite gradient gives a finite step
         where = where & np.isnan(bad["kernel"])
     np.testing.assert_array_equal(np.isfinite(later["kernel"]), ~where)
     np.testing.assert_array_equal(np.isfinite(later["norm"]["scale"]), ~where_scale)
@@ -631,7 +631,7 @@ def test_skip_nonfinite_does_not_update_elements_with_a_nonfinite_gradient(case,
     for name in moments(case):
         scale, old_scale = (np.asarray(getattr(s, name)["norm"]["scale"]) for s in (found, before))
         assert_same_bits(scale[where_scale], old_scale[where_scale])
-        # In 8 bits the code follows its block's new scale: it is one of the two whose values lie around the old value.
+        # In 8 bits the block has a new scale, so the code is one of the two whose values are next to the old value.
         (value, scale), (old_value, _) = (kernel_moment(s, name) for s in (found, before))
         for v, old, unit in zip(value[where], old_value[where], scale[where]):
             grid = np.sort(table("root", signed=bool((value < 0).any()))) * unit
@@ -639,7 +639,7 @@ def test_skip_nonfinite_does_not_update_elements_with_a_nonfinite_gradient(case,
 
 
 def kernel_moment(state, name):
-    """The decoded moment of the kernel, (64, 64) in blocks along its last axis, and each element's scale."""
+    """The decoded moment of the kernel and the scale of each element, (64, 64). Blocks are along the last axis."""
     codes, absmax = getattr(state, name)["kernel"], getattr(state, f"{name}_absmax")["kernel"]
     size = codes.shape[1] // absmax.shape[1]
     value = fse.ops.dequantize(codes, absmax, signed=codes.dtype == jnp.int8, block_size=size)
@@ -659,7 +659,7 @@ def test_fused_update_equals_update_and_apply_updates(case, dtype):
     assert types(fused) == types(params)
     for f, n, p, u in zip(*map(jax.tree.leaves, (fused, new, params, updates))):
         f, n, p, u = (np.asarray(x, np.float32) for x in (f, n, p, u))
-        # Of the sum too: it may lie in the next binade, where one ulp is two of the summands'.
+        # The sum can be in the next binade, where one ulp is two ulps of the summands.
         ulp = np.spacing(np.max(np.abs([p, u, n]), axis=0)) * (1 if dtype == "float32" else 2**16)
         assert np.all(np.abs(f - n) <= ulp)
 
@@ -743,7 +743,7 @@ def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
 
 @every_kind_of_optimizer
 def test_parameters_can_be_numpy_arrays_and_python_numbers(case):
-    """As a checkpoint may bring them: float64 without x64, and a temperature that is a number."""
+    """A checkpoint can hold float64 without x64, and a temperature that is a Python number."""
     params = {"kernel": np.ones((64, 64)), "scale": np.ones(8, np.float16), "a": 1.0, "b": np.float32(2.0)}
     grads = {"kernel": np.full((64, 64), 0.5), "scale": np.ones(8, np.float16), "a": 0.25, "b": np.float32(2.0)}
     tx = build(case, rules=(("kernel", 8), ("^(a|b)$", 32)))
@@ -803,7 +803,7 @@ def test_a_state_of_fewer_parameters_or_of_another_block_size_is_refused(case):
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
 def test_learning_rates_can_follow_a_schedule(case):
-    schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two: count / 3 * 3 need not be count
+    schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two, because count / 3 * 3 can differ from count
     hyper = case.hyper | {"learning_rate": schedule}
     tx, theirs = case.ours(**hyper, state_format=SMALL), case.theirs(**hyper)
     params = parameters()
@@ -815,8 +815,8 @@ def test_learning_rates_can_follow_a_schedule(case):
     assert len(schedules[0]) == 1
     assert_same_bits(*schedules)
     assert_nearly(jitted_fused(tx)(gradients(), state, new), jitted(tx)(gradients(), state, new)[:2])
-    if case.name != "lars8bit":  # whose trace has the rates of earlier steps in it
-        new, state = run(tx, new, 2, state=state)  # the schedule has come to its end
+    if case.name != "lars8bit":  # its trace contains the rates of earlier steps
+        new, state = run(tx, new, 2, state=state)  # the schedule has ended
         assert_same_bits(run(tx, new, 1, state=state)[0], new)
 
 
@@ -895,7 +895,7 @@ def test_8bit_follows_fp32_on_a_small_regression(case):
 @pytest.mark.parametrize("half", [False, True], ids=["optimizer", "half"])
 @every_optimizer
 def test_every_option_reaches_the_engine(case, half, options_of_engines):
-    """An option that a factory takes and drops would be ignored without a word."""
+    """An option that a factory accepts but does not pass on would be ignored silently."""
     hyper = {key: value for key, value in case.hyper.items() if not half or key not in case.only_whole}
     (case.half if half else case.ours)(**hyper, **UNUSUAL_OPTIONS)
     assert options_of_engines == [Options(**UNUSUAL_OPTIONS)]

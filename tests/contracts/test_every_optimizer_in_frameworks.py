@@ -1,4 +1,4 @@
-"""What every optimizer of tests/cases.py must do inside optax's wrappers, Flax and serialization."""
+"""Tests every optimizer of tests/cases.py inside optax's wrappers, in Flax and with serialization."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit],
 X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
 
-# --- optax around us --------------------------------------------------------------------------------------------------
+# --- wrappers of optax ------------------------------------------------------------------------------------------------
 
 
 @every_kind_of_optimizer
@@ -66,7 +66,7 @@ def test_masked_works_around_the_optimizer(case):
 
 @every_kind_of_optimizer
 def test_partition_works_around_the_optimizer(case):
-    """Also with rules: one that matches nothing may match on the other side of the partition."""
+    """A rule that matches nothing is accepted, because it can match in the other part of the partition."""
     params, grads = parameters(), gradients()
     ours = build(case, rules=(("wte", 32), ("kernel", 8), ("scale", 32)))
     labels = {"kernel": "8bit", "norm": {"scale": "plain"}, "wte": {"embedding": "8bit"}}
@@ -145,7 +145,7 @@ def test_a_train_state_trains(case):
         )
         return state.apply_gradients(grads=grads), loss
 
-    state = state.replace(step=jnp.int32(0))  # flax begins with a Python 0, another type than step 1 is
+    state = state.replace(step=jnp.int32(0))  # flax starts with a Python 0, whose type differs from that of step 1
     before = types(state)
     losses = []
     for _ in range(4):
@@ -202,7 +202,7 @@ def test_linen_boxes_give_specs_that_divide(case, box, names):
 @every_kind_of_optimizer
 @every_kind
 def test_linen_boxes_of_shapes_and_arrays_are_initialized_under_a_mesh(case, kind):
-    """Flax's own `unbox` asks for the named sharding, which shapes and arrays made elsewhere do not have."""
+    """Flax's own `unbox` needs the named sharding, which shapes and arrays from outside the mesh do not have."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     tx = build(case)
     for value in (jax.ShapeDtypeStruct((64, 96), jnp.float32), jnp.ones((64, 96))):
@@ -346,7 +346,7 @@ def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width
 
 
 class ShardedModel(nnx.Module):
-    """Batches cut along "a", features along "b"; a stable embedding whose table gives the logits too."""
+    """Batches are sharded along "a", features along "b". The table of the stable embedding also gives the logits."""
 
     def __init__(self, rngs):
         cut = {"out_sharding": (None, "b")}
@@ -424,7 +424,7 @@ def test_an_nnx_optimizer_trains_with_optax_wrappers(case, wrap):
 @every_kind_of_optimizer
 @pytest.mark.parametrize("names", [None, (None, "b")], ids=["without a mesh", "under a mesh"])
 def test_eval_shape_of_an_nnx_optimizer_gives_the_real_shapes_and_specs(case, names):
-    """Under the mesh two blocks of 32 lie beside an axis of four pieces."""
+    """Under the mesh, blocks of 32 are along the first axis, and the second axis is sharded over four devices."""
 
     def build_both():
         model = Model(nnx.Rngs(0), names, 96)

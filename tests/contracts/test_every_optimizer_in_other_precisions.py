@@ -1,4 +1,4 @@
-"""Precision between all and nothing: bfloat16 moments, and one second moment for each row."""
+"""Tests the storage between fp32 and 8 bits: bfloat16 moments, and one second moment per row."""
 
 import functools
 
@@ -33,7 +33,7 @@ def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
     state = tx.init(params)
     new, after, updates = jitted(tx)(grads, state, params)
     _, expected_state, expected = jitted(theirs)(grads, theirs.init(params), params)
-    # What Adagrad begins from is rounded too.
+    # The initial value of Adagrad is rounded too.
     assert_nearly(updates, expected, rtol=2**-8 if case.name == "adagrad8bit" else 2e-6)
     for name in case.moments:
         stored = getattr(core(case, after), name)["kernel"]
@@ -51,7 +51,7 @@ def test_bfloat16_moments_are_computed_in_float32_and_rounded_once(case):
 @with_second_moment
 @pytest.mark.one_in(2)
 def test_rowwise_second_moments_average_the_mean_square_of_the_row(case):
-    """Where all elements of a row have the same size, that is the fp32 optimizer."""
+    """If all elements of a row have the same size, the result equals the fp32 optimizer."""
     tx, theirs = build(case, "rowwise"), case.theirs(**case.hyper)
     rng = np.random.default_rng(0)
     params = parameters()
@@ -86,7 +86,7 @@ def test_rowwise_adam_equals_a_step_by_hand():
 @with_second_moment
 @pytest.mark.one_in(6)
 def test_one_bad_element_of_a_row_does_not_change_the_others(case):
-    """It counts as zero in the row's mean, as does a gradient whose square overflows."""
+    """It counts as zero in the mean of the row. So does a gradient whose square overflows."""
     params = parameters()
     without = gradients() | {"kernel": gradients()["kernel"].at[3, 5].set(0.0)}
     hyper = case.hyper | ({"weight_decay": 0.0} if "weight_decay" in case.hyper else {})
@@ -191,7 +191,7 @@ def test_a_state_stored_with_other_bits_is_refused():
 
 
 def test_an_embedding_can_have_other_bits_than_8bit_matrices():
-    """The totals of the report, beside the bytes of the real state."""
+    """The totals of the report equal the bytes of the real state."""
     params = {"wte": {"embedding": jnp.ones((512, 64))}, "kernel": jnp.ones((64, 512)), "scale": jnp.ones(64)}
     for bits, size in (("rowwise", 4 * 512 * 64 + 4 * 512), ("bf16", 4 * 512 * 64), (32, 8 * 512 * 64)):
         tx = fse.adamw8bit(1e-3, rules=(("embedding", bits),))
@@ -231,7 +231,7 @@ def cases(*names):
 
 @cases("adam8bit", "adagrad8bit")
 def test_slow_means_in_bfloat16_follow_those_in_float32(case):
-    """What a step adds to them is below half an ulp."""
+    """Each step changes them by less than half an ulp."""
     ours, theirs = build(case, "bf16"), case.theirs(**case.hyper)
 
     def last(tx):

@@ -1,4 +1,4 @@
-"""What every optimizer of tests/cases.py must do on meshes: keep shardings and bits, save on one, open on another."""
+"""Tests every optimizer of tests/cases.py on meshes: shardings, equal bits, and checkpoints from another mesh."""
 
 import functools
 import re
@@ -37,7 +37,7 @@ from tests.tools import (
 
 every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 
-KERNEL = (256, 32)  # eight blocks of 32 on the first axis: whole blocks on 2, 4 and 8 devices
+KERNEL = (256, 32)  # eight blocks of 32 on the first axis, so no block straddles 2, 4 or 8 devices
 SPECS = [P("a", "b"), P(("a", "b"), None), P(None, "b"), P("b")]
 
 
@@ -47,7 +47,7 @@ def mesh_of(kind, shape=(2, 4), names=("a", "b")):
 
 
 def place(params, mesh, spec):
-    """The kernel cut as `spec` says, the rest on every device."""
+    """Shards the kernel by `spec` and replicates the rest."""
     rest = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
     return jax.device_put(params, rest | {"kernel": NamedSharding(mesh, spec)})
 
@@ -57,12 +57,12 @@ def shardings(tree):
 
 
 def equivalent(a, b):
-    """Whether two trees of arrays lie on devices in the same way."""
+    """Whether two trees of arrays have equivalent shardings."""
     return all(x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in zip(*map(jax.tree.leaves, (a, b))))
 
 
 def cut(x):
-    """How many pieces each axis has."""
+    """Returns the number of shards along each axis."""
     return tuple(n // m for n, m in zip(x.shape, x.sharding.shard_shape(x.shape)))
 
 
@@ -79,7 +79,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
         for name in moments(case):
             codes, absmax = (getattr(found, field)["kernel"] for field in (name, f"{name}_absmax"))
             assert codes.sharding.is_equivalent_to(params["kernel"].sharding, 2)
-            assert cut(absmax) == cut(codes), "these blocks divide, so the scales lie where their codes lie"
+            assert cut(absmax) == cut(codes), "blocks fit the shards, so scales must be sharded like their codes"
             for key in ("wte", "norm"):
                 for x in jax.tree.leaves((getattr(found, name)[key], getattr(found, f"{name}_absmax")[key])):
                     assert x.sharding.device_set == set(mesh.devices.flat)
@@ -103,7 +103,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
 @every_kind
 @pytest.mark.one_in(3)
 def test_blocks_that_straddle_devices_still_give_the_same_bits(case, kind):
-    """The promise of `shards` broken: two blocks of 32 on an axis in four pieces."""
+    """`shards` is wrong here: an axis with two blocks of 32 is sharded over four devices."""
     tx, plain = build(case), parameters(kernel=(64, 64))
     expected, expected_state = run(tx, plain, 2)
     mesh = mesh_of(kind)
@@ -137,7 +137,7 @@ MESHES = [
 @pytest.mark.parametrize(
     ("case", "rounding", "kind", "shape", "spec"),
     [
-        # One of the seven for each in `make test`, and each of the seven somewhere.
+        # `make test` runs one of the seven meshes for each optimizer, and all seven in total.
         pytest.param(case, *mesh, marks=[] if (k - 3 * n) % 7 == 0 else pytest.mark.slow)
         for n, case in enumerate(OPTIMIZERS)
         for k, mesh in enumerate(MESHES)
@@ -163,7 +163,7 @@ def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
 @pytest.mark.parametrize("made", ["eager", "jit", "elsewhere", "numpy"])
 @pytest.mark.one_in(3)
 def test_parameters_on_a_mesh_work_with_states_from_anywhere(case, made):
-    """With an Auto mesh that nobody has set: as of a state from `jit(init)`, or a restored one."""
+    """The Auto mesh is not set. The state comes from `init` with and without jit, from one device, or from NumPy."""
     mesh, tx, plain = mesh_of(AxisType.Auto), build(case), parameters(kernel=KERNEL)
     params = place(plain, mesh, P("a", "b"))
     state = {"eager": tx.init, "jit": jax.jit(tx.init)}.get(made, lambda _: tx.init(plain))(params)
@@ -188,7 +188,7 @@ def test_one_step_moves_no_data_between_devices(case, kind):
         text = step.lower(params, state, params).compile().as_text()
     for collective in ("all-gather", "all-to-all", "collective-permute", *([] if case.sums else ["all-reduce"])):
         assert collective not in text
-    # Norms are numbers: what is reduced is never an array of the parameter's rank.
+    # Only norms are reduced, which are single numbers, never an array of the parameter's shape.
     assert all(shape in ("f32[]", "f32[1,1]") for shape in re.findall(r"= (\S+?)(?:\{\S*)? all-reduce\(", text))
 
 
@@ -230,7 +230,7 @@ OTHER_FORMATS = [
 
 
 def refuse_every_other_format(folder):
-    """Orbax casts dtypes without a word; the shapes of scales and `format` must give the error."""
+    """Orbax casts dtypes silently, so the shapes of scales and `format` must give the error."""
     for case in OPTIMIZERS:
         state = build(case).init({"kernel": jnp.ones((32, 64))})
         assert_8bit(case, state)
@@ -246,8 +246,8 @@ def refuse_every_other_format(folder):
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
-    # collected, and that can be in any later test.
+    # This runs in its own process. If one array fails, orbax drops the reads of the others, which warn when they are
+    # collected, possibly in a later test.
     code = (
         f"from {__name__} import refuse_every_other_format as refuse; refuse({str(tmp_path)!r}); print('all refused')"
     )
@@ -268,7 +268,7 @@ def test_abstract_init_keeps_the_shardings_of_its_shapes(case, kind):
         assert_same_bits(state, tx.init(params))
         assert types(state) == types(tx.init(params))
         if kind == AxisType.Explicit:
-            # As text: `eval_shape` gives counts an empty mesh, with optax too.
+            # Compared as text, because `eval_shape` gives counts an empty mesh, in optax too.
             assert str(types(jax.eval_shape(tx.init, shapes))) == str(types(state))
 
 
@@ -285,7 +285,7 @@ def test_init_under_jit_accepts_the_shardings_of_the_abstract_state(case, kind):
             assert like.sharding.mesh == mesh
             if isinstance(x.sharding, NamedSharding):
                 assert like.sharding.is_equivalent_to(x.sharding, x.ndim)
-            else:  # counts, which go along with others
+            else:  # counts, which are not placed on a mesh
                 assert like.sharding.is_fully_replicated
         state = jax.jit(tx.init, out_shardings=shardings(abstract))(params)
         assert_8bit(case, state)
@@ -309,7 +309,7 @@ def test_multi_steps_and_clipping_work_on_a_mesh(case, kind):
             new, state, _ = step(place(gradients(i, params), mesh, P("a", "b")), state, new)
         found = assert_8bit(case, state)
         assert cut(first_moment(case, found)["kernel"]) == (2, 4)
-        assert_nearly((new, state), expected, rtol=1e-5)  # the norm's sum runs in another order
+        assert_nearly((new, state), expected, rtol=1e-5)  # the norm is summed in another order
 
 
 def _stepped(tx, grads, state, params):

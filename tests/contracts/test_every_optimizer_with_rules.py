@@ -1,4 +1,4 @@
-"""Hyper-parameters that a rule sets for its parameters, and that the rule holds whatever happens to the parameters."""
+"""Tests hyper-parameters that a rule sets, and that rules still match if the parameters are copied or moved."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ THEIR_NAMES = {("rmsprop8bit", "b2"): "decay", ("sgd8bit", "b1"): "momentum", ("
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
 @pytest.mark.one_in(8)
 def test_a_rule_sets_hyperparameters_of_the_parameters_that_it_matches(name, fused):
-    """They then step as with an optimizer that has these for all, and the others as without the rule."""
+    """These parameters step as with an optimizer that has the values for all, the others as without the rule."""
     make, overrides = EVERY[name]
     renamed = {THEIR_NAMES.get((name, key), key): value for key, value in overrides.items()}
     if name == "sgd8bit":
@@ -73,7 +73,7 @@ def test_the_first_rule_that_matches_is_the_only_one():
     tx = fse.adam8bit(1.0, rules=rules, state_format=SMALL)
     updates, state = jitted(tx)(gradients(), tx.init(parameters()), parameters())[2::-1][:2]
     assert not np.any(np.asarray(updates["kernel"]))
-    assert is_codes(state[0].mu["kernel"])  # what the first leaves open is for the defaults
+    assert is_codes(state[0].mu["kernel"])  # the defaults decide what the first rule does not set
 
 
 def test_lr_scale_works_in_scale_by_transforms():
@@ -125,7 +125,7 @@ def test_lr_scale_can_be_a_numpy_number_but_not_nan():
         fse.Rule(lr_scale=float("nan"))
 
 
-# --- what breaks overrides that go by identity or by position, as bitsandbytes' do -----------------------------------
+# --- cases that break overrides by identity or by position, as in bitsandbytes ---------------------------------------
 
 HEAD = (("head", fse.Rule(32, lr_scale=0.5)),)
 
@@ -188,8 +188,8 @@ def test_a_tied_weight_is_one_parameter_with_one_rule():
         return moment.dtype, model.wte.embedding[...] - before
 
     dtype, moved = trained()
-    assert dtype == jnp.float32  # found as an embedding, under whichever name
-    for pattern in ("embedding", "head"):  # of a variable's two paths NNX shows the first
+    assert dtype == jnp.float32  # it is found as an embedding under either name
+    for pattern in ("embedding", "head"):  # NNX shows the first of the two paths of a variable
         dtype, half = trained(rules=((pattern, fse.Rule(8, lr_scale=0.5)),))
         assert dtype == jnp.int8
         assert abs(np.median(np.abs(half[:8])) / np.median(np.abs(moved[:8])) - 0.5) < 0.02
@@ -198,7 +198,7 @@ def test_a_tied_weight_is_one_parameter_with_one_rule():
 
 
 def test_a_rule_still_matches_if_parameters_are_nested_deeper():
-    """Or get another one: which leaf is in fp32, and which one has the rate of its own."""
+    """The same leaf is stored in fp32 and has its own learning rate under every prefix of the paths."""
     tx = fse.adam8bit(1e-3, rules=(("(^|/)head/", fse.Rule(32, lr_scale=0.5)),))
     names = [lambda p: p, lambda p: {"params": p}, lambda p: {"lm": p}, lambda p: {"decoder": {"inner": p}}]
     results = []

@@ -1,4 +1,4 @@
-"""What `quantize_state` must do around every transform of tests/cases.py: optax's own list and its contributions."""
+"""Tests `quantize_state` around every transform of tests/cases.py, from optax and optax.contrib."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ def wrapped(case, **options):
 
 @functools.cache
 def trained(name):
-    """Losses with and without, and the state after training."""
+    """Trains with and without `quantize_state`. Returns the losses of both and the state."""
     case = next(case for case in WRAPPED if case.name == name)
     ours, theirs = wrapped(case), case.make(**case.hyper)
 
@@ -57,12 +57,12 @@ def trained(name):
 
 
 def assert_in_bytes(case, state):
-    """The moments of the kernel, and they alone, are codes; each has its scales."""
+    """Checks that moments of the kernel are codes with scales, and that nothing else is."""
     assert isinstance(state, fse.QuantizedState)
     assert {name.split(".")[-1] for name in state.absmax} == set(case.moments.split())
     codes = [path for path, x in jax.tree_util.tree_leaves_with_path(state.inner) if is_codes(x)]
     named = {jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2] for path in codes}
-    assert named == set(case.moments.split()) or (case.name == "muon" and named == {"mu"})  # its Adam has the bias
+    assert named == set(case.moments.split()) or (case.name == "muon" and named == {"mu"})  # its Adam updates the bias
     assert all("kernel" in jax.tree_util.keystr(path) for path in codes)
     return state
 
@@ -76,7 +76,7 @@ def test_a_quantized_transform_trains_like_the_transform_in_fp32(case):
     assert types(state) == types(jax.eval_shape(wrapped(case).init, PARAMS))
     assert losses[0] == expected[0]
     assert min(losses) < 0.5 * losses[0]
-    # On the way down the two go side by side; near the end both are small.
+    # The losses agree in the first half; at the end both are small.
     np.testing.assert_allclose(losses[: STEPS // 2], expected[: STEPS // 2], rtol=0.25, atol=0.02 * losses[0])
     assert min(losses) < 1.5 * min(expected) + 0.01 * losses[0]
 
@@ -95,7 +95,7 @@ def test_optax_wrappers_and_control_flow_keep_types(case):
 
     injected = optax.inject_hyperparams(make)(case.hyper["learning_rate"])
     finite = fse.quantize_state(optax.apply_if_finite(case.make(**case.hyper), 3), **options)
-    # MultiSteps asks for the updates' shapes without the extra arguments.
+    # MultiSteps calls update for shapes without the extra arguments.
     for tx in (plain, injected, finite, *([] if case.extra else [inside, around])):
         state = jax.eval_shape(tx.init, params)
         found = [
@@ -134,7 +134,7 @@ def test_tree_map_params_finds_moments_and_scales(case):
     specs = {"kernel": P("x", "y"), "bias": P("x")}
     if case.name in ("sm3", "muon"):
         plain = case.make(**case.hyper)
-        with pytest.raises(ValueError):  # optax itself cannot map more trees: lists, and masks, in place of parameters
+        with pytest.raises(ValueError):  # optax itself cannot map lists or masks in place of parameters
             optax.tree.map_params(plain, lambda _, spec: spec, plain.init(PARAMS), specs)
         return
     mapped = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
@@ -166,7 +166,7 @@ def test_the_report_counts_every_byte(case):
 @pytest.mark.slow
 @every_transform
 def test_wrappers_and_control_flow_do_not_change_the_result(case):
-    """MultiSteps around it, a learning rate that is injected, `lax.cond`: two steps are those without them."""
+    """Two steps inside MultiSteps, with an injected learning rate, and in `lax.cond` equal two plain steps."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     plain = wrapped(case)
 
@@ -183,7 +183,7 @@ def test_wrappers_and_control_flow_do_not_change_the_result(case):
     expected = two_steps(plain)
     assert_nearly(two_steps(plain, conditional=True), expected)
     assert_nearly(two_steps(optax.inject_hyperparams(make)(case.hyper["learning_rate"])), expected)
-    if not case.extra:  # MultiSteps asks for the updates' shapes without the extra arguments
+    if not case.extra:  # MultiSteps calls update for shapes without the extra arguments
         assert_nearly(two_steps(optax.MultiSteps(plain, 2).gradient_transformation(), repeats=2), expected)
 
 
@@ -198,12 +198,12 @@ def test_orbax_restores_every_bit(case, tmp_path):
     assert_same_bits(restored, state)
 
 
-# Deprecated for the one with v2; a wrapper, which is in two optimizers here; one that optax makes with a warning.
+# The first is deprecated for its v2, the second is a wrapper inside two of the cases, the third warns in optax.
 EXCUSED = {"optimistic_adam", "schedule_free", "dpsgd"}
 
 
 def test_every_optimizer_of_optax_is_tested_or_listed_as_an_exception():
-    """Whatever takes a learning rate in `optax` and `optax.contrib`."""
+    """An optimizer is a function in `optax` or `optax.contrib` that has a learning rate."""
     wrapped_names = {getattr(case.make, "__name__", "") for case in WRAPPED} | {case.name for case in WRAPPED}
     named = wrapped_names | {name for name, *_ in NOT_WRAPPED} | EXCUSED
     missing = []

@@ -1,4 +1,4 @@
-"""Moments in the host's memory: the same bits as on the device, and there again after every step."""
+"""Tests moments in host memory: the same bits as in device memory, and still in host memory after every step."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ GRADS = jax.tree.map(lambda p: 0.1 * p, PARAMS)
 
 
 def memories(state):
-    """The memory of every array with one element or more for each parameter, by what it is called."""
+    """Returns the memory kinds of all matrices in a state."""
     return {x.sharding.memory_kind for x in jax.tree.leaves(state) if x.ndim == 2}
 
 
@@ -143,7 +143,7 @@ def test_unsupported_uses_of_host_memory_raise():
 
 
 def tpu_step(leaves):
-    """AdamW on arrays of 4096 x 4096 with moments in the host's memory, compiled for one chip with 16 GB."""
+    """AdamW on arrays of 4096 x 4096 with moments in host memory, compiled for one chip with 16 GB."""
     if (devices := counted.devices_of("v5e")) is None:
         pytest.skip("libtpu is not installed: `make test EXTRAS=tpu`")
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
@@ -164,7 +164,7 @@ def test_on_a_tpu_moments_are_transferred_and_do_not_stay_in_device_memory():
     memory = tpu_step(2)
     n = 2 * 2**24
     assert memory.host_argument_size_in_bytes / n == pytest.approx(2 + 8 / 256, abs=1e-3)
-    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes  # in place there too
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes  # in place in host memory too
     assert memory.argument_size_in_bytes / n == pytest.approx(8, abs=1e-3)  # parameters and gradients
     assert memory.temp_size_in_bytes / n < 2.1 and memory.host_temp_size_in_bytes == 0
 

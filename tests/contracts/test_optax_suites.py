@@ -1,9 +1,9 @@
-"""optax's own test suites, as its wheel ships them, run on our optimizers.
+"""Runs optax's own test suites, which are in its wheel, on our optimizers.
 
-A suite takes its optimizers from a list by name. Its source is executed up to the first test class; then the list is
-cut to the names that we have a namesake for and the names are led to ours; then the rest is executed, where the tests
-are generated from the list. So what optax skips for the namesake is skipped for ours, and learning rates are the same.
-Everything is in 8 bits, however small: the problems have two or three parameters.
+A suite has a list of the names of its optimizers. We execute its source up to the first test class. Then we reduce the
+list to the names for which we have an 8-bit optimizer, and replace these optimizers by ours. Then we execute the rest,
+which generates the tests from the list. So tests that optax skips for an optimizer are skipped for ours, and learning
+rates are the same. Everything is stored in 8 bits, even parameters of two or three elements.
 """
 
 import ast
@@ -28,11 +28,11 @@ from tests.tools import REPRESENTATIVE, is_codes, moments
 
 NAMESAKES = {case.theirs.__name__: case for case in OPTIMIZERS}
 STATES = tuple({case.state for case in OPTIMIZERS})
-RECORD: list[bool] = []  # for every parameter of every `init` of the running test: in 8 bits, or complex?
+RECORD: list[bool] = []  # per parameter and `init` of the test: is it in 8 bits or complex?
 
 
 def in_8bit(case):
-    """The case's factory, with everything in 8 bits and a record of it."""
+    """Returns the case's factory with everything in 8 bits. Every `init` adds to RECORD."""
 
     @functools.wraps(case.ours)
     def factory(*args, **kwargs):
@@ -59,7 +59,7 @@ def _is_ours(x):
 
 
 def wrapped_in_8bit(factory):
-    """A factory of optax whose transform keeps its moments in 8 bits, and a record of it."""
+    """Returns a factory of optax whose transform stores its moments in 8 bits. Every `init` adds to RECORD."""
 
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
@@ -82,7 +82,7 @@ def wrapped_in_8bit(factory):
 
 
 class Redirect:
-    """A module of optax whose optimizers are ours where we have a namesake; or `lead(name, optimizer)`."""
+    """A module of optax whose optimizers are replaced by `lead(name, optimizer)`, by default our 8-bit ones."""
 
     def __init__(self, module, lead=None):
         self._module, self._lead = module, lead or to_namesake
@@ -97,14 +97,14 @@ def to_namesake(name, found):
 
 
 def run_source(module_name, prepare):
-    """The namespace of a test module, executed with `prepare(namespace)` before its first class."""
+    """Executes a test module, calls `prepare(namespace)` before its first class, and returns the namespace."""
     path = Path(importlib.util.find_spec(module_name).origin)
     body = ast.parse(path.read_text()).body
     cut = next(i for i, node in enumerate(body) if isinstance(node, ast.ClassDef))
     namespace = {"__name__": module_name, "__file__": str(path)}
 
     def execute(nodes):
-        # One of them sets XLA_FLAGS, and builds other optimizers of optax, some with a warning.
+        # One module sets XLA_FLAGS and builds other optimizers of optax, some of which warn.
         with mock.patch.dict(os.environ), warnings.catch_warnings(action="ignore"):
             exec(compile(ast.Module(nodes, type_ignores=[]), str(path), "exec"), namespace)
 
@@ -132,7 +132,7 @@ def prepare_wrapped(namespace):
 
 
 def keeps_moments(entry, module=optax):
-    """Whether `quantize_state` takes it with these hyper-parameters: sgd has moments only with momentum, say."""
+    """Whether `quantize_state` accepts it with these hyper-parameters. For example, sgd needs momentum."""
     try:
         fse.quantize_state(getattr(module, entry["opt_name"])(**entry["opt_kwargs"]))
     except (ValueError, DeprecationWarning):
@@ -141,7 +141,7 @@ def keeps_moments(entry, module=optax):
 
 
 def prepare_wrapped_contrib(namespace):
-    """The contributed ones alone, and without optax's own wrappers of them: those are in `alias`, or wrapped there."""
+    """Keeps the optimizers of optax.contrib and drops wrappers. The wrapped optimizers are tested in `alias`."""
     entries = [entry for entry in namespace["_MAIN_OPTIMIZERS_UNDER_TEST"] if entry["wrapper_name"] is None]
     entries = tuple(entry for entry in entries if keeps_moments(entry, optax.contrib))
     names = {entry["opt_name"] for entry in entries}
@@ -151,7 +151,7 @@ def prepare_wrapped_contrib(namespace):
 
 
 def prepare_contrib(namespace):
-    """The contributed optimizers that are namesakes, with their wrappers; the others join as they are in `alias`."""
+    """Keeps optimizers of optax.contrib that we have in 8 bits, with their wrappers. Adds those of `alias`."""
     main, everything = (ours_of(namespace[f"_{which}_OPTIMIZERS_UNDER_TEST"]) for which in ("MAIN", "ALL"))
     own = {entry["opt_name"] for entry in main if entry["wrapper_name"] is None}
     joining = [
@@ -165,7 +165,7 @@ def prepare_contrib(namespace):
 
 
 def prepare_sharding(namespace):
-    # It compares versions as text and so takes JAX 0.10 for older than 0.7, and skips.
+    # It compares versions as text, so it would take JAX 0.10 to be older than 0.7, and skip.
     namespace["jax"] = types.SimpleNamespace(**vars(jax) | {"__version__": "1"})
     namespace["OPTIMIZERS"] = {name: in_8bit(case)(learning_rate=1.0) for name, case in NAMESAKES.items()}
 
@@ -174,9 +174,9 @@ COVERED = "test_state_shape", "test_preserve_dtype", "test_gradient_accumulation
 
 
 def is_covered(name, test):
-    """Whether `make test` leaves it out: what two suites ask of one optimizer, and what does not depend on its formula.
+    """Whether `make test` leaves a test out, because another suite has it or it does not depend on the formula.
 
-    The tests that optimize real parameters run for all, and one of the suites whole for the representatives.
+    Tests that optimize real parameters run for all optimizers. The representatives run all tests of one suite.
     """
     parameters = getattr(test, "__x_params_repr__", "")
     found = re.match(r"\(opt_name='(\w+)'", parameters)
@@ -188,10 +188,10 @@ def is_covered(name, test):
 
 
 def suite(test_class, only="test", without="test of nothing", unless="no parameters", one_in=1):
-    """The class, less tests that take no optimizer from a list; each test that runs must have made 8-bit states.
+    """Returns the class without tests that use no optimizer. Each test checks that it made 8-bit states.
 
-    `unless` matches the parameters of those that are left out too. Of its tests every `one_in`-th is in `make test`,
-    less those that are covered.
+    Tests whose parameters match `unless` are left out too. `make test` runs every `one_in`-th test, unless it is
+    covered elsewhere.
     """
     number = itertools.count()
 
@@ -221,15 +221,15 @@ _alias = run_source("optax._src.alias_test", prepare_alias)
 _contrib = run_source("optax.contrib._common_test", prepare_contrib)
 _sharding = run_source("optax._src.sharding_test", prepare_sharding)
 
-# `mu_dtype` is refused, and microbatching has no optimizer in it.
+# We refuse `mu_dtype`, and the test of microbatches has no optimizer.
 AliasTest = suite(_alias["AliasTest"], without="test_explicit_dtype")
 ContribTest = suite(_contrib["ContribTest"], one_in=2)
 ShardingTest = suite(_sharding["ShardingTest"], without="test_microbatch")
-# Any transform of optax's, wrapped.
+# Transforms of optax inside `quantize_state`.
 _wrapped = run_source("optax._src.alias_test", prepare_wrapped)
 WrappedTest = suite(_wrapped["AliasTest"], only="test_optimization", one_in=9)
-# Momo measures its steps by its moments: on the floor of Rosenbrock's valley it stops 6 to 9 percent short of the end.
-# What schedule_free evaluates at is asked of its own state, which is `state.inner` here.
+# Momo chooses the lengths of its steps by its moments, and stops 6 to 9 percent before the end of Rosenbrock's valley.
+# schedule_free evaluates at parameters that it reads from its own state, which is `state.inner` here.
 _wrapped_contrib = run_source("optax.contrib._common_test", prepare_wrapped_contrib)
 WrappedContribTest = suite(
     _wrapped_contrib["ContribTest"], only="test_optimizers", unless="momo.*rosenbrock|schedule_free_adamw", one_in=9
@@ -237,6 +237,6 @@ WrappedContribTest = suite(
 
 
 @pytest.mark.parametrize(("test_class", "of_each"), [(AliasTest, 16), (ContribTest, 14), (ShardingTest, 3)])
-def test_every_suite_has_tests_for_every_namesake(test_class, of_each):
+def test_every_suite_has_tests_for_every_optimizer(test_class, of_each):
     tests = [name for name in dir(test_class) if name.startswith("test")]
     assert len(tests) >= of_each * len(NAMESAKES)

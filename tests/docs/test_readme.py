@@ -95,7 +95,7 @@ def test_links_work_on_a_package_index():
     repository = PROJECT["project"]["urls"]["Repository"]
     for image, target in re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", text):
         assert target.startswith("https://"), target
-        if target.startswith((f"{repository}/blob/", f"{repository}/raw/")):  # and not the badge of ci
+        if target.startswith((f"{repository}/blob/", f"{repository}/raw/")):  # not the badge of ci
             kind, branch, path = target.removeprefix(f"{repository}/").split("/", 2)
             assert (kind, branch) == ("raw" if image else "blob", "main")
             assert (ROOT / path.partition("#")[0]).exists(), target

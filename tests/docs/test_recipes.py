@@ -21,7 +21,7 @@ def test_the_script_fits_the_column_of_the_site():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test EXTRAS=tpu")
 def test_the_script_compiles_a_step_in_place_without_collectives():
-    """It runs in a process of its own, because it sets the environment before it imports JAX."""
+    """The script runs in its own process, because it sets the environment before it imports JAX."""
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""The examples run in processes of their own; what one of them has compiled, the next ones find."""
+"""Lets the examples, which run in their own processes, share a compilation cache."""
 
 import os
 

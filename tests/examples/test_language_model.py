@@ -1,4 +1,4 @@
-"""The language model runs at a tiny size, prints and writes its reports, and continues bit for bit when killed."""
+"""Tests the language model at a tiny size: its reports, and that it continues bit for bit after it was killed."""
 
 import argparse as some_module_with_a_text
 import importlib
@@ -32,14 +32,14 @@ def command(folder, *options):
 
 
 def finish(arguments):
-    """Runs a program to its end and returns what it printed; fails if it fails."""
+    """Runs a program to its end and returns its output. Fails if the program fails."""
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def kill_when(arguments, happened):
-    """Starts a program and kills it, with no chance to tidy up, as soon as `happened()`."""
+    """Starts a program and kills it as soon as `happened()`. The program cannot clean up."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + PATIENCE_SECONDS
     while not happened():
@@ -51,19 +51,19 @@ def kill_when(arguments, happened):
 
 
 def losses_of(run):
-    """What a run's metrics say of the training itself: no times."""
+    """Returns steps and losses of a run, without times."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
 
 
 def entries(folder):
-    """Names in a folder, none where it does not exist."""
+    """Returns the names in a folder, and none if it does not exist."""
     return os.listdir(folder) if folder.exists() else []
 
 
 @pytest.mark.slow
 def test_a_comparison_writes_a_table_a_plot_and_a_summary_and_rejects_the_linear_codec(tmp_path):
-    # A vocabulary with rare tokens, and their moments in 8 bits too: what `linear` cannot do and `root` can.
+    # The vocabulary has rare tokens, with moments in 8 bits too. `root` can train this and `linear` cannot.
     control = "--compare --codec root linear --embedding-bits 8 --vocab 2048 --steps 60".split()
     printed = finish(command(tmp_path, *control))
     for name in ("adamw-fp32-stable", "adamw8bit-root-stable8", "adamw8bit-linear-stable8"):
@@ -121,7 +121,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     assert "continues after step" in finish(command(tmp_path / "killed", *options, "--resume"))
     assert losses_of(killed) == losses_of(whole)
     digests = [json.loads((run / "run.json").read_text())["digest"] for run in (whole, killed)]
-    assert digests[0] == digests[1]  # of every bit of the parameters and of the optimizer's state
+    assert digests[0] == digests[1]  # over every bit of the parameters and of the optimizer state
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_run_does_not_continue_with_other_settings(tmp_path):
 
 @pytest.mark.slow
 def test_parameters_and_state_are_updated_in_place(tmp_path):
-    """The compiled step writes its results over its arguments: as many bytes are aliased as they have."""
+    """The compiled step writes its results over its arguments, so all their bytes are aliased."""
     code = f"""
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
@@ -182,7 +182,7 @@ def test_a_batch_depends_only_on_seed_and_step(corpus):
     np.testing.assert_array_equal(batch, corpus.batch(ids, 1, 7, batch_size=4, length=9))
     assert (batch != corpus.batch(ids, 1, 8, batch_size=4, length=9)).any()
     assert (batch != corpus.batch(ids, 2, 7, batch_size=4, length=9)).any()
-    last = corpus.batch(ids[:9], 0, 0, batch_size=2, length=9)  # one window fits: both are it
+    last = corpus.batch(ids[:9], 0, 0, batch_size=2, length=9)  # only one window fits, so both are the same
     np.testing.assert_array_equal(last, [ids[:9], ids[:9]])
 
 

@@ -1,4 +1,4 @@
-"""A training on several processes continues with another number of them when one is killed, to the same losses."""
+"""Tests that a killed training on several processes continues on another number of them with the same losses."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The quick starts run, and print the line that examples/README.md shows."""
+"""Tests that the quick starts run and print the line that examples/README.md shows."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Word vectors learn: words that stand for each other come out alike, and the last line is the one in the README."""
+"""Tests that word vectors find similar words, and that the last line is the one in the README."""
 
 import json
 import re

@@ -56,7 +56,7 @@ def test_a_replicated_train_state_trains_under_pmap(name):
     batches = [flax.jax_utils.replicate(batch_of(PARAMS, i)) for i in range(3)]
     state, _ = trained(tx, PARAMS, loss_of, batches)
     assert_8bit(state.opt_state, state.params)
-    assert_nearly((state.params, state.opt_state), on_one_device(tx, PARAMS))  # another program: an ulp may differ
+    assert_nearly((state.params, state.opt_state), on_one_device(tx, PARAMS))  # another program, so one ulp may differ
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How collectives are counted in the text of a compiled program."""
+"""Tests how collectives are counted in the text of a compiled program."""
 
 from benchmarks.counted.collectives import Moved, collectives, counted
 

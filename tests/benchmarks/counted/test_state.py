@@ -1,4 +1,4 @@
-"""Bytes of the state of large models, checked by hand where that is possible."""
+"""Tests the bytes of the state of large models, against counts by hand where possible."""
 
 import json
 

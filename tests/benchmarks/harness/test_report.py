@@ -1,4 +1,4 @@
-"""Files of results have names that tell them apart."""
+"""Tests that files of results have distinct names."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The named shapes are stored as their entry says."""
+"""Tests that the named shapes are stored as their entry says."""
 
 import jax
 import jax.numpy as jnp

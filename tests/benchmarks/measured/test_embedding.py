@@ -1,4 +1,4 @@
-"""The benchmark of embeddings runs at a tiny size, without other libraries, and prints its results."""
+"""Tests that the benchmark of embeddings runs at a tiny size without other libraries and prints its results."""
 
 import json
 

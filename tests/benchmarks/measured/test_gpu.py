@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs on any machine when it is quick."""
+"""Tests that a quick run of the benchmark for GPUs works on any machine."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmark of single steps fills every row and counts bytes exactly. Times are not judged."""
+"""Tests that the benchmark of single steps fills every row and counts bytes exactly. Times are not checked."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CONTENDERS = [
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The results of `python -m benchmarks steps --quick`, and what it printed."""
+    """The results and the output of `python -m benchmarks steps --quick`."""
     out = tmp_path_factory.mktemp("benchmarks") / "quick.json"
     command = [sys.executable, "-m", "benchmarks", "steps", "--quick", "--out", str(out)]
     run = subprocess.run(
@@ -78,12 +78,12 @@ def test_bytes_of_state_are_exact(quick):
         if contender == "optax.adamw":
             assert state == pytest.approx(8 * n + 4, abs=1e-6)  # two moments in fp32, and the count
         elif contender.startswith("fse"):
-            # the count; the format: 12 bytes times the codec's number; a scale of 1 in fp32 for each fp32 moment
+            # the count; the format, 12 bytes times the codec's number; one scale in fp32 for each fp32 moment
             other = 4 + 12 * (1 + ["root", "dynamic", "linear"].index(contender.split()[1]))
             scales = {"bert_layernorm": 2, "lora_up": 2 * 16 * 16}[name]
             codes = 8 * n if name == "bert_layernorm" else 2 * n
             assert state == pytest.approx(codes + 4 * scales + other, abs=1e-6), (name, contender, path)
-        else:  # 256 to a block, if the size divides (torchao) and from 4096 elements on
+        else:  # blocks of 256, from 4096 elements on, and in torchao only if 256 divides the size
             in_8_bits = n >= 4096 and (contender.startswith("bitsandbytes") or n % 256 == 0)
             moments = 2 * n + 2 * 4 * -(-n // 256) if in_8_bits else 8 * n
             step = 4 if contender.startswith("torchao") else 0  # a Python number in bitsandbytes

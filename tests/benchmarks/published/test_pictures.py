@@ -1,4 +1,4 @@
-"""The README's first screen shows what the results say."""
+"""Tests that the pictures on the first screen of README agree with the results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Generated parts are found by their marks."""
+"""Tests that generated parts are found by their marks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The picture of times shows every step that was measured or counted, next to `optax.adamw`."""
+"""Tests that the picture of times shows every step that was measured or counted, next to `optax.adamw`."""
 
 import json
 

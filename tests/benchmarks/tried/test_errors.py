@@ -1,4 +1,4 @@
-"""Errors of a round trip rank the codecs as their levels do."""
+"""Tests that the errors of a round trip rank the codecs as their levels do."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_error_table_has_a_line_for_each_row():
 
 @pytest.mark.slow
 def test_round_trip_errors_rank_the_codecs_as_their_levels_do():
-    """Heavy tails: `root` beats `linear` by far on small elements, which `linear` sends to zero."""
+    """For heavy tails, `root` is far better than `linear` on small elements, which `linear` rounds to zero."""
     median = {(row["data"], row["signed"], row["codec"]): row["errors"]["256"][1] for row in errors.measure()}
     assert len(median) == 3 * 2 * 3
     for data in errors.DATA:

@@ -1,4 +1,4 @@
-"""The grid of trainings runs at a tiny size, goes on where it stopped, and its report says what the curves say."""
+"""Tests that the grid of trainings runs at a tiny size and resumes, and that its report agrees with the curves."""
 
 import argparse as some_module_with_a_text
 import json
@@ -147,7 +147,7 @@ def test_flattening_does_not_change_fp32_updates():
 
 
 def test_a_traced_learning_rate_trains_as_the_example_does():
-    """The schedule of the grid, a rate times one of height 1, is the example's."""
+    """The schedule of the grid is a rate times a schedule of height 1. It equals the schedule of the example."""
     cell = Cell("language", "root")
     params, grads = params_of(cell)
     unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, 2, 20, end_value=0.1)

@@ -1,4 +1,4 @@
-"""The report of the grid of trainings tells from loss curves which runs were unstable."""
+"""Tests that the report of the grid of trainings finds unstable runs by their loss curves."""
 
 import pytest
 
@@ -9,13 +9,13 @@ from benchmarks.tried import quality_report
     ("losses", "validation", "expected"),
     [
         ([8.0, 6.0, 5.0], [8.0, 6.0, 5.0], ""),
-        ([8.0, 8.1, 8.0], [8.0, 8.0, 7.99], ""),  # learns nothing, which is another matter
+        ([8.0, 8.1, 8.0], [8.0, 8.0, 7.99], ""),  # learns nothing, but is not unstable
         ([8.0, 11.9, 5.0], [8.0, 5.0], ""),  # a spike below 1.5 times the first loss
         ([8.0, 12.1, 5.0], [8.0, 5.0], "exploded"),
         ([8.0, 6.0, 5.5], [8.0, 5.0, 5.59], ""),  # gained 3, lost 0.59 < 20%
         ([8.0, 6.0, 5.7], [8.0, 5.0, 5.61], "fell back"),
-        ([8.0, 8.0, 8.0], [8.0, 8.0, 8.01], "fell back"),  # above where it began
-        ([2.3, 0.1, 0.03], [2.3, 0.04, 0.06], ""),  # overfits: half as much again, but little of what was gained
+        ([8.0, 8.0, 8.0], [8.0, 8.0, 8.01], "fell back"),  # ends above its first loss
+        ([2.3, 0.1, 0.03], [2.3, 0.04, 0.06], ""),  # overfits, but loses little of what it gained
         ([8.0, None, None], [8.0, 7.0, None], "not finite"),
         ([8.0, 7.0, 6.0], [8.0, None], "not finite"),
         ([8.0, float("nan"), 6.0], [8.0, 6.0], "not finite"),
@@ -26,7 +26,7 @@ def test_unstable_runs_are_recognized_by_their_curves(losses, validation, expect
 
 
 def results_of(losses):
-    """Results by hand: {cell: {rate: [(last validation loss, unstable), ...]}}, a seed each; all began with 8."""
+    """Results by hand: {cell: {rate: [(last validation loss, unstable) per seed]}}. The first loss is always 8."""
     runs = [
         {"cell": cell, "task": "language", "rate": rate, "seed": seed, "validation": [[0, 8.0], [9, loss]]}
         | {"unstable": unstable}

@@ -1,4 +1,4 @@
-"""Rounding moves updates as the table says, and a quick run writes no file."""
+"""Tests that rounding changes updates as the table says, and that a quick run writes no file."""
 
 import pytest
 

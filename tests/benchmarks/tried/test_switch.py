@@ -1,4 +1,4 @@
-"""A training changes the storage of its moments in the middle."""
+"""Tests a training that changes the storage of its moments in the middle."""
 
 import argparse as some_module_with_a_text
 import json

@@ -1,4 +1,4 @@
-"""The axis and the size of blocks, for awkward shapes."""
+"""Tests the axis and the size of blocks for unusual shapes."""
 
 from math import prod
 
@@ -18,7 +18,7 @@ AWKWARD = {
     (4096, 11008): ((0, 256), (0, 256)),
     (1024, 1024): ((0, 128), (0, 256)),
     (2048, 256, 2048): ((0, 256), (0, 256)),
-    (40, 33): ((0, 40), (0, 40)),  # neither has a factor of 32: the larger power of two, one short block
+    (40, 33): ((0, 40), (0, 40)),  # no axis has a factor of 32, so the larger power of two is used
     (50257,): ((0, 256), (0, 256)),
     (768,): ((0, 32), (0, 256)),
     (5,): ((0, 5), (0, 5)),

@@ -1,4 +1,4 @@
-"""A named implementation is used or raises."""
+"""Tests that a named implementation is used or raises."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Kernels compute the codes of the reference, except for numbers a few ulp from the boundary between two codes."""
+"""Tests that kernels give the codes of the reference, except a few ulps from the boundary between two codes."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""The choice of how the terms of a gradient are added; the rows and gradients themselves are in test_lookup.py."""
+"""Tests how it is chosen to add the terms of a gradient. test_lookup.py tests the rows and gradients."""
 
 import jax
 import jax.numpy as jnp

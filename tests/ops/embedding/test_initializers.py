@@ -1,4 +1,4 @@
-"""Tables that modules start from."""
+"""Tests the initial tables of modules."""
 
 import jax
 import jax.numpy as jnp

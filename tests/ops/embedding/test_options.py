@@ -1,4 +1,4 @@
-"""Options of the modules are checked with errors that name the option and its value."""
+"""Tests that invalid options of the modules raise errors that name the option and its value."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the state of every optimizer says of itself, and the step over a tree of parameters."""
+"""Tests the format code in the state of every optimizer, and the step over a tree of parameters."""
 
 import itertools
 
@@ -73,7 +73,7 @@ def test_a_step_keeps_the_format_code():
 
 
 def test_a_mask_can_be_none_where_the_parameters_are_none():
-    """A mask made by mapping over parameters has None where they have."""
+    """A mask that is made by `jax.tree.map` over parameters has None where they have None."""
     params = {"absent": None, "bias": jnp.ones(8), "kernel": jnp.ones((64, 64)), "zone": None}
     mask = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)  # noqa: E731
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -87,7 +87,7 @@ def test_a_mask_can_be_none_where_the_parameters_are_none():
 
 
 def test_every_parameter_has_its_own_random_numbers():
-    """Stochastic rounding hashes the path and the step: equal leaves with equal gradients get different codes."""
+    """Stochastic rounding hashes the path and the step, so equal parameters with equal gradients get other codes."""
     state_format = fse.StateFormat(rounding="stochastic", min_size=0)
     tx = fse.scale_by_adam8bit(state_format=state_format)
     kernel = parameters()["kernel"]

@@ -1,8 +1,9 @@
-"""A state restored into an optimizer with other rules or formats: refused, or harmless; never silently wrong.
+"""Tests that a state restored into an optimizer with other rules or formats is refused or harmless, never wrong.
 
-Orbax checks shapes and casts dtypes without a word. Pickles and `flax.serialization` keep whatever was saved. So the
-sweeps below try every ordered pair of ways to store the same parameters, and ask of each pair that lets a state through
-whether it is the state that `convert_state` makes (after a cast), or goes on as where it came from (as saved).
+Orbax checks shapes and casts dtypes silently. Pickles and `flax.serialization` return what was saved. So the sweeps
+below try every ordered pair of ways to store the same parameters. If the second one accepts the state of the first
+after a cast, it must be the state that `convert_state` makes. If it accepts the state as saved, the updates must be
+those of the optimizer that made it.
 """
 
 import functools
@@ -27,7 +28,7 @@ SHAPES = {
     "kernel": (64, 96),
     "square": (64, 64),
     "odd": (768,),
-    "row": (1, 64),  # one block: the scales of no codes have the same shape
+    "row": (1, 64),  # its one scale has the shape of the scale of an fp32 moment
     "column": (64, 1),
     "vector": (48,),
     "scalar": (),
@@ -71,7 +72,7 @@ WAYS = {
     "kernel dynamic, square root": codec_of(kernel="dynamic", square="root"),
     "square dynamic, kernel root": codec_of(square="dynamic", kernel="root"),
 }
-ADAM, ADAGRAD = fse.scale_by_adam8bit, fse.scale_by_adagrad8bit  # adagrad's codes are bytes with every codec
+ADAM, ADAGRAD = fse.scale_by_adam8bit, fse.scale_by_adagrad8bit  # adagrad's codes are uint8 with every codec
 FEW = ["root", "stochastic", "dynamic", "blocks of 16", "all 32", "all bf16", "all rowwise"]
 FEW += ["row 32", "vector 8 by a rule", "kernel dynamic", "square dynamic"]
 every_method = pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_cast_to_the_same_shapes_gives_the_state_of_convert_state(method, ways
         converted = fse.convert_state(before, after, params(), state)
         assert_same_bits(without_format(cast), without_format(converted))
         jax.eval_shape(after.update, params(), cast, params())
-    # What differs in nothing but roundings to come, in the words for the same thing, or in dtypes of equal value.
+    # Accepted pairs differ in later rounding, in two descriptions of the same storage, or in dtypes of equal values.
     assert ("root", "stochastic") in through and ("root", "vector 8 by a rule") in through
     assert ("all 32", "all bf16") in through and ("all bf16", "all 32") in through
     assert not any("dynamic" in a or "linear" in a for pair in through for a in pair)
@@ -149,7 +150,7 @@ def test_a_saved_state_that_another_optimizer_accepts_gives_the_same_updates(met
         through.add((a, b))
         updates, _ = after.update(grads, state, params())
         assert_same_bits(updates, step[a](a)[0])
-    # Without a rule of the user's, the bits of a state are its own: NNX metadata may have asked for them.
+    # Without a user rule, the state decides about its bits, because NNX metadata may have set them.
     assert ("all 32", "root") in through and ("root", "all 32") not in through
     assert ("root", "dynamic") not in through and ("root", "blocks of 16") not in through
 
@@ -166,7 +167,7 @@ def test_a_cast_to_or_from_codes_is_refused_even_if_shapes_are_not_checked(metho
             jax.eval_shape(after.update, params(), cast, params())
 
 
-# --- the real thing --------------------------------------------------------------------------------------------------
+# --- real checkpoints ------------------------------------------------------------------------------------------------
 
 
 def adamw(way):
@@ -174,7 +175,7 @@ def adamw(way):
 
 
 def refuse(folder, names):
-    """Restores that must fail: by a shape in orbax, or where orbax does not look at shapes, in the first update."""
+    """Checks that restores fail by a shape in orbax, or in the first update if orbax does not check shapes."""
     checkpointer, old = ocp.StandardCheckpointer(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     for name in names:
         checkpointer.save(Path(folder) / name, adamw(name).init(params()))
@@ -188,12 +189,12 @@ def refuse(folder, names):
             assert harmless and kinds(restored) == kinds(want), f"{a} restored as {b}"
         except ValueError as error:
             assert "shape" in str(error) and not harmless, f"{a} as {b}: {error}"
-        # With shapes that have no sharding, this one casts dtypes but takes whatever shape it finds.
+        # With shapes without shardings, this handler casts dtypes but accepts every shape.
         casts = ocp.args.PyTreeRestore(want, restore_args=ocp.checkpoint_utils.construct_restore_args(want))
         restored = old.restore(Path(folder) / a, casts)
         try:
             jax.eval_shape(tx.update, params(), restored, params())
-            assert harmless, f"{a} goes on as {b}"
+            assert harmless, f"{a} is accepted as {b}"
         except ValueError as error:
             assert "state" in str(error) and not harmless, f"{a} as {b}: {error}"
 
@@ -208,8 +209,8 @@ MORE = ["all rowwise", "blocks of 384", "blocks of 512", "row bf16", "column row
     ids=["few", "all"],
 )
 def test_orbax_refuses_other_formats_because_shapes_differ(names, tmp_path):
-    # In a process of its own: where one array fails, orbax drops the reads of the others, which complain when they are
-    # collected, and that can be in any later test.
+    # This runs in its own process. If one array fails, orbax drops the reads of the others, which warn when they are
+    # collected, possibly in a later test.
     code = f"from {__name__} import refuse; refuse({str(tmp_path)!r}, {names}); print('all refused')"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
@@ -239,7 +240,7 @@ def test_the_first_update_raises_an_error_that_says_what_differs(loader, way, me
     saved, loaded_by = adamw(way), adamw("root")
     state = LOADERS[loader](saved.init(params()), loaded_by.init(params()))
     if message is None:
-        loaded_by.update(params(), state, params())  # at the bits of the state
+        loaded_by.update(params(), state, params())  # it keeps the bits of the state
         return
     with pytest.raises(ValueError, match=message):
         loaded_by.update(params(), state, params())
@@ -278,7 +279,7 @@ def test_rowwise_metadata_is_refused_by_an_optimizer_without_second_moments():
 
 
 def test_float32_and_bfloat16_differ_in_one_rounding():
-    """Orbax casts from one to the other; that is the rounding of each step at these bits, so the run goes on."""
+    """Orbax casts from one to the other. Each step with these bits rounds in the same way, so the run continues."""
     wide, half = (fse.adamw8bit(0.01, state_format=SMALL, rules=((".*", bits),)) for bits in (32, "bf16"))
     p, state = run(wide, parameters(), 3)
     cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, half.init(p))

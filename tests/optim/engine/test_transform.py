@@ -1,4 +1,4 @@
-"""The transforms around an engine: fused updates, chains, and what is done without parameters."""
+"""Tests the transforms around an engine: fused updates, chains, and updates without parameters."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_an_optimizer_can_be_copied():
 
 
 def test_fused_update_refuses_an_optimizer_that_lost_its_fused_path():
-    """As a named tuple it is a tree of two functions to JAX, and can be taken apart."""
+    """An optimizer is a named tuple, so JAX treats it as a pytree of two functions and can rebuild it."""
     tx = adamw()
     for other in (jax.tree.map(lambda f: f, tx), tx._replace(init=tx.init)):
         assert (other.init, other.update) == (tx.init, tx.update)
@@ -123,7 +123,7 @@ def test_a_learning_rate_can_be_traced():
 # Not Lion: XLA copies a moment in fp32 that both the direction and the next moment read.
 @pytest.mark.parametrize("make", [fse.adamw8bit, fse.ademamix8bit, fse.adagrad8bit], ids=lambda make: make.__name__)
 def test_a_donated_fused_step_has_only_temporaries_of_chunk_size(make):
-    """Also with parameters in fp32, whose moments have the parameters' own shape and dtype."""
+    """Some parameters have fp32 moments, which have the shape and dtype of the parameters themselves."""
     shapes = {"embedding": (4096, 1024), "kernel": (2048, 2048), "norm": {"scale": (1024,)}}
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
@@ -131,4 +131,4 @@ def test_a_donated_fused_step_has_only_temporaries_of_chunk_size(make):
     tx = make(1e-3)
     step = jax.jit(lambda params, state, grads: fse.fused_update(tx, grads, state, params), donate_argnums=(0, 1))
     memory = step.lower(params, jax.eval_shape(tx.init, params), params).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.6 * 4 * 2048 * 2048  # ten pieces of 1 MB, of three moments
+    assert memory.temp_size_in_bytes < 0.6 * 4 * 2048 * 2048  # ten chunks of 1 MB, for three moments

@@ -1,4 +1,4 @@
-"""Adagrad by hand, beside optax, and what becomes of small sums in a block that grows."""
+"""Tests Adagrad against steps by hand and optax, and small sums in a block with a growing sum."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_the_first_sum_is_stored_exactly():
 
 @pytest.mark.parametrize(("rounding", "low", "high"), [("nearest", 1.5, 100.0), ("stochastic", 0.97, 1.03)])
 def test_stochastic_rounding_keeps_the_mean_of_sums_that_nearest_inflates(rounding, low, high):
-    """One sum of each block grows by 0.5% a step, so little that the others' codes stay what they are."""
+    """One sum of each block grows by 0.5% per step, too little to change the other codes by rounding to nearest."""
     state_format = fse.StateFormat(rounding=rounding, block_size=32, block_axis=-1, min_size=0)
     tx = fse.scale_by_adagrad8bit(1.0, state_format=state_format)
     params = {"kernel": jnp.zeros((256, 32))}

@@ -1,4 +1,4 @@
-"""Adam and AdamW by hand, and beside optax in 32 bits."""
+"""Tests Adam and AdamW against steps by hand, and against optax in 32 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def test_two_steps_by_hand():
     Step 1: m = 0.1 g = 0.1, 0.025 and v = 0.001 g^2 = 0.001, 0.0000625, so the update is g / |g| = 1, 1.
     Stored with the block's largest as unit: m / 0.1 = 1, 1/4, in the root domain 127 and 127/2 = 63.5, to even 64;
     v / 0.001 = 1, 1/16, in the fourth-root domain 255 and 127.5, to even 128.
-    Step 2 begins from m = 0.1, 0.1 (64/127)^2 and v = 0.001, 0.001 (128/255)^4, with gradients 1 and 0.
+    Step 2 starts from m = 0.1, 0.1 (64/127)^2 and v = 0.001, 0.001 (128/255)^4, with gradients 1 and 0.
     """
     tx = fse.scale_by_adam8bit(eps=0.0, state_format=SMALL)
     params = jnp.zeros(2)
@@ -80,7 +80,7 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
 @pytest.mark.parametrize("codec", ["root", "linear"])
 @pytest.mark.one_in(4)
 def test_blocks_of_one_element_equal_fp32(codec, nesterov):
-    """Each element is its block's largest, which is stored exactly: 8 bits then equal fp32."""
+    """Each element is the largest of its block, which is stored exactly."""
     state_format = fse.StateFormat(codec, block_size=1, min_size=0)
     theirs = optax.adamw(1e-2, weight_decay=0.1, nesterov=nesterov)
     ours = fse.adamw8bit(1e-2, weight_decay=0.1, nesterov=nesterov, state_format=state_format, rules=((".*", 8),))
@@ -90,7 +90,7 @@ def test_blocks_of_one_element_equal_fp32(codec, nesterov):
 
 
 def test_small_gradients_next_to_a_large_one_still_move_their_parameters():
-    """A block with elements 1000 apart: the small ones move by the learning rate, whatever their neighbour does."""
+    """Gradients in a block differ by a factor of 1000. The small ones still move parameters by the learning rate."""
     tx = fse.adam8bit(1e-2, eps=0.0, state_format=SMALL)
     grads = {"kernel": jnp.full((32, 32), 1e-3).at[:, 0].set(1.0)}
     params = {"kernel": jnp.zeros((32, 32))}
@@ -100,7 +100,7 @@ def test_small_gradients_next_to_a_large_one_still_move_their_parameters():
         params, state, _ = jitted(tx)(grads, state, params)
         moved = np.asarray(before["kernel"] - params["kernel"])
         assert state[0].mu["kernel"].dtype == jnp.int8
-        # With a constant gradient Adam moves by the learning rate; the codes around 1/1000 are 25% and 50% apart.
+        # With a constant gradient Adam moves by the learning rate. The codes around 1/1000 are 25% and 50% apart.
         assert moved.min() > 0.008 and moved.max() < 0.012
 
 

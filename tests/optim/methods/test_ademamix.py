@@ -1,4 +1,4 @@
-"""AdEMAMix by hand, and every option beside optax."""
+"""Tests AdEMAMix against steps by hand, and every option against optax."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
 
 
 def test_stochastic_rounding_moves_the_slow_mean_where_rounding_to_nearest_stalls():
-    """Gradients of 1, then as many of -0.5, beside an element of each block that keeps the scale large."""
+    """Gradients are 1, then as often -0.5. Another element of each block keeps the scale large."""
     errors = {}
     for rounding in ("nearest", "stochastic"):
         tx = fse.scale_by_ademamix8bit(b3=0.999, state_format=fse.StateFormat(rounding=rounding, min_size=0))

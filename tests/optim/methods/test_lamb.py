@@ -1,4 +1,4 @@
-"""LAMB and LARS: the papers' trust ratio and bitsandbytes' clipping, by hand and beside optax."""
+"""Tests LAMB and LARS against optax, and their trust ratio and the clipping of bitsandbytes by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_the_trust_ratio_gives_a_step_the_length_of_its_parameter(rules):
 
 @pytest.mark.parametrize("rules", [(), ALL_FP32], ids=["8bit", "fp32"])
 def test_clipping_only_shortens_steps(rules):
-    """Of two parameters with the same gradient, only the short one's step is clipped, to its own length."""
+    """Of two parameters with the same gradient, only the step of the short one is clipped, to its length."""
     params = {"long": jnp.full((64, 64), 10.0), "short": jnp.full((64, 64), 1e-2), "zero": jnp.zeros((64, 64))}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
     tx = fse.lamb8bit(1.0, max_unorm=0.5, state_format=SMALL, rules=rules)
@@ -72,7 +72,7 @@ def test_clipping_only_shortens_steps(rules):
     expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     assert_nearly(updates["long"], expected["long"])
     np.testing.assert_allclose(norm(updates["short"]), 0.5 * norm(params["short"]), rtol=1e-5)
-    assert_nearly(updates["zero"], expected["zero"])  # or it never would move
+    assert_nearly(updates["zero"], expected["zero"])  # otherwise it would never move
     tx = fse.lars8bit(1.0, max_unorm=0.5, state_format=SMALL, rules=rules)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert_nearly(updates["long"], jax.tree.map(lambda g: -g, grads)["long"])

@@ -1,4 +1,4 @@
-"""Lion by hand, and every option beside optax."""
+"""Tests Lion against steps by hand, and every option against optax."""
 
 import jax
 import jax.numpy as jnp

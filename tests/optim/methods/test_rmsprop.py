@@ -1,4 +1,4 @@
-"""RMSprop by hand, and every option beside optax."""
+"""Tests RMSprop against steps by hand, and every option against optax."""
 
 import itertools
 
@@ -63,7 +63,7 @@ def test_every_option_equals_optax_in_32_bits_and_nearly_in_8(hyper):
 
 
 def test_a_centered_variance_is_never_negative_on_8bit_leaves():
-    """A gradient without noise: v = m^2, and the codes of m^2 and v are rounded on their own."""
+    """The gradient has no noise, so v = m^2, but the codes of m and v are rounded separately."""
     tx = fse.rmsprop8bit(1e-3, centered=True, state_format=SMALL)
     theirs = optax.rmsprop(1e-3, centered=True)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""SGD by hand, and every option beside optax."""
+"""Tests SGD against steps by hand, and every option against optax."""
 
 import jax
 import jax.numpy as jnp

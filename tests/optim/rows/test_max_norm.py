@@ -1,4 +1,4 @@
-"""Tests `with_max_norm`. That its trajectories are those of torch is in tests/golden/test_embedding_training.py."""
+"""Tests `with_max_norm`. tests/golden/test_embedding_training.py compares its trajectories with torch."""
 
 import jax
 import jax.numpy as jnp

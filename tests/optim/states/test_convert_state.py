@@ -1,4 +1,4 @@
-"""A run that goes on with another optimizer: what its state becomes, and what cannot be converted."""
+"""Tests the conversion of a state to another optimizer, and the errors for states that cannot be converted."""
 
 import ast
 import functools
@@ -18,7 +18,7 @@ import flax_stable_embed as fse
 from tests.tools import ALL_FP32, SMALL, assert_nearly, assert_same_bits, gradients, is_codes, parameters, run, types
 
 CODECS = ("root", "dynamic", "linear")
-KERNEL = (256, 32)  # eight blocks of 32 on the first axis: whole blocks on 8 devices
+KERNEL = (256, 32)  # eight blocks of 32 on the first axis, so no block straddles 8 devices
 every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 
 
@@ -31,7 +31,7 @@ def plain_adamw():
     return optax.adamw(0.01)
 
 
-# Ours beside optax's, both with the same hyper-parameters.
+# Our optimizer, that of optax, and the hyper-parameters of both.
 NAMESAKES = {
     "adam": (fse.adam8bit, optax.adam, {}),
     "adamw": (fse.adamw8bit, optax.adamw, {"weight_decay": 0.1}),
@@ -78,7 +78,7 @@ def test_with_fp32_moments_the_run_continues_as_if_never_switched(name):
     assert types(converted) == types(ours.init(params))
     assert_same_bits(fse.convert_state(ours, theirs, params, converted), state)
     assert_nearly(run(ours, params, 2, state=converted)[0], run(theirs, params, 2, state=state)[0])
-    # And the other way.
+    # In the other direction.
     params, state = run(ours, parameters(), 3)
     converted = fse.convert_state(ours, theirs, params, state)
     assert types(converted) == types(theirs.init(params))
@@ -120,7 +120,7 @@ def test_a_target_with_bias_correction_needs_a_step_count():
     assert int(converted[0].count) == 0
 
 
-# --- between formats and tiers ---------------------------------------------------------------------------------------
+# --- between formats and bits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -137,7 +137,7 @@ def test_converting_to_fp32_and_back_restores_every_code_and_scale(codec, roundi
     if codec != "dynamic":
         assert_same_bits(again, state)
         return
-    # Its signed map has no -1: a block whose largest element is negative has already lost 0.7% of that one's size.
+    # Its signed map has no -1, so a block whose largest element is negative has lost 0.7% of that element.
     assert_same_bits((again[0].nu, again[0].nu_absmax), (state[0].nu, state[0].nu_absmax))
     scales, scales_again = (np.asarray(s[0].mu_absmax["kernel"]) for s in (state, again))
     blocks = np.asarray(wide[0].mu["kernel"]).reshape(*scales.shape, -1)
@@ -241,7 +241,7 @@ WRAPPERS = {
     "multi steps": lambda make, tx: optax.MultiSteps(tx, 2),
     "inject": lambda make, tx: optax.inject_hyperparams(make)(learning_rate=0.02),
     "masked": lambda make, tx: optax.masked(tx, only_matrices),
-    # The groups' states lie in the order of their names, and are made in the order of the dict.
+    # The states of the groups are sorted by name, but they are made in the order of the dict.
     "partition": lambda make, tx: optax.partition({"b": optax.sgd(0.1, 0.9), "a": tx}, labels),
     "partition twice": lambda make, tx: optax.partition({"b": tx, "a": tx}, labels),
     "all": lambda make, tx: optax.MultiSteps(
@@ -437,7 +437,7 @@ def test_a_count_is_copied_with_its_moments():
     before = optax.chain(optax.scale_by_schedule(optax.constant_schedule(1.0)), optax.scale_by_adam())
     after = optax.chain(fse.scale_by_adam8bit(state_format=SMALL), optax.identity())
     params, state = run(before, parameters(), 2)
-    state = (state[0]._replace(count=jnp.int32(7)), state[1])  # at a place, 0/count, where the target has the other
+    state = (state[0]._replace(count=jnp.int32(7)), state[1])  # in the target, 0/count belongs to Adam
     assert int(fse.convert_state(before, after, params, state)[0].count) == 2
 
 
@@ -467,7 +467,7 @@ def test_a_state_of_another_optimizer_is_refused_before_any_work():
 
 
 def plain_like(state):
-    """Codes where optax's state has numbers, as a cast may leave them."""
+    """Returns a state of optax with codes in place of moments, as a cast can leave it."""
     return (optax.ScaleByAdamState(state[0].count, state[0].mu, state[0].nu), *state[1:])
 
 
@@ -495,7 +495,7 @@ def test_conversion_under_jit_gives_the_same_bits_and_raises_while_tracing():
 
 
 def test_the_result_shares_no_memory_with_the_state():
-    """A count that fills two places, arrays that are only carried, numpy's: all may be donated."""
+    """Everything can be donated: a count that is copied twice, arrays that are only copied, and NumPy arrays."""
     theirs = optax.adamw(0.01)
     ours = adamw(weight_decay=optax.constant_schedule(0.1))
     params, state = run(theirs, parameters(), 2)
@@ -542,14 +542,14 @@ def test_on_a_mesh_a_converted_state_is_sharded_as_by_the_init_of_the_target(kin
                 assert types(converted) == types(like)
         for x, want in zip(*map(jax.tree.leaves, (convert(params, state), like)), strict=True):
             assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
-        if "rowwise" not in pair:  # whose rows may be cut
+        if "rowwise" not in pair:  # its rows can be sharded
             shardings = jax.tree.map(lambda x: NamedSharding(mesh, getattr(x.sharding, "spec", P())), like)
             text = jax.jit(convert, out_shardings=shardings).lower(params, state).compile().as_text()
             for collective in ("all-gather", "all-to-all", "collective-permute"):
                 assert collective not in text
 
 
-@pytest.mark.parametrize("placed", [True, False], ids=["counts on the mesh", "counts on no device"])
+@pytest.mark.parametrize("placed", [True, False], ids=["counts on the mesh", "counts not on the mesh"])
 def test_a_converted_state_continues_with_parameters_on_a_mesh(placed):
     before, after = adamw(), adamw(state_format=fse.StateFormat("dynamic", min_size=0))
     mesh = jax.make_mesh((2, 4), ("a", "b"))
@@ -592,7 +592,7 @@ def test_an_nnx_optimizer_continues_with_another_transform():
     assert found.mu["embed"]["embedding"].any() and int(found.count) == 2
     assert_same_bits(found.mu["embed"], nnx.as_pure(old.opt_state)[0].mu["embed"])
     step(model, new)
-    # The variables themselves will do as well.
+    # The variables themselves are accepted too.
     boxed = fse.convert_state(before, after, nnx.state(model, nnx.Param), old.opt_state)
     assert_same_bits(jax.tree.leaves(boxed), jax.tree.leaves(state))
 
@@ -681,14 +681,14 @@ def test_training_continues_after_a_switch_of_optimizers(codec):
             validation_loss(train(after, params, s, range(50, 100))[0]) for s in (converted, after.init(params))
         )
         gaps = [f"{loss / never[0] - 1:+.3%}" for loss in (switched, anew)]
-        print(f"{codec}: loss gap of the switch {gaps[0]}, of moments begun anew {gaps[1]}")
+        print(f"{codec}: loss gap of the switch {gaps[0]}, of moments that were reset {gaps[1]}")
         for without in never:
             assert abs(switched / without - 1) < 5e-4
             assert anew / without - 1 > 0.015
 
 
 def test_quantized_adamw_and_adamw8bit_convert_into_each_other():
-    """`quantize_state(optax.adamw)` keeps what `adamw8bit` keeps: codes move as they are."""
+    """`quantize_state(optax.adamw)` and `adamw8bit` store the same moments, so codes are copied."""
     params = parameters()
     ours = fse.adamw8bit(1e-2, state_format=SMALL)
     wrapped = fse.quantize_state(optax.adamw(1e-2), state_format=SMALL)

@@ -1,4 +1,4 @@
-"""The report of what an optimizer stores, also from within optax's wrappers."""
+"""Tests the report of the state of an optimizer, also inside optax's wrappers."""
 
 import re
 

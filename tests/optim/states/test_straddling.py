@@ -1,4 +1,4 @@
-"""What `describe` says of blocks on a mesh is what the compiler does with them."""
+"""Tests that `describe` reports straddling blocks exactly if the compiled step moves data."""
 
 import re
 
@@ -66,7 +66,7 @@ def test_a_step_moves_data_if_blocks_straddle_and_the_suggested_format_avoids_it
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_the_reference_gives_the_same_bits_if_blocks_straddle_on_an_explicit_mesh(rounding):
-    """Under vmap the reference runs, here on pieces of 16 rows with blocks of 32."""
+    """Under vmap the reference runs, here on shards of 16 rows with blocks of 32."""
     tx = fse.adamw8bit(1e-3, state_format=fse.StateFormat(rounding=rounding, min_size=0))
     g, p = (jnp.asarray(np.random.default_rng(seed).normal(size=(3, 64, 48)), jnp.float32) for seed in (0, 1))
     step = jax.jit(jax.vmap(lambda g, s, p: fse.fused_update(tx, g, s, p)))

@@ -1,4 +1,4 @@
-"""One plan per parameter: resolved once, and the same in `init`, in every step and in the report."""
+"""Tests that each parameter has one plan, which is the same in `init`, in every step and in the report."""
 
 import collections
 from functools import partial
@@ -82,7 +82,7 @@ def test_describe_shows_the_plans_that_update_uses(case, monkeypatch):
 
 
 def test_update_takes_the_bits_that_metadata_chose_in_init_from_the_state():
-    """Metadata of NNX variables is not at hand in `update`; the dtypes of the state are."""
+    """`update` does not get the metadata of NNX variables, but it gets the dtypes of the state."""
     planner = plan_module.Planner(Rules((), SMALL))
     plan = planner.plan_stored("kernel", jax.ShapeDtypeStruct((64, 512), jnp.float32), 32)
     assert (plan.bits, plan.blocks, plan.reason) == (32, None, "as the state stores it")

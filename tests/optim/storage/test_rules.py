@@ -1,4 +1,4 @@
-"""Which parameters are in 8 bits, and in which blocks."""
+"""Tests which parameters are stored in 8 bits, and in which blocks."""
 
 import re
 import warnings
@@ -89,7 +89,7 @@ def test_metadata_of_an_nnx_variable_decides_after_the_rules():
     assert bits(params) == {"kernel": 32, "embedding": 8, "plain": 8}
     assert reasons(params)["kernel"] == "metadata optim_bits"
     assert bits(params, (("kernel", 8),)) == {"kernel": 8, "embedding": 8, "plain": 8}
-    # A rule that leaves bits open leaves them to the metadata.
+    # If a rule does not set bits, the metadata decides.
     rule = fse.Rule(state_format=fse.StateFormat("dynamic", min_size=0))
     assert bits(params, ((".*", rule),)) == {"kernel": 32, "embedding": 8, "plain": 8}
     optimizer = nnx.Optimizer(Model(), fse.adamw8bit(1e-3, state_format=SMALL), wrt=nnx.Param)
@@ -181,7 +181,7 @@ def test_patterns_can_be_compiled():
 
 
 def test_init_and_update_see_the_same_paths():
-    """NNX and Linen boxes put "value" at the end of a path, in one of them, and a parameter may have that name."""
+    """Boxes of NNX or Linen append "value" to the path in one of the two, and a parameter can have that name."""
     leaf = jnp.ones((64, 64))
     box = meta.Partitioned
     for params in (
@@ -218,7 +218,7 @@ def test_small_parameters_keep_fp32(shape, expected, reason):
     params = shapes(kernel=shape)
     assert bits(params, state_format=fse.StateFormat()) == {"kernel": expected}
     assert reasons(params, state_format=fse.StateFormat()) == {"kernel": reason}
-    assert bits(params, (("kernel", 8),), fse.StateFormat()) == {"kernel": expected}, "a rule does not beat size"
+    assert bits(params, (("kernel", 8),), fse.StateFormat()) == {"kernel": expected}, "a rule does not override size"
     assert bits(params) == {"kernel": 32 if 0 in shape else 8}
 
 
@@ -246,7 +246,7 @@ def test_a_rule_that_matches_nothing_is_an_error():
             return False
 
         fse.adamw8bit(1e-3, rules=((fse.where(nothing), 32), ("x", 8))).init(PARAMS)
-    # A rule that others shadow has matched.
+    # A rule that is shadowed by others counts as matched.
     assert bits(PARAMS, ((".*", 8), ("lm_head", 32)))
 
 
@@ -262,7 +262,7 @@ def test_a_rule_can_match_nothing_behind_a_mask_or_without_parameters():
     assert tx.init(variables).mu["kernel"].get_value().dtype == jnp.int8
 
 
-# --- a table by another name -----------------------------------------------------------------------------------------
+# --- embedding tables with other names -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["wte/weight", "model/embed_tokens/weight", "vocab_table", "Emb/kernel"])
@@ -272,7 +272,7 @@ def test_a_name_like_that_of_an_embedding_gives_one_warning(path):
     with pytest.warns(UserWarning, match=rf"No parameter is named like an embedding.*: {path}\.") as record:
         tx.init(params)
     assert len(record) == 1
-    assert record[0].filename == __file__, "it points to the caller's line"
+    assert record[0].filename == __file__, "the warning must point to the line of the caller"
 
 
 def test_a_table_with_a_rule_or_too_small_for_8_bits_gives_no_warning():

@@ -154,7 +154,7 @@ def test_a_gradient_whose_square_overflows_is_clipped(spike):
     _, state = run(tx, [1.0])
     grads = {"a": jnp.asarray([spike, 0, 0, -spike], jnp.float32)}
     updates, state = stepped(tx)(grads, state)
-    expected = 0.0 if spike == 3e38 else 0.5**0.5  # that norm is too large for float32
+    expected = 0.0 if spike == 3e38 else 0.5**0.5  # the norm is too large for float32
     np.testing.assert_allclose(updates["a"], [expected, 0, 0, -expected], rtol=1e-6)
     assert np.isfinite(state.squared_norms).all()
     assert np.max(state.squared_norms) == np.finfo(np.float32).max

@@ -1,4 +1,4 @@
-"""`quantize_state`: the same as our own optimizer of that name, what stays, frameworks, and errors."""
+"""Tests `quantize_state`: equality with adamw8bit, fields that are not quantized, frameworks, and errors."""
 
 import functools
 import re
@@ -40,7 +40,7 @@ def adamw(**options):
 
 
 def assert_8bit(state):
-    """Kernels are in bytes and nothing else. Returns the state of ours, from within any other."""
+    """Checks that moments of kernels are codes and nothing else is. Returns the QuantizedState inside the state."""
     is_ours = lambda x: isinstance(x, fse.QuantizedState)  # noqa: E731
     (found,) = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     leaves = jax.tree_util.tree_leaves_with_path(found.inner)
@@ -110,7 +110,7 @@ def test_float64_parameters_keep_float64_moments():
 
 @pytest.mark.parametrize("state_format", [SMALL, DYNAMIC, STOCHASTIC], ids=str)
 def test_moments_that_a_step_does_not_change_keep_their_codes(state_format):
-    """In MultiSteps, say, between its steps: the codes are decoded and encoded again, and must not drift."""
+    """For example, between the steps of MultiSteps codes are decoded and encoded again, and must not drift."""
     params = parameters()
     multi = optax.MultiSteps(optax.adamw(0.01), 3).gradient_transformation()
     tx = fse.quantize_state(multi, state_format=state_format)
@@ -142,7 +142,7 @@ def test_stochastic_rounding_needs_a_step_count():
     assert difference.max() == 1
 
 
-# --- what stays ------------------------------------------------------------------------------------------------------
+# --- fields that are not quantized -----------------------------------------------------------------------------------
 
 
 def test_parameters_in_a_state_are_not_quantized():
@@ -394,7 +394,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(kind):
 
 @pytest.mark.parametrize("around", ["jit", "scan", "cond"])
 def test_codes_stay_sharded_if_blocks_straddle_devices(around):
-    """Three blocks of 256 over four devices, and no type that says where codes lie."""
+    """Three blocks of 256 are sharded over four devices, and array types have no shardings."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     cut = NamedSharding(mesh, P("a", "b"))
     tx = adamw(state_format=fse.StateFormat(block_size=256, block_axis=-1, min_size=0))
@@ -473,7 +473,7 @@ def test_rules_that_match_nothing_and_unsupported_metadata_are_refused():
 
 
 def test_a_transform_that_fits_only_its_own_parameters_is_checked_in_init():
-    """A mask that is a tree fits its own parameters alone, so nothing can be tried when it is made."""
+    """A mask that is a tree fits only its own parameters, so the transform cannot be tried when it is wrapped."""
     mask = {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": False}}
     demanding = lambda tx: optax.GradientTransformation(  # noqa: E731
         lambda p: (p["kernel"], tx.init(p))[1], tx.update

@@ -182,7 +182,7 @@ def test_small_updates_add_up_where_rounding_to_nearest_loses_them(dtype, update
     variance = steps * abs(update) * (1 - abs(update))
     assert moved.sum() != 0
     assert abs(moved.sum() - n * steps * update) < 4 * np.sqrt(n * variance)
-    # Elements are independent of each other, and of themselves a step later: else their sums would vary more or less.
+    # Elements are independent of each other and of earlier steps. Otherwise their sums would vary more or less.
     assert abs(moved.var() - variance) < 4 * np.sqrt((2 * variance**2 + variance) / n)
     plain = params["p"]
     for _ in range(2):
