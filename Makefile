@@ -9,13 +9,15 @@ install = $(if $(UV),uv pip install --quiet --python $(1),$(1) -m pip install --
 pip_with_groups = $(if $(UV),,$(1) -m pip install --quiet "pip>=25.1")
 WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
+# Halves the time of compiling for CPU, which is half the time of `make test`. `make test-all` compiles as users do.
+QUICK = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 .PHONY: train test test-all test-oldest check docs dist bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
 test: .venv/test$(EXTRAS)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(QUICK) $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/test$(EXTRAS)
 	$(PYTEST) $(ARGS)

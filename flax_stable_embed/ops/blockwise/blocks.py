@@ -4,14 +4,19 @@ The choice depends on the global shape and on `shards`, the largest number of de
 over. It never depends on a mesh. So a checkpoint opens on any mesh, and no block straddles two shards as long as the
 promise of `shards` holds.
 
-A non-minor axis is preferred, because it is free to split on TPU (a bitcast under the tiled layout). Splitting the
-minor axis changes the layout.
+Among the axes that do not stack layers or experts, a non-minor axis is preferred, because it is free to split on TPU (a
+bitcast under the tiled layout). Splitting the minor axis changes the layout.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 # A scale adds 4 / size bytes to each byte of code: 12.5% at 32, 1.6% at 256 (bitsandbytes' size).
 SMALLEST, LARGEST = 32, 256
+# An axis with more than so many times its length of elements behind it stacks layers or experts: in (128, 2880, 2880)
+# each of the 128 experts has 64800 times as many. In an attention kernel (4096, 32, 128) a row has 4096 as well.
+STACKED = 8
 
 
 class Blocks(NamedTuple):
@@ -66,6 +71,8 @@ def choose_blocks(
 
     >>> choose_blocks((1024, 4096)), choose_blocks((1024, 4096), shards=1), choose_blocks((3, 3, 1, 512))
     (Blocks(axis=0, size=128), Blocks(axis=0, size=256), Blocks(axis=3, size=64))
+    >>> choose_blocks((512, 2880, 2880))  # 512 experts do not share scales
+    Blocks(axis=2, size=32)
     """
     if not shape:
         return Blocks(0, 1)
@@ -85,14 +92,23 @@ def choose_blocks(
 
 def _choose_axis(shape: tuple[int, ...], shards: int) -> int:
     splits = [power_of_two_part(d) for d in shape]
-    last, enough = len(shape) - 1, SMALLEST * shards
-    wide = [a for a in range(last) if splits[a] >= enough]
+    last, enough, within = len(shape) - 1, SMALLEST * shards, _within_a_layer(shape)
+    wide = [a for a in within if a < last and splits[a] >= enough]
     if wide:
         return max(wide, key=lambda a: (splits[a], a))
     if splits[last] >= enough:
         return last
-    long = [a for a, d in enumerate(shape) if d >= SMALLEST] or range(len(shape))
-    return max(long, key=lambda a: (splits[a], shape[a], a))
+    return max(within, key=lambda a: (splits[a], shape[a], a))
+
+
+def _within_a_layer(shape: tuple[int, ...]) -> Sequence[int]:
+    """Returns the axes that do not stack layers or experts and are long enough for a block.
+
+    Layers and experts differ in the size of their gradients, so they share a scale only where no other axis will do.
+    """
+    long = [a for a, d in enumerate(shape) if d >= SMALLEST]
+    within = [a for a in long if a >= len(shape) - 2 or prod(shape[a + 1 :]) <= STACKED * shape[a]]
+    return within or long or range(len(shape))
 
 
 def _choose_size(d: int, shards: int) -> int:

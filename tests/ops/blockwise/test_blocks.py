@@ -1,9 +1,13 @@
 """Tests the axis and the size of blocks for unusual shapes."""
 
+import re
+from ast import literal_eval
 from math import prod
+from pathlib import Path
 
 import pytest
 
+from flax_stable_embed.ops.blockwise import blocks
 from flax_stable_embed.ops.blockwise.blocks import Blocks, choose_blocks
 
 AWKWARD = {
@@ -17,7 +21,11 @@ AWKWARD = {
     (768, 50257): ((0, 32), (0, 256)),
     (4096, 11008): ((0, 256), (0, 256)),
     (1024, 1024): ((0, 128), (0, 256)),
-    (2048, 256, 2048): ((0, 256), (0, 256)),
+    (2048, 256, 2048): ((1, 32), (1, 256)),  # 2048 experts
+    (3, 3, 512, 512): ((2, 64), (2, 256)),
+    (512, 512, 3, 3): ((1, 64), (1, 256)),  # the kernel of a convolution as torch stores it
+    (2880, 64, 64): ((0, 32), (1, 64)),
+    (64, 30, 30): ((0, 32), (0, 64)),  # no other axis is long enough
     (40, 33): ((0, 40), (0, 40)),  # no axis has a factor of 32, so the larger power of two is used
     (50257,): ((0, 256), (0, 256)),
     (768,): ((0, 32), (0, 256)),
@@ -31,6 +39,22 @@ def test_axis_and_size_follow_from_shape_and_shards(shape):
     eight, one = AWKWARD[shape]
     assert choose_blocks(shape) == Blocks(*eight)
     assert choose_blocks(shape, shards=1) == Blocks(*one)
+
+
+def test_the_table_of_the_docs_is_true():
+    page = (Path(blocks.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(\(.*\))` \| .* \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 10
+    assert {shape: Blocks(int(axis), int(size)) for shape, axis, size in rows} == {
+        shape: choose_blocks(literal_eval(shape)) for shape, *_ in rows
+    }
+
+
+@pytest.mark.parametrize("shards", [1, 8, 16])
+@pytest.mark.parametrize("stack", [(128,), (36, 128), (512,), (256,), (8, 7)], ids=str)
+@pytest.mark.parametrize("layer", [(2880, 2880), (7168, 2048), (96, 200), (1600, 25, 64), (128, 4096)], ids=str)
+def test_layers_and_experts_do_not_share_scales(stack, layer, shards):
+    assert choose_blocks((*stack, *layer), shards=shards).axis >= len(stack)
 
 
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
