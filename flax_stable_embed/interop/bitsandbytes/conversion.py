@@ -1,6 +1,6 @@
 """Converts one moment of one parameter from bitsandbytes' storage to ours and back.
 
-Codes are copied bit for bit where they mean the same on both sides: the same map, the same blocks, no transposition. In
+Codes are kept exactly where they mean the same on both sides: the same map, the same blocks, no transposition. In
 all other cases the moment is decoded. It is then encoded again if the destination stores it in 8 bits.
 """
 
@@ -79,7 +79,7 @@ def to_ours(moment: Stored, place: Place, values: Any, absmax: Any) -> tuple[np.
     if moment.absmax is not None and moment.qmap is not None:
         if place.shares_codes(moment.block_size, moment.qmap):
             off = np.abs(moment.qmap - flat.qmap(place.signed)).max()
-            return moment.values, moment.absmax.reshape(absmax.shape), "exact", float(off)
+            return flat.to_ours(moment.values, place.signed), moment.absmax.reshape(absmax.shape), "exact", float(off)
     given = given.transpose(place.axes)
     if place.plan.blocks is not None:
         codes, scales = place.encode(given)
@@ -101,7 +101,7 @@ def to_theirs(values: np.ndarray, absmax: np.ndarray, place: Place) -> tuple[Sto
         return Stored(floats), "encoded" if error else "exact", error
     qmap = flat.qmap(place.signed).copy()
     if place.shares_codes(flat.BLOCK, qmap):
-        return Stored(values, absmax.reshape(-1), qmap), "exact", 0.0
+        return Stored(flat.to_theirs(values, place.signed), absmax.reshape(-1), qmap), "exact", 0.0
     given = place.decode(values, absmax).transpose(back)
     new = Stored(*flat.encode(given, place.signed), qmap)
     return new, "encoded", _error(given, new.decoded(), flat.spread(_need(new.absmax), flat.BLOCK, given.shape))

@@ -4,6 +4,8 @@
 
 There is one byte per element and one float32 scale per block. These blocks cross rows, our blocks do not. The two are
 the same only where the length of a row is a multiple of the block size, or where the tensor has a single row.
+
+Our bytes of the signed map are theirs minus 127, modulo 256, so that byte 0 is zero. All bytes here are theirs.
 """
 
 from collections.abc import Sequence
@@ -25,9 +27,24 @@ SAME_ULPS = 4  # maps that differ by no more were computed by the same formula o
 @cache
 def qmap(signed: bool) -> np.ndarray:
     """Returns the 256 numbers that the codes stand for."""
-    values = table("dynamic", signed)
+    values = np.roll(table("dynamic", signed), _zero(signed))
     values.setflags(write=False)
     return values
+
+
+def to_theirs(codes: np.ndarray, signed: bool) -> np.ndarray:
+    """Returns the bytes of bitsandbytes for ours."""
+    return codes + np.uint8(_zero(signed))
+
+
+def to_ours(codes: np.ndarray, signed: bool) -> np.ndarray:
+    """Returns our bytes for those of bitsandbytes."""
+    return codes - np.uint8(_zero(signed))
+
+
+def _zero(signed: bool) -> int:
+    """Returns the byte that stands for zero in a map of bitsandbytes."""
+    return 127 if signed else 0
 
 
 def is_same_map(found: np.ndarray, signed: bool) -> bool:
@@ -61,4 +78,4 @@ def spread(absmax: np.ndarray, size: int, shape: Sequence[int]) -> np.ndarray:
 def encode(x: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns the codes, in the shape of `x`, and one scale per block of the flattened `x`."""
     codes, absmax = quantize(jnp.asarray(x.reshape(-1), jnp.float32), signed=signed, codec="dynamic", block_size=BLOCK)
-    return np.asarray(codes).reshape(x.shape), np.asarray(absmax)
+    return to_theirs(np.asarray(codes).reshape(x.shape), signed), np.asarray(absmax)

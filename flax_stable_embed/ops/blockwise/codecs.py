@@ -1,7 +1,8 @@
 """Encodes a number in [-1, 1] (signed) or [0, 1] (unsigned) as one byte, by one of three codecs.
 
-A code is a *level* from 0 to `top`, with a sign. A level stands for a magnitude, `value(level)`, which grows from 0 to
-exactly 1:
+A code is a *level* from 0 to `top`, with a sign, modulo 256. So byte 0 stands for exactly zero in every codec, and an
+array of zero bytes is an array of zeros. A level stands for a magnitude, `value(level)`, which grows from 0 to exactly
+1:
 
     root     signed    (level / 127)^2
              unsigned  (level / 255)^4
@@ -17,7 +18,7 @@ up.
 All of it is arithmetic. There is no table, no gather and no search, so it vectorizes on every backend.
 
 Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, sec. 1.3), equal bit for bit in
-float32. `linear` is that paper's ablation. `root` is ours.
+float32. Its signed codes are bitsandbytes' minus 127, modulo 256. `linear` is that paper's ablation. `root` is ours.
 """
 
 from collections.abc import Callable
@@ -36,12 +37,11 @@ TINY = float(np.finfo(np.float32).tiny)
 class Code(NamedTuple):
     """One codec for signed or for unsigned numbers; `value`, `nearest` and `below` work on magnitudes.
 
-    Always: code = zero + level for x >= 0, zero - level for x < 0; level <= top, and <= bottom for x < 0;
+    Always: code = level for x >= 0, -level modulo 256 for x < 0; level <= top, and <= bottom for x < 0;
             value(0) == 0 and value(top) == 1 exactly; value(level) grows with the level.
     """
 
     dtype: np.dtype
-    zero: int
     bottom: int
     top: int
     smallest_level: int  # of a number above zero
@@ -85,7 +85,7 @@ def _root(signed: bool) -> Code:
         return _step_down(value, scaled(n).astype(jnp.int32), n)
 
     dtype = np.dtype(np.int8 if signed else np.uint8)
-    return Code(dtype, 0, top if signed else 0, top, 0 if signed else 1, value, nearest, below)
+    return Code(dtype, top if signed else 0, top, 0 if signed else 1, value, nearest, below)
 
 
 def _linear(signed: bool) -> Code:
@@ -108,7 +108,7 @@ def _linear(signed: bool) -> Code:
         return _step_down(value, (n * np.float32(top)).astype(jnp.int32), n)
 
     dtype = np.dtype(np.int8 if signed else np.uint8)
-    return Code(dtype, 0, top if signed else 0, top, 0, value, nearest, below)
+    return Code(dtype, top if signed else 0, top, 0, value, nearest, below)
 
 
 _DECADES = 7
@@ -159,7 +159,7 @@ def _dynamic(signed: bool) -> Code:
     def below(n):
         return _step_down(value, nearest(n, jnp.zeros_like(n, dtype=bool)), n)
 
-    return Code(np.dtype(np.uint8), 127 if signed else 0, 127 if signed else 0, top, 0, value, nearest, below)
+    return Code(np.dtype(np.uint8), 127 if signed else 0, top, 0, value, nearest, below)
 
 
 Codec = Literal["root", "dynamic", "linear"]
@@ -186,16 +186,18 @@ def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
     if code.smallest_level:
         level = jnp.where(magnitude >= TINY, jnp.maximum(level, code.smallest_level), 0)
     if not code.bottom:
-        return (code.zero + level).astype(code.dtype)
+        return level.astype(code.dtype)
     below_zero = level if code.bottom == code.top else jnp.minimum(level, code.bottom)
-    return (code.zero + jnp.where(negative, -below_zero, level)).astype(code.dtype)
+    return jnp.where(negative, -below_zero, level).astype(code.dtype)
 
 
 def decode(codes: Array, code: Code) -> Array:
     """Returns the float32 numbers in [-1, 1] or [0, 1] that `codes` stand for."""
-    level = codes.astype(jnp.int32) - code.zero
+    level = codes.astype(jnp.int32)
     if not code.bottom:
         return code.value(level)
+    if code.dtype == np.uint8:
+        level = jnp.where(level > code.top, level - 256, level)
     magnitude = code.value(lax.abs(level))
     return jnp.where(level < 0, -magnitude, magnitude)
 

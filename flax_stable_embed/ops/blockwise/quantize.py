@@ -51,7 +51,8 @@ def quantize(
         seed: Integer that the random numbers depend on, required with stochastic rounding.
 
     Returns:
-        codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8.
+        codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8. Zero is byte
+            0. Signed `dynamic` codes are those of bitsandbytes minus 127, modulo 256.
         absmax: The scales, float32, in the shape of `x` with the number of blocks along `axis`; () for a scalar.
 
     Raises:
@@ -196,8 +197,8 @@ def dequantize_view(codes: Array, absmax: Array, axis: int, code: Code) -> Array
     return decode(codes, code) * jnp.expand_dims(absmax, axis + 1)
 
 
-def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
-    """Splits the blocked axis of `x` into (number of blocks, block size); a short last block is padded with `zero`."""
+def split(x: Array, blocks: Blocks, fill: int = 0) -> Array:
+    """Splits the blocked axis of `x` into (number of blocks, block size); a short last block is filled with `fill`."""
     axis, size = blocks
     count = blocks.count(x.shape)
     if _straddles(x, blocks):
@@ -206,7 +207,7 @@ def split(x: Array, blocks: Blocks, zero: int = 0) -> Array:
     if count * size != x.shape[axis]:
         widths = [(0, 0, 0)] * x.ndim
         widths[axis] = (0, count * size - x.shape[axis], 0)
-        x = lax.pad(x, jnp.full((), zero, x.dtype), widths)
+        x = lax.pad(x, jnp.full((), fill, x.dtype), widths)
     return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
 
 

@@ -117,7 +117,8 @@ def _dynamic(code: Code) -> KernelCodec:
     last = code.top - 0.25
 
     def dequantize(codes, absmax):
-        level = codes.astype(jnp.int32).astype(jnp.float32) - np.float32(code.zero)
+        level = codes.astype(jnp.int32).astype(jnp.float32)
+        level = jnp.where(level > code.top, level - 256, level) if code.bottom else level
         magnitude = lax.abs(level)
         n = _best(jnp.maximum, magnitude, to_number)
         n = jnp.where(magnitude == 0, 0.0, jnp.where(magnitude == code.top, 1.0, n)) * absmax
@@ -134,7 +135,7 @@ def _dynamic(code: Code) -> KernelCodec:
         level = jnp.where(line > last, code.top, level)
         if code.bottom:
             level = jnp.where(x < 0, -jnp.minimum(level, code.bottom), level)
-        return (level + code.zero).astype(code.dtype)
+        return level.astype(code.dtype)
 
     return KernelCodec(dequantize, _reciprocal, quantize)
 

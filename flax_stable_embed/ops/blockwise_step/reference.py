@@ -36,7 +36,7 @@ def plain(step: Step, operands: Operands, index: Array | None = None, store: Cal
     """
     blocks, shape = step.blocks, operands.g.shape
     old = tuple(
-        dequantize_view(split(codes, blocks, moment.code.zero), absmax, blocks.axis, moment.code)
+        dequantize_view(split(codes, blocks), absmax, blocks.axis, moment.code)
         for codes, absmax, moment in zip(operands.codes, operands.absmax, step.moments)
     )
     p = None if operands.p is None else split(operands.p, blocks)

@@ -85,9 +85,9 @@ def no_scales(box: Any, memory_kind: str | None = None) -> Any:
 
 
 def initial_codes(p: Any, code: Code, blocks: Blocks, value: Any = 0.0) -> tuple[Array, Array]:
-    """Makes codes and scales that decode to `value`: the code of zero, or else the largest code with this scale."""
+    """Makes codes and scales that decode to `value`: zeros, or else the largest code with this scale."""
     zeros = isinstance(value, int | float) and value == 0
-    codes = jnp.full_like(p, code.zero if zeros else code.zero + code.top, dtype=code.dtype)
+    codes = jnp.full_like(p, 0 if zeros else code.top, dtype=code.dtype)
     shape = blocks.absmax_shape(p.shape)
     return codes, jnp.full(shape, value, jnp.float32, device=_sharding(p, shape, blocks))
 

@@ -361,7 +361,7 @@ class _Stored(NamedTuple):
         axis, code = self.blocks.axis, self.moment.code
         codes, absmax = quantize_moment(x, self.moment, self.blocks, key)
         if 0 < code.bottom < code.top and x.shape:
-            same = split(x == self.decoded, self.blocks, zero=1)
+            same = split(x == self.decoded, self.blocks, fill=1)
             kept = jnp.all(same, axis=axis + 1)
             absmax = jnp.where(kept, self.absmax, absmax)
             kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)

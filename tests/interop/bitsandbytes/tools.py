@@ -85,19 +85,30 @@ def assert_parameters(case, found, expected, steps):
     assert (np.abs(found - expected) <= PER_STEP * case.options["lr"] * steps + rounding).all()
 
 
+def their_bytes(codes):
+    """Returns signed codes of ours as bitsandbytes writes them, where zero is 127. Floats stay as they are."""
+    return codes + np.uint8(127) if codes.dtype == np.uint8 else codes
+
+
+def our_bytes(codes):
+    """Undoes `their_bytes`."""
+    return codes - np.uint8(127) if codes.dtype == np.uint8 else codes
+
+
 def our_fields(case, state, path="kernel"):
-    """The arrays of one parameter in our state, under bitsandbytes' names."""
+    """Returns the arrays of one parameter in our state, under bitsandbytes' names and with its bytes."""
     found = {}
     for i, names in ((1, twin(case).state1), (2, (twin(case).state2,))):
         for kind, suffix in (("state", ""), ("absmax", "_absmax")):
             arrays = [np.asarray(getattr(state[0], f"{name}{suffix}")[path]) for name in names if name]
             if arrays:
                 found[f"{kind}{i}"] = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-    return found
+    return found | {"state1": their_bytes(found["state1"])}
 
 
 def with_fields(case, state, fields, step, path="kernel"):
-    """Our state after `step` steps with the arrays of one parameter replaced, given under bitsandbytes' names."""
+    """Returns our state after `step` steps with new arrays of one parameter, given as `our_fields` returns them."""
+    fields = fields | {"state1": our_bytes(np.asarray(fields["state1"]))} if "state1" in fields else fields
     changes = {name: jnp.asarray(step, jnp.int32) for name in state[0]._fields if name.startswith("count")}
     for i, names in ((1, twin(case).state1), (2, (twin(case).state2,))):
         for kind, suffix in (("state", ""), ("absmax", "_absmax")):

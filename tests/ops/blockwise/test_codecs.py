@@ -22,8 +22,8 @@ def values_and_codes(codec, signed):
     """Returns all numbers that a codec can store and their codes, ascending. int8 codecs never write -128."""
     values = table(codec, signed)
     codes = np.arange(256) if CODECS[codec](signed).dtype == np.uint8 else np.arange(-128, 128)
-    keep = codes != -128
-    return values[keep], codes[keep]
+    order = [i for i in np.argsort(values, stable=True) if codes[i] != -128]
+    return values[order], codes[order]
 
 
 def probes(values, signed):
@@ -41,7 +41,8 @@ def probes(values, signed):
 def test_dynamic_map_has_the_bits_of_bitsandbytes():
     for name, bits in json.loads((GOLDEN / "dynamic_map.json").read_text()).items():
         expected = np.array([int(b, 16) for b in bits], np.uint32)
-        np.testing.assert_array_equal(table("dynamic", name == "signed").view(np.uint32), expected)
+        ours = np.roll(table("dynamic", name == "signed"), 127 if name == "signed" else 0)
+        np.testing.assert_array_equal(ours.view(np.uint32), expected)
 
 
 @ALL
@@ -49,7 +50,7 @@ def test_dynamic_map_has_the_bits_of_bitsandbytes():
 def test_values_are_distinct_and_include_zero_and_one(codec, signed):
     values, codes = values_and_codes(codec, signed)
     assert np.all(np.diff(values) > 0)
-    assert values[codes == CODECS[codec](signed).zero] == 0.0
+    assert values[codes == 0] == 0.0
     assert values[-1] == 1.0
 
 

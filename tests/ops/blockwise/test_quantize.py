@@ -27,10 +27,10 @@ def by_brute_force(x, codec, signed):
         root = np.sqrt(np.abs(n)) * np.float32(127) if signed else np.sqrt(np.sqrt(n)) * np.float32(255)
         codes = np.sign(n) * np.rint(root) if signed else np.where(n > 0, np.maximum(np.rint(root), 1), 0)
     else:
-        values = table(codec, signed)[1 if CODECS[codec](signed).dtype == np.int8 else 0 :]
-        lowest = -127 if CODECS[codec](signed).dtype == np.int8 else 0
+        values = np.sort(table(codec, signed))[1 if CODECS[codec](signed).dtype == np.int8 else 0 :]
+        lowest = -127 if signed else 0
         codes = np.searchsorted((values[1:] + values[:-1]) * np.float32(0.5), n, side="left") + lowest
-    return codes.reshape(-1), absmax.reshape(-1)
+    return codes.reshape(-1).astype(CODECS[codec](signed).dtype), absmax.reshape(-1)
 
 
 def hard_numbers(seed=0):

@@ -33,7 +33,7 @@ def a_step(shape, codec="root", blocks=None, stochastic=False, **options):
 def operands_of(step, shape, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     g, p = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
-    codes = tuple(jnp.full(shape, m.code.zero, m.code.dtype) for m in step.moments)
+    codes = tuple(jnp.zeros(shape, m.code.dtype) for m in step.moments)
     absmax = tuple(jnp.zeros(step.blocks.absmax_shape(shape)) for _ in step.moments)
     hyper = {"b2": jnp.float32(0.99), "step_size": jnp.float32(-0.01), "weight_decay": jnp.float32(0.1)}
     return Operands(g, p, codes, absmax, hyper, jnp.uint32(5) if step.stochastic else None)

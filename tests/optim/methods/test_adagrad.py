@@ -59,7 +59,7 @@ def test_stochastic_rounding_keeps_the_mean_of_sums_that_nearest_inflates(roundi
 
 
 def test_the_dynamic_codec_stores_the_sum_with_signed_codes():
-    for codec, zero in (("dynamic", 127), ("root", 0), ("linear", 0)):
-        tx = fse.adagrad8bit(1e-2, 0.0, state_format=fse.StateFormat(codec, min_size=0))
+    for codec, top in (("dynamic", 128), ("root", 255), ("linear", 255)):
+        tx = fse.adagrad8bit(1e-2, 0.1, state_format=fse.StateFormat(codec, min_size=0))
         state = tx.init({"kernel": jnp.zeros((64, 64))})[0]
-        assert np.unique(state.sum_of_squares["kernel"]).tolist() == [zero]
+        assert np.unique(state.sum_of_squares["kernel"]).tolist() == [top]

@@ -82,6 +82,6 @@ def run_constant(tx, grads, params, steps=20):
 
 
 def test_the_dynamic_codec_stores_the_second_moment_with_signed_codes():
-    tx = fse.rmsprop8bit(1e-3, state_format=fse.StateFormat("dynamic", min_size=0))
+    tx = fse.rmsprop8bit(1e-3, initial_scale=1.0, state_format=fse.StateFormat("dynamic", min_size=0))
     state = tx.init({"kernel": jnp.zeros((64, 64))})[0]
-    assert np.unique(state.nu["kernel"]).tolist() == [127]
+    assert np.unique(state.nu["kernel"]).tolist() == [128]
