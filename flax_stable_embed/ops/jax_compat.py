@@ -3,6 +3,9 @@
 Delete this file when pyproject.toml no longer allows JAX 0.9.
 """
 
+from importlib import import_module
+from typing import Any
+
 import jax
 from jax import Array
 
@@ -16,3 +19,16 @@ def varying_axes(x: Array) -> frozenset[str]:
     """Returns the mesh axes of a `jax.shard_map` that the type of `x` varies over."""
     aval = jax.typeof(x)
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # `vma`: JAX 0.9 and earlier
+
+
+def register_key_type(key_type: Any) -> None:
+    """Registers a dtype of `define_prng_impl` under its name, for `jax.random.wrap_key_data(..., impl=name)`.
+
+    JAX has no public function for it. Where this one is not found, only Orbax misses it, which restores by the name.
+    """
+    for module in ("jax._src.random.prng", "jax._src.prng"):  # from JAX 0.10.2 on, and before
+        try:
+            import_module(module).register_prng(key_type._impl)
+        except (ImportError, AttributeError):
+            continue
+        return

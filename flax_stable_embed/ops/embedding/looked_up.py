@@ -87,12 +87,12 @@ class LookedUpTable:
 
     def gradient(self, d_tap: Array) -> SparseRows:
         """Returns the gradient of the tap as the row gradient of the table."""
-        return SparseRows(unsealed(self.sealed_indices), d_tap.astype(self.dtype), self.shape[0])
+        return SparseRows(unsealed(self.sealed_indices, self.shape[0]), d_tap.astype(self.dtype), self.shape[0])
 
     def gather(self, options: GatherOptions, row_numbers: Array) -> Array:
         """Returns rows by number. One that is not among the indices gives NaN, because its gradient would be lost."""
         num_rows, n = self.shape[0], self.tap.shape[0]
-        at = find_rows(unsealed(self.sealed_indices), row_numbers, num_rows)
+        at = find_rows(unsealed(self.sealed_indices, num_rows), row_numbers, num_rows)
         known = jnp.where(at < n, row_numbers, num_rows)
         if options.padding_idx is not None:
             at = jnp.where(row_numbers == options.padding_idx, n, at)

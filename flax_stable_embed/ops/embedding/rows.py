@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from ..dtypes import at_least_float32
+from ..jax_compat import register_key_type
 from ..sharding import explicit_sharding, placed_like
 from .gather import row_numbers_of, row_sharding, take
 
@@ -33,16 +34,18 @@ _ROW_NUMBERS = jax.extend.random.define_prng_impl(
     name="fse_row_numbers",
     tag="row numbers of fse.SparseRows, which fse.row_sparse and fse.clip_by_global_norm understand",
 )
+register_key_type(_ROW_NUMBERS)  # Orbax restores such arrays by the name of their type
 
 
 def sealed(row_numbers: Array) -> Array:
-    """Returns row numbers in the sealed dtype."""
-    return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None], impl=_ROW_NUMBERS)
+    """Returns row numbers in the sealed dtype. Row 0 is stored as 1, so that `jnp.zeros_like` means no rows."""
+    return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None] + 1, impl=_ROW_NUMBERS)
 
 
-def unsealed(numbers: Array) -> Array:
-    """Returns sealed row numbers as int32."""
-    return jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
+def unsealed(numbers: Array, num_rows: int) -> Array:
+    """Returns sealed row numbers as int32, and padding as from `distinct` where the sealed number is zero."""
+    found = jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
+    return jnp.where(found == 0, num_rows + jnp.arange(found.shape[-1], dtype=jnp.int32), found - 1)
 
 
 def distinct(row_numbers: Array, num_rows: int) -> Array:
@@ -116,7 +119,8 @@ class SparseRows:
     were looked up.
 
     It is a pytree with `values` and sealed row numbers as leaves. optax's transforms cannot compute with the sealed
-    numbers, so they raise an error instead of scaling or adding row numbers. `fse.row_sparse`, `fse.global_norm`,
+    numbers, so they raise an error instead of scaling or adding row numbers. Zeros of both mean no rows, as
+    `jax.tree.map(jnp.zeros_like, grads)` makes them. `fse.row_sparse`, `fse.global_norm`,
     `fse.clip_by_global_norm` and `fse.sum_microbatches` support it. `table + rows` adds the values to the rows of a
     table, so that `optax.apply_updates` works with a row update.
 
@@ -160,7 +164,7 @@ class SparseRows:
     @property
     def indices(self) -> Array:
         """Returns the row numbers, (n,) int32, distinct and ascending. Those of `num_rows` and more are padding."""
-        return unsealed(self._sealed)
+        return unsealed(self._sealed, self.num_rows)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """Tests rows of a table: distinct numbers, sums over equal ids, and the arithmetic of dense arrays."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, find_rows
+from flax_stable_embed.ops.embedding.rows import SparseRows, distinct, find_rows, set_rows
 
 
 def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
@@ -160,6 +163,38 @@ def test_sparse_rows_work_in_jit_scan_cond_and_vmap():
     many = jax.vmap(lambda k: jnp.zeros((9, 3)) + x * k)(jnp.arange(2.0))
     np.testing.assert_array_equal(many[1], x.to_dense())
     assert "9 rows" in repr(x) and jax.tree.structure(x) == jax.tree.structure(twice)
+
+
+def through_orbax(zeros, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "zeros", zeros)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "zeros", zeros)
+
+
+ZEROS = {
+    "eager": lambda zeros, rows, folder: zeros,
+    "jit": lambda zeros, rows, folder: jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x))(rows),
+    "donated": lambda zeros, rows, folder: jax.jit(lambda x: x, donate_argnums=0)(jax.tree.map(jnp.copy, zeros)),
+    "where": lambda zeros, rows, folder: jax.tree.map(lambda x, z: jnp.where(False, x, z), rows, zeros),
+    "cond": lambda zeros, rows, folder: jax.lax.cond(jnp.array(False), lambda: rows, lambda: zeros),
+    "scan": lambda zeros, rows, folder: jax.lax.scan(lambda c, _: (c, None), zeros, None, length=2)[0],
+    "pickle": lambda zeros, rows, folder: pickle.loads(pickle.dumps(zeros)),
+    "orbax": lambda zeros, rows, folder: through_orbax(zeros, folder),
+    "a product": lambda zeros, rows, folder: zeros * 2.0,
+    "a sum": lambda zeros, rows, folder: zeros + zeros,
+}
+
+
+@pytest.mark.parametrize("how", ZEROS)
+def test_zeros_of_rows_are_no_rows(how, tmp_path):
+    some = rows([0, 3, 3, 7])
+    zeros = ZEROS[how](jax.tree.map(jnp.zeros_like, some), some, tmp_path)
+    assert (np.diff(zeros.indices) > 0).all() and (np.asarray(zeros.indices) >= 9).all()
+    table = jnp.ones((9, 3))
+    np.testing.assert_array_equal(table + zeros, table)
+    np.testing.assert_array_equal((zeros + some).to_dense(), some.to_dense())
+    np.testing.assert_array_equal(set_rows(table, zeros.indices, zeros.values), table)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")], ids=str)

@@ -1,4 +1,4 @@
-"""Tests that zero bytes mean zero moments, in every optimizer and codec, because users reset moments by hand."""
+"""Tests that zeros mean zero moments and no rows, in every optimizer and codec, because users write zeros by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +85,41 @@ def test_byte_0_is_zero(codec, signed):
     codes = jnp.zeros((8,), CODECS[codec](signed).dtype)
     assert not np.any(fse.ops.dequantize(codes, absmax, signed=signed, codec=codec))
     assert not np.any(fse.ops.quantize(jnp.zeros(8), signed=signed, codec=codec)[0])
+
+
+def zero_rows(grads, state, tx, params):
+    return tx.update(jax.tree.map(jnp.zeros_like, grads), state, params)
+
+
+def skipped_by_where(grads, state, tx, params):
+    ok = jnp.isfinite(fse.global_norm(grads))
+    return tx.update(jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads), state, params)
+
+
+def skipped_by_cond(grads, state, tx, params):
+    ok = jnp.isfinite(fse.global_norm(grads))
+    kept = jax.lax.cond(ok, lambda g: g, lambda g: jax.tree.map(jnp.zeros_like, g), grads)
+    return tx.update(kept, state, params)
+
+
+def skipped_by_optax(grads, state, tx, params):
+    finite = optax.apply_if_finite(optax.identity(), 3)
+    return tx.update(finite.update(grads, finite.init(params), params)[0], state, params)
+
+
+SKIPS = [zero_rows, skipped_by_where, skipped_by_cond, skipped_by_optax]
+BY_ROWS = [case for case in OPTIMIZERS if not case.sums]
+
+
+@pytest.mark.parametrize("case", BY_ROWS, ids=lambda case: case.name)
+@pytest.mark.parametrize("skip", SKIPS, ids=lambda skip: skip.__name__)
+@pytest.mark.one_in(5)
+def test_a_skipped_step_moves_no_row_of_a_table(case, skip):
+    """A table without decay: no row may move if the gradient was zeroed."""
+    table = {"embedding": jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)}
+    tx = fse.row_sparse(build(case))
+    first = {"embedding": fse.SparseRows.of_lookups(jnp.arange(5), jnp.ones((5, 8)), 64)}
+    _, state = tx.update(first, tx.init(table), table)
+    bad = {"embedding": fse.SparseRows.of_lookups(jnp.arange(7, 12), jnp.full((5, 8), jnp.nan), 64)}
+    updates, _ = jax.jit(lambda g, s: skip(g, s, tx, table))(bad, state)
+    np.testing.assert_array_equal(optax.apply_updates(table, updates)["embedding"], table["embedding"])
