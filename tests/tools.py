@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 import flax_stable_embed as fse
@@ -17,6 +18,7 @@ from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits for every size, because the parameters of tests are small
 ALL_FP32 = ((".*", 32),)
+as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # `pure`: Flax 0.12.6 and earlier
 
 
 # AdamW has two moments and decays after the rule. LARS has one moment, sums over parameters and decays before the rule.

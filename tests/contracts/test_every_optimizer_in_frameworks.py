@@ -21,6 +21,7 @@ import flax_stable_embed as fse
 from tests.tools import (
     ALL_FP32,
     SMALL,
+    as_pure,
     assert_8bit,
     assert_nearly,
     assert_same_bits,
@@ -257,7 +258,7 @@ def nnx_step(model, optimizer):
 
 
 def assert_nnx_8bit(case, optimizer):
-    found = core(case, nnx.as_pure(optimizer.opt_state))
+    found = core(case, as_pure(optimizer.opt_state))
     for name in moments(case):
         moment = getattr(found, name)
         assert is_codes(moment["up"]["kernel"])
@@ -271,11 +272,11 @@ def assert_nnx_8bit(case, optimizer):
 def test_an_nnx_optimizer_trains(case):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, build(case), wrt=nnx.Param)
-    before = types(nnx.as_pure(optimizer.opt_state))
+    before = types(as_pure(optimizer.opt_state))
     losses = [float(nnx_step(model, optimizer)) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
     assert_nnx_8bit(case, optimizer)
-    assert types(nnx.as_pure(optimizer.opt_state)) == before
+    assert types(as_pure(optimizer.opt_state)) == before
 
     other = Model(nnx.Rngs(0))
     theirs = nnx.Optimizer(other, build_theirs(case), wrt=nnx.Param)
@@ -293,7 +294,7 @@ def test_nnx_and_plain_dicts_take_the_same_step(case):
     assert_nnx_8bit(case, optimizer)
     updates, state = tx.update(plain_grads, tx.init(params), params)
     assert_same_bits(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optax.apply_updates(params, updates))
-    ours = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+    ours = jax.tree.leaves(as_pure(optimizer.opt_state))
     assert all(np.array_equal(a, b) for a, b in zip(ours, jax.tree.leaves(state), strict=True))
 
 
@@ -383,7 +384,7 @@ def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
             losses[name] = [float(step(model, optimizer, ids)) for _ in range(4)]
             assert types((nnx.state(model), nnx.state(optimizer))) == before
             if name == "8":
-                found = core(case, nnx.as_pure(optimizer.opt_state))
+                found = core(case, as_pure(optimizer.opt_state))
                 for moment in (getattr(found, name) for name in moments(case)):
                     assert is_codes(moment["up"]["kernel"]) and is_codes(moment["down"]["kernel"])
                     assert not is_codes(moment["token"]["embedding"])
@@ -393,7 +394,7 @@ def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
 
 
 def moment_arrays(case, optimizer):
-    found = core(case, nnx.as_pure(optimizer.opt_state))
+    found = core(case, as_pure(optimizer.opt_state))
     return [getattr(found, f)["up"]["kernel"] for name in moments(case) for f in (name, f"{name}_absmax")]
 
 
@@ -415,7 +416,7 @@ def test_an_nnx_optimizer_trains_with_optax_wrappers(case, wrap):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     losses = [float(nnx_step(model, optimizer)) for _ in range(4)]
-    found = core(case, nnx.as_pure(optimizer.opt_state))
+    found = core(case, as_pure(optimizer.opt_state))
     for name in moments(case):
         assert is_codes(getattr(found, name)["up"]["kernel"])
     assert losses[-1] < losses[0]
@@ -435,7 +436,7 @@ def test_eval_shape_of_an_nnx_optimizer_gives_the_real_shapes_and_specs(case, na
         _, abstract = nnx.eval_shape(build_both)
         _, real = build_both()
     assert_nnx_8bit(case, abstract)
-    assert kinds(nnx.as_pure(abstract.opt_state)) == kinds(nnx.as_pure(real.opt_state))
+    assert kinds(as_pure(abstract.opt_state)) == kinds(as_pure(real.opt_state))
     for specs in (nnx.get_partition_spec(optimizer.opt_state) for optimizer in (abstract, real)):
         for name in moments(case):
             spec = getattr(core(case, specs), name)["up"]["kernel"].get_value()

@@ -13,7 +13,17 @@ import pytest
 from flax import nnx
 
 import flax_stable_embed as fse
-from tests.tools import SMALL, assert_nearly, assert_same_bits, gradients, is_codes, jitted, jitted_fused, parameters
+from tests.tools import (
+    SMALL,
+    as_pure,
+    assert_nearly,
+    assert_same_bits,
+    gradients,
+    is_codes,
+    jitted,
+    jitted_fused,
+    parameters,
+)
 
 EVERY = {
     "adamw8bit": (fse.adamw8bit, {"b1": 0.5, "b2": 0.9, "eps": 1e-2, "weight_decay": 0.3}),
@@ -183,7 +193,7 @@ def test_a_tied_weight_is_one_parameter_with_one_rule():
         for _ in range(2):
             grads = nnx.grad(lambda model: jnp.mean(model(jnp.arange(8)) ** 2))(model)
             optimizer.update(model, grads)
-        (moment,) = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].mu))
+        (moment,) = jax.tree.leaves(as_pure(optimizer.opt_state[0].mu))
         assert model.head.embedding[...] is model.wte.embedding[...]
         return moment.dtype, model.wte.embedding[...] - before
 

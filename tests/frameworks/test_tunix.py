@@ -26,6 +26,7 @@ from tests.frameworks.tools import (
     loss_of,
     without_framework,
 )
+from tests.tools import as_pure
 
 IDS = np.arange(32).reshape(4, 8)
 
@@ -130,7 +131,7 @@ def test_the_helpers_accept_the_state_and_a_checkpoint_opens_on_another_mesh(nam
         for i in range(3):
             step(model, optimizer, batch_of(shapes, i))
     assert dtypes(optimizer) == before
-    params, state = nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state)
+    params, state = nnx.to_pure_dict(nnx.state(model, nnx.Param)), as_pure(optimizer.opt_state)
     assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, shapes))
 
@@ -138,8 +139,8 @@ def test_the_helpers_accept_the_state_and_a_checkpoint_opens_on_another_mesh(nam
     _, other = made(tx, (4, 2))
     targets = restore_targets(opt_state(other))
     nnx.update(other, ocp.load(tmp_path / "state", targets))
-    assert_same_numbers(nnx.as_pure(other.opt_state), state)
-    (codes, _), *_ = assert_8bit(nnx.as_pure(other.opt_state), params)
+    assert_same_numbers(as_pure(other.opt_state), state)
+    (codes, _), *_ = assert_8bit(as_pure(other.opt_state), params)
     assert codes.sharding.mesh.shape == {"fsdp": 4, "tp": 2}
 
 
@@ -149,7 +150,7 @@ def test_an_update_keeps_the_dtypes_of_the_state(name, dtype):
     with nnx.use_eager_sharding(False):
         model = Model(nnx.Rngs(0), dtype)
         optimizer = nnx.Optimizer(model, build(name), wrt=nnx.Param)
-    assert_8bit(nnx.as_pure(optimizer.opt_state), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert_8bit(as_pure(optimizer.opt_state), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     assert_an_update_keeps_dtypes(model, optimizer)
 
 
@@ -175,7 +176,7 @@ def test_the_real_trainer_trains_and_continues_from_its_checkpoint(tmp_path):
             )
             trainer = trainer.with_gen_model_input_fn(lambda x: {"ids": x.input_tokens, "ones": x.input_mask})
             trainer.train(batches)
-        state = nnx.as_pure(trainer.optimizer.opt_state)
+        state = as_pure(trainer.optimizer.opt_state)
         assert_codes_are_sharded_like_parameters(state, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return int(state[0].count), float(jnp.mean((0.01 * model(IDS) - 1.0) ** 2))
 

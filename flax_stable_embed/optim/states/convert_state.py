@@ -65,8 +65,8 @@ def convert_state(
             large. "count" also allows to merge several counts into one, which is the largest of them.
 
     Returns:
-        A state with the structure of `tx_to.init(params)`. With `nnx.Optimizer`: pass `nnx.as_pure` of the parameters
-        and of `opt_state`, then call `nnx.update(new.opt_state, nnx.state(returned))`.
+        A state with the structure of `tx_to.init(params)`. With `nnx.Optimizer`: pass `nnx.as_pure` (`nnx.pure` before
+        Flax 0.12.7) of the parameters and of `opt_state`, then call `nnx.update(new.opt_state, nnx.state(returned))`.
 
     Raises:
         ValueError: Before any work: `state` is not a state of `tx_from`; a value exists only in the source or only in

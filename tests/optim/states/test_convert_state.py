@@ -15,7 +15,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from tests.tools import ALL_FP32, SMALL, assert_nearly, assert_same_bits, gradients, is_codes, parameters, run, types
+from tests.tools import (
+    ALL_FP32,
+    SMALL,
+    as_pure,
+    assert_nearly,
+    assert_same_bits,
+    gradients,
+    is_codes,
+    parameters,
+    run,
+    types,
+)
 
 CODECS = ("root", "dynamic", "linear")
 KERNEL = (256, 32)  # eight blocks of 32 on the first axis, so no block straddles 8 devices
@@ -584,13 +595,13 @@ def test_an_nnx_optimizer_continues_with_another_transform():
     for _ in range(2):
         step(model, old)
     new = nnx.Optimizer(model, after, wrt=nnx.Param)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    state = fse.convert_state(before, after, params, nnx.as_pure(old.opt_state))
+    params = as_pure(nnx.state(model, nnx.Param))
+    state = fse.convert_state(before, after, params, as_pure(old.opt_state))
     nnx.update(new.opt_state, nnx.state(state))
-    found = nnx.as_pure(new.opt_state)[0]
+    found = as_pure(new.opt_state)[0]
     assert found.mu["linear"]["kernel"].dtype == jnp.int8
     assert found.mu["embed"]["embedding"].any() and int(found.count) == 2
-    assert_same_bits(found.mu["embed"], nnx.as_pure(old.opt_state)[0].mu["embed"])
+    assert_same_bits(found.mu["embed"], as_pure(old.opt_state)[0].mu["embed"])
     step(model, new)
     # The variables themselves are accepted too.
     boxed = fse.convert_state(before, after, nnx.state(model, nnx.Param), old.opt_state)

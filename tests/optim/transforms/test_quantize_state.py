@@ -20,6 +20,7 @@ from flax_stable_embed.optim.transforms.state_fields import MOMENTS
 from tests.tools import (
     ALL_FP32,
     SMALL,
+    as_pure,
     assert_nearly,
     assert_same_bits,
     gradients,
@@ -323,7 +324,7 @@ def nnx_step(model, optimizer):
 
 
 def nnx_leaves(optimizer):
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(optimizer.opt_state).inner)
+    leaves = jax.tree_util.tree_leaves_with_path(as_pure(optimizer.opt_state).inner)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
