@@ -1,4 +1,4 @@
-"""What JAX 0.10 changed. No other file depends on the version of JAX.
+"""What JAX changed after 0.8.1. No other file depends on the version of JAX.
 
 Delete this file when pyproject.toml no longer allows JAX 0.9.
 """
@@ -32,3 +32,8 @@ def register_key_type(key_type: Any) -> None:
         except (ImportError, AttributeError):
             continue
         return
+
+
+def as_varying(x: Array, axes: tuple[str, ...]) -> Array:
+    """Returns `x` typed as varying over more mesh axes of a `jax.shard_map`."""
+    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)  # JAX 0.8.1

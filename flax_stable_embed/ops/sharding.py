@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .jax_compat import varying_axes
+from .jax_compat import as_varying, varying_axes
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
@@ -76,4 +76,4 @@ def varying_like(x: Array, *others: Array) -> Array:
     Inside of `shard_map` the type of an array says whether devices hold the same value or each its own.
     """
     axes = tuple(frozenset().union(*map(varying_axes, others)) - varying_axes(x))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+    return as_varying(x, axes) if axes else x
