@@ -88,7 +88,7 @@ def test_the_rules_of_easylm_work_unchanged_if_blocks_divide(name):
 @pytest.mark.one_in(3, start=1)
 def test_any_blocks_work_with_a_rule_for_scales_in_front(name):
     tx = OPTIMIZERS[name](state_format=OF_256, rules=NORMS)
-    with pytest.raises(ValueError, match="divide the shape"):
+    with pytest.raises(ValueError, match=r"divide the shape|divisible by"):
         flow(tx, RULES)
     state = flow(tx, (("absmax", PS()), *RULES))
     assert_codes_are_sharded_like_parameters(state.opt_state, state.params)

@@ -184,7 +184,7 @@ def test_nnx_variables_and_their_specs_are_accepted():
 
 AXES = NamedSharding(AbstractMesh((8,), ("a",)), P("a"))
 BAD = {
-    "no mesh": (SPECS, ValueError, r"has P\('b',\) for parameter 'up/bias', which needs a mesh.*set_mesh"),
+    "no mesh": (SPECS, ValueError, r"has \w+\('b',\) for parameter 'up/bias', which needs a mesh.*set_mesh"),
     "a leaf that is missing": ({"up": SPECS["up"]}, ValueError, "the parameters have 'wte/embedding' and the `shard"),
     "a leaf too many": (SPECS | {"b": AXES}, ValueError, "the `shardings` have 'b' and the parameters do not"),
     "a single spec for all": (AXES, ValueError, "a pytree like the parameters"),
@@ -207,7 +207,7 @@ def test_shardings_that_do_not_fit_are_refused(name):
 def test_unknown_mesh_axes_and_unequal_shards_are_refused():
     tx, params = fse.adamw8bit(1e-3), {"kernel": jax.ShapeDtypeStruct((300, 64), jnp.float32)}
     with jax.set_mesh(mesh_of(AxisType.Auto)):
-        with pytest.raises(ValueError, match=r"has P\('model',\) for parameter 'kernel': .*not found in mesh"):
+        with pytest.raises(ValueError, match=r"has \w+\('model',\) for parameter 'kernel': .*not found in mesh"):
             fse.describe(tx, params, shardings={"kernel": P("model")})
         with pytest.raises(ValueError, match=r"'kernel' of shape \(300, 64\) cannot be sharded as given"):
             fse.describe(tx, params, shardings={"kernel": P(("a", "b"))})
