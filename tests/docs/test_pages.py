@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 ELSEWHERE = {"frameworks", "scaling"}  # their code runs in tests/frameworks/test_recipes.py and test_scaling.py
+IN_HOST_MEMORY = {"rules"}  # their code needs host memory, which XLA for CPU has from JAX 0.10 on
 
 
 def in_the_reference():
@@ -48,6 +49,7 @@ def pages():
     for page in PAGES:
         if any(code_of(page)) and page.stem not in ELSEWHERE:
             marks = [pytest.mark.slow] if "{code-cell}" in page.read_text() else []
+            marks += [pytest.mark.recent_compiler] if page.stem in IN_HOST_MEMORY else []
             yield pytest.param(page, marks=marks, id=page.stem)
 
 

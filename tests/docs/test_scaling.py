@@ -12,6 +12,7 @@ from tests.tools import assert_an_embedding_adds_nothing
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 
+@pytest.mark.recent_compiler
 def test_the_code_of_the_page_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(compile("\n".join(blocks), str(PAGE), "exec"), {"__name__": "scaling"})

@@ -153,6 +153,7 @@ def test_the_linen_flow_with_zero1_shards_the_state_over_data(name, state_format
 
 @every_optimizer
 @pytest.mark.one_in(3)
+@pytest.mark.recent_compiler
 def test_the_linen_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)
     state = linen_flow(tx, offload=True)
@@ -260,6 +261,7 @@ def test_the_nnx_flow_with_zero1_shards_the_state_over_data(name, state_format):
 
 @every_optimizer
 @pytest.mark.one_in(3, start=1)
+@pytest.mark.recent_compiler
 def test_the_nnx_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)
     params, state = nnx_flow(tx, offload=True)
