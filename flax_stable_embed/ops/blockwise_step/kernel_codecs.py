@@ -64,14 +64,14 @@ def _root(code: Code, fourth_root: FourthRoot) -> KernelCodec:
     top = float(code.top)
 
     def dequantize_signed(codes, absmax):
-        level = codes.astype(jnp.float32)
+        level = _float32(codes)
         return level * lax.abs(level) * (absmax * np.float32(1 / top**2))  # zero if the scale is below 2e-34
 
     def quantize_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
         return _low_byte(x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor, code)
 
     def dequantize_unsigned(codes, absmax):
-        square = jnp.square(codes.astype(jnp.float32) * np.float32(1 / top))  # two factors, so that none underflows
+        square = jnp.square(_float32(codes) * np.float32(1 / top))  # two factors, so that none underflows
         return square * square * absmax
 
     def quantize_unsigned(x, factor, _):  # factor = 4 / absmax
@@ -89,7 +89,7 @@ def _linear(code: Code) -> KernelCodec:
     top = np.float32(code.top)
 
     def dequantize(codes, absmax):
-        return codes.astype(jnp.float32) * np.float32(1 / top) * absmax
+        return _float32(codes) * np.float32(1 / top) * absmax
 
     def quantize(x, factor, _):
         x = x if code.bottom else jnp.maximum(x, 0.0)
@@ -117,7 +117,7 @@ def _dynamic(code: Code) -> KernelCodec:
     last = code.top - 0.25
 
     def dequantize(codes, absmax):
-        level = codes.astype(jnp.int32).astype(jnp.float32)
+        level = _float32(codes)
         level = jnp.where(level > code.top, level - 256, level) if code.bottom else level
         magnitude = lax.abs(level)
         n = _best(jnp.maximum, magnitude, to_number)
@@ -154,6 +154,11 @@ def _best(choose: Callable, x: Array, lines: list[tuple[float, float]]) -> Array
 def _live(absmax: Array, f: Callable[[Array], Array]) -> Array:
     """Returns `f` of the scales above zero, and zero for the others."""
     return jnp.where(absmax > 0, f(jnp.maximum(absmax, TINY)), 0.0)
+
+
+def _float32(codes: Array) -> Array:
+    """Returns codes as floats, by way of int32 because Mosaic of JAX 0.9 does not cast uint8 to float32."""
+    return codes.astype(jnp.int32).astype(jnp.float32)
 
 
 ROUNDER = np.float32(1.5 * 2**23)  # its last byte is zero
