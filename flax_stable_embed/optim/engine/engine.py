@@ -76,7 +76,8 @@ class Engine:
                     sizes[x.path] += sum(map(nbytes, pair))
         counts = {name: jnp.zeros([], jnp.int32) for name in self.method.counts}
         plans = {x.path: x.plan for x in leaves if x.plan}
-        vector = jnp.asarray(format_code(self.rules.formats, list(plans.values())))
+        # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
+        vector = jnp.array(format_code(self.rules.formats, list(plans.values())))
         state = self.method.state(**counts, **fields, format=vector)
         if (records := RECORDS.get()) is not None:
             moments = self._stored_moments(leaves)

@@ -224,7 +224,8 @@ class _Quantizer:
             path: replace(plans[path], implementation=_implementation(plans[path], own))
             for path, own in slots_by_path.items()
         }
-        vector = jnp.asarray(format_code(self.rules.formats, list(with_moments.values())))
+        # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
+        vector = jnp.array(format_code(self.rules.formats, list(with_moments.values())))
         state = QuantizedState(new, scales, vector)
         if (records := RECORDS.get()) is not None:
             sizes, stayed = _sizes(state, slots, slots_by_path)
