@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "multihost.py"
 
 
@@ -18,6 +20,7 @@ def losses(folder):
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.recent_compiler  # JAX 0.8.1 rounds a sum over 4 processes differently from one over 2
 def test_a_killed_training_continues_on_other_processes_to_the_same_losses(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)
