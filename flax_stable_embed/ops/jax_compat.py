@@ -36,4 +36,6 @@ def register_key_type(key_type: Any) -> None:
 
 def as_varying(x: Array, axes: tuple[str, ...]) -> Array:
     """Returns `x` typed as varying over more mesh axes of a `jax.shard_map`."""
-    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)  # JAX 0.8.1
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # JAX 0.8.1  # pyright: ignore[reportAttributeAccessIssue]
