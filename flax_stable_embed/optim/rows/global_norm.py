@@ -3,13 +3,21 @@ r"""Computes norms of gradients that are partly row gradients, and clips by them
     |g| = sqrt(sum over dense gradients |g_j|^2 + sum over row gradients |values_j|^2)
 
 The rows that a row gradient does not hold are zero. So its norm is that of its values.
+
+Squares are summed in at least float32, twice: as they are, and scaled down for numbers whose squares overflow. So every
+finite gradient whose norm is a float32 has a finite norm.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 
+from ...ops.dtypes import at_least_float32
 from ...ops.embedding.rows import SparseRows, is_sparse_rows
 from ..arguments import check_numbers
 from ..trees import Updates
@@ -34,20 +42,57 @@ def global_norm(updates: Updates) -> jax.Array:
 
     $$\lVert x \rVert = \sqrt{\sum_i |x_i|^2}$$
 
-    The result is that of `optax.global_norm` on the dense arrays, which are not built.
+    The result is that of `optax.global_norm` on the dense arrays, which are not built. Two cases differ: gradients in
+    half precision are summed in float32, and squares that overflow do not make the norm infinite.
 
     Args:
         updates: Pytree of arrays and `fse.SparseRows`.
 
     Returns:
-        The norm, a scalar array.
+        The norm, a scalar array in at least float32.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> rows = fse.SparseRows.of_lookups(jnp.array([7, 7]), jnp.array([[1.0, 0.0], [0.0, 2.0]]), num_rows=1000)
     >>> global_norm({"embedding": rows, "kernel": jnp.array([2.0])})
     Array(3., dtype=float32)
     """
-    return optax.tree.norm(values_of(updates))
+    return norm_of(jax.tree.leaves(values_of(updates))).norm
+
+
+class Norm(NamedTuple):
+    """The norm of several arrays together, its square, which may overflow, and whether all elements are finite."""
+
+    norm: Array
+    squared: Array
+    finite: Array
+
+
+def norm_of(arrays: Sequence[Any]) -> Norm:
+    """Computes the norm of all arrays together, in at least float32."""
+    arrays = [jnp.asarray(x) for x in arrays]
+    real = [jnp.finfo(at_least_float32(x.dtype)).dtype for x in arrays]
+    dtype = max(real, default=np.dtype(np.float32), key=lambda d: d.itemsize)
+    down = 2.0 ** -(jnp.finfo(dtype).maxexp * 5 // 8)  # the squares of numbers times this factor do not overflow
+    squares, small = (_sum_of_squares(arrays, dtype, factor) for factor in (1.0, down))
+    norm = jnp.where(squares < jnp.inf, jnp.sqrt(squares), jnp.sqrt(small) * dtype.type(1 / down))
+    return Norm(norm, squares, jnp.isfinite(small))
+
+
+def _sum_of_squares(arrays: Sequence[Array], dtype: Any, factor: float) -> Array:
+    total = jnp.zeros([], dtype)
+    for x in arrays:
+        parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+        for part in parts:
+            total = total + jnp.sum(jnp.square(part.astype(dtype) * dtype.type(factor)))
+    return total
+
+
+def _scaled_down(x: Any, norm: Array, limit: Any) -> Array:
+    """Returns `x limit / norm`, computed in at least float32."""
+    x = jnp.asarray(x)
+    wide = x.astype(at_least_float32(x.dtype))
+    scale = jnp.asarray(limit, norm.dtype) / jnp.where(norm > 0, norm, 1)
+    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
@@ -55,8 +100,8 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
 
     $$g \leftarrow g \cdot \min(1, \mathrm{max\_norm} / \lVert g \rVert)$$
 
-    The result is that of `optax.clip_by_global_norm` on the dense gradients. Place it before `fse.row_sparse`, not
-    inside: there the optimizer sees only some of the rows.
+    The result is that of `optax.clip_by_global_norm` on the dense gradients, with the norm of `fse.global_norm`. Place
+    it before `fse.row_sparse`, not inside: there the optimizer sees only some of the rows.
 
     Args:
         max_norm: The maximum global norm. Gradients with a larger norm are scaled down to it.
@@ -71,10 +116,12 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     >>> tx = optax.chain(fse.clip_by_global_norm(1.0), fse.row_sparse(optax.adam(1e-3)))
     """
     check_numbers(max_norm=max_norm)
-    inner = optax.clip_by_global_norm(max_norm)
 
     def update(updates, state, params=None):
-        values, state = inner.update(values_of(updates), state, params)
-        return with_values(updates, values), state
+        del params
+        values, norm = values_of(updates), global_norm(updates)
+        keep = norm < jnp.asarray(max_norm, norm.dtype)
+        clipped = jax.tree.map(lambda x: jnp.where(keep, x, _scaled_down(x, norm, max_norm)), values)
+        return with_values(updates, clipped), state
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformation(optax.init_empty_state, update)

@@ -2,7 +2,7 @@ r"""Clips gradients by a percentile of their past norms.
 
     h[t mod n] <- |g|^2;   c = sqrt(sorted(h)[percentile n / 100]);   u = g min(1, c / |g|)
 
-h is a ring buffer of the last n squared norms.
+h is a ring buffer of the last n squared norms. A norm of zero is an empty slot.
 Source: `percentile_clipping` of bitsandbytes' optimizers, up to version 0.49 (there per parameter and with n = 100).
 """
 
@@ -16,18 +16,18 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from ..rows.global_norm import values_of, with_values
+from ...ops.dtypes import at_least_float32
+from ..rows.global_norm import Norm, norm_of, values_of, with_values
 
 # As in bitsandbytes. It is a NumPy integer because `optax.inject_hyperparams` turns every Python number into an array,
 # which is traced under jit and then cannot be part of a shape.
 _HISTORY = np.int64(100)
-_DOWN = 2.0**-80  # float32 numbers times this factor have squares, and sums of squares, that do not overflow
 
 
 class PercentileClippingState(NamedTuple):
     """State of `percentile_clipping`.
 
-    Always: `squared_norms` is a ring buffer along its first axis, and slots without a norm yet are infinite.
+    Always: `squared_norms` is a ring buffer along its first axis, and slots without a norm yet are zero.
     """
 
     count: Array  # shape=(), dtype=int32: number of steps
@@ -53,8 +53,7 @@ def percentile_clipping(
           keeps the direction of the gradient. `per_parameter=True` does as bitsandbytes.
         - A gradient with NaN or infinite elements is returned as it is and is not recorded. The user or
           `optax.apply_if_finite` can handle it. In bitsandbytes it destroys the history.
-        - A finite gradient whose squared norm overflows is clipped and recorded as the largest float32. (A float64
-          gradient that is too large for float32 counts as infinite.)
+        - A finite gradient whose squared norm overflows is clipped and recorded as the largest float32.
         - A limit of 0, which comes from initial gradients of zero, does not clip. In bitsandbytes it sets all following
           gradients to zero.
 
@@ -90,29 +89,28 @@ def percentile_clipping(
                 'optax.inject_hyperparams, pass static_args=("history",).'
             )
         n = (len(jax.tree.leaves(params)),) if per_parameter else ()
-        return PercentileClippingState(
-            jnp.zeros([], jnp.int32), jnp.full((operator.index(history), *n), jnp.inf, jnp.float32)
-        )
+        return PercentileClippingState(jnp.zeros([], jnp.int32), jnp.zeros((operator.index(history), *n), jnp.float32))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, tree = jax.tree.flatten(values_of(updates))
-        squares, small = _squared_norms(leaves, per_parameter), _squared_norms(leaves, per_parameter, factor=_DOWN)
-        if state.squared_norms.shape[1:] != squares.shape:
+        norm, squared, finite = _norms(leaves, per_parameter)
+        if state.squared_norms.shape[1:] != squared.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
                 f"{state.squared_norms.shape}. Make the state by `init` with the same parameters and `per_parameter`."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        ring = _with_recorded(state.squared_norms, count, squares, jnp.isfinite(small))
-        norm = jnp.where(jnp.isfinite(squares), jnp.sqrt(squares), jnp.sqrt(small) * np.float32(1 / _DOWN))
+        ring = _with_recorded(state.squared_norms, count, squared, finite)
         limit = jnp.sqrt(_percentile(ring, percentile))
-        scale = jnp.where(jnp.isfinite(small) & (norm > limit) & (limit > 0), limit / norm, 1.0)
+        clips = finite & (norm > limit) & (limit > 0)
+        scale = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
         scales = scale if per_parameter else [scale] * len(leaves)
 
         def clip(g: Any, scale: Array) -> Array:
             g = jnp.asarray(g)
-            clipped = (g.astype(jnp.promote_types(g.dtype, jnp.float32)) * scale).astype(g.dtype)
+            wide = g.astype(at_least_float32(g.dtype))
+            clipped = (wide * scale.astype(wide.dtype)).astype(g.dtype)
             return jnp.where(scale < 1, clipped, g)  # integers above 2^24 are not exact in float32
 
         clipped = tree.unflatten(map(clip, leaves, scales))
@@ -139,17 +137,20 @@ def _check(percentile: Any, history: Any) -> None:
         raise ValueError(f"`history` must be at least 1, got {history}; try 100.")
 
 
-def _squared_norms(leaves: list, per_parameter: bool, factor: float = 1.0) -> Array:
-    """Returns the squared norm of all gradients times `factor`, or of each gradient, in float32."""
-    sums = [jnp.sum(jnp.square(jnp.abs(g).astype(jnp.float32) * np.float32(factor))) for g in leaves]
-    return jnp.asarray(sums, jnp.float32) if per_parameter else sum(sums, start=jnp.zeros([], jnp.float32))
+def _norms(leaves: list, per_parameter: bool) -> Norm:
+    """Returns the norm of all gradients, or of each gradient, in float32."""
+    if per_parameter and not leaves:
+        return Norm(jnp.zeros(0), jnp.zeros(0), jnp.zeros(0, bool))
+    norms = [norm_of([g]) for g in leaves] if per_parameter else [norm_of(leaves)]
+    norms = [Norm(n.norm.astype(jnp.float32), n.squared.astype(jnp.float32), n.finite) for n in norms]
+    return jax.tree.map(lambda *x: jnp.stack(x), *norms) if per_parameter else norms[0]
 
 
 def _with_recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:
-    """Writes squared norms into their slot of the ring buffer and into all empty slots; ignores nonfinite norms."""
+    """Writes squared norms into their slot of the ring buffer and into all empty slots, if they are finite."""
     slot = jax.lax.broadcasted_iota(jnp.int32, ring.shape, 0) == count % ring.shape[0]
     squares = jnp.minimum(squares, np.finfo(np.float32).max)
-    return jnp.where((slot | jnp.isinf(ring)) & finite[None], squares[None], ring)
+    return jnp.where((slot | (ring == 0)) & finite[None], squares[None], ring)
 
 
 def _percentile(ring: Array, percentile: Any) -> Array:
