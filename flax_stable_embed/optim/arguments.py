@@ -4,6 +4,7 @@ from numbers import Number
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..ops.embedding.rows import is_sparse_rows
@@ -54,11 +55,21 @@ def refuse_dtype(name: str, dtype: Any) -> None:
         )
 
 
+# Hyper-parameters that 16 bits round to another optimizer: bfloat16(0.999) is 1, and float16(1e-8) is 0.
+_NEEDS_32_BITS = {"b1", "b2", "b3", "decay", "momentum", "eps", "eps_root"}
+
+
 def check_numbers(**values: Any) -> None:
-    """Raises unless every hyper-parameter is a number or an array."""
+    """Raises unless every hyper-parameter is a number or an array, and precise enough."""
     for name, value in values.items():
         if not isinstance(value, Number) and not hasattr(value, "dtype"):
             raise TypeError(f"`{name}` must be a number, got {value!r}.")
+        dtype = getattr(value, "dtype", None)
+        if name in _NEEDS_32_BITS and dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            raise TypeError(
+                f"`{name}` is {dtype}, which rounds 0.999 to 1 or 1e-8 to 0. optax.inject_hyperparams casts numbers to "
+                "the dtype of the parameters: give it hyperparam_dtype=jnp.float32."
+            )
 
 
 def check_schedules(**values: Any) -> None:

@@ -218,6 +218,24 @@ def test_hyperparameters_can_be_injected(case, which):
         assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_decay_rates_in_16_bits_are_refused_and_float32_is_the_way_out(case, dtype):
+    params = parameters(dtype)
+    sixteen = {name: jnp.asarray(0.9, dtype) for name in ("b1", "b2", "b3", "decay", "momentum") if takes(case, name)}
+    for name, value in sixteen.items():
+        with pytest.raises(TypeError, match=rf"`{name}` is {value.dtype}.*hyperparam_dtype=jnp\.float32"):
+            case.ours(**case.hyper | {name: value})
+    if sixteen:
+        with pytest.raises(TypeError, match=r"hyperparam_dtype=jnp\.float32"):
+            optax.inject_hyperparams(case.ours)(**case.hyper).init(params)
+    tx = optax.inject_hyperparams(case.ours, hyperparam_dtype=jnp.float32)(**case.hyper, state_format=SMALL)
+    plain = case.ours(**case.hyper, state_format=SMALL)
+    grads = gradients(like=params)
+    ours, theirs = (jax.jit(t.update)(grads, t.init(params), params)[0] for t in (tx, plain))
+    assert_nearly(ours, theirs, rtol=2e-2)
+
+
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.one_in(3, start=1)
