@@ -406,6 +406,36 @@ def test_parameters_after_a_step_are_differentiable(case):
     chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=rtol, atol=atol)
 
 
+def unrolled(tx_of, steps, w, rate):
+    tx, params = tx_of(rate), {"kernel": w}
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(jax.tree.map(lambda p: p * jnp.cos(p), params), state, params)
+        params = optax.apply_updates(params, updates)
+    return jnp.sum(params["kernel"] ** 2)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("bits", [8, "bf16", 32])
+@pytest.mark.one_in(4)
+def test_a_derivative_through_moments_that_are_not_in_32_bits_raises(case, bits):
+    w = parameters()["kernel"]
+    hyper = {key: x for key, x in case.hyper.items() if key != "learning_rate"}
+    ours = lambda rate: case.ours(rate, **hyper, state_format=SMALL, rules=((".*", bits),))  # noqa: E731
+    theirs = lambda rate: case.theirs(rate, **hyper)  # noqa: E731
+    for transform in (jax.grad, lambda f: lambda w: jax.jvp(f, (w,), (jnp.ones_like(w),))[1]):
+        along = transform(lambda w: unrolled(ours, 3, w, 0.01))
+        if bits == 32:
+            assert_nearly(along(w), transform(lambda w: unrolled(theirs, 3, w, 0.01))(w), rtol=2e-2)
+            continue
+        with pytest.raises(TypeError, match="A derivative reaches the moments of parameter 'kernel'"):
+            jax.jit(along)(w)
+    jax.grad(lambda rate: unrolled(ours, 1, w, rate))(0.01)  # one step does not read what it stores
+    if bits != 32:
+        with pytest.raises(TypeError, match=r"use rules=\(\(\"\.\*\", 32\),\)"):
+            jax.grad(lambda rate: unrolled(ours, 3, w, rate))(0.01)
+
+
 @every_kind_of_optimizer
 @pytest.mark.one_in(3)
 def test_donated_buffers_are_used_in_place(case):

@@ -226,3 +226,18 @@ def test_the_docs_list_every_transform_without_moments():
     for name, *_ in NOT_WRAPPED:
         known = {"rmsprop_centered": "centered rmsprop", "schedule_free_sgd": "schedule_free"}
         assert known.get(name, name) in fse.quantize_state.__doc__, name
+
+
+@pytest.mark.parametrize("bits", [8, "bf16"])
+def test_a_derivative_through_wrapped_moments_raises(bits):
+    tx = fse.quantize_state(optax.sgd(0.01, momentum=0.9), rules=((".*", bits),))
+
+    def loss(w):
+        params, state = {"kernel": w}, tx.init({"kernel": w})
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params["kernel"])
+
+    with pytest.raises(TypeError, match="A derivative reaches the moments of parameter 'kernel'"):
+        jax.grad(loss)(jnp.ones((64, 64)))

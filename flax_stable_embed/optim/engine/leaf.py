@@ -17,7 +17,7 @@ from ...ops.blockwise_step.step import Operands, Step, apply_rule, row_mean_squa
 from ...ops.counter_random import array_key, random_bits
 from ...ops.dtypes import at_least_float32
 from ...ops.rounding import stochastic_round
-from ..storage.moments import in_memory, memory_of
+from ..storage.moments import in_memory, memory_of, not_differentiated
 from ..storage.plan import LeafPlan
 from .method import Method
 from .tail import Tail
@@ -51,7 +51,11 @@ class LeafStep(NamedTuple):
     def __call__(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail) -> tuple[Array, dict[str, Array]]:
         """Runs the step of one parameter: `(output, stored)`. Moments return to the memory that they came from."""
         memory = {name: plan.rule.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
-        leaf = leaf._replace(stored={name: in_memory(x, "device") for name, x in leaf.stored.items()})
+        stored = {name: in_memory(x, "device") for name, x in leaf.stored.items()}
+        if plan.bits in (8, "bf16"):
+            floats = {name: x for name, x in stored.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+            stored |= {name: not_differentiated(x, plan.path) for name, x in floats.items()}
+        leaf = leaf._replace(stored=stored)
         out, stored = self._with_tail(plan, leaf, hyper, tail)
         return out, {name: in_memory(x, memory[name]) for name, x in stored.items()}
 

@@ -8,6 +8,7 @@ A moment is two arrays, its values and its scales (`absmax`). The parameter's `b
 - "rowwise": the same in float32, but second moments have a last axis of 1.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,6 +103,29 @@ def in_memory(x: Any, kind: str | None) -> Any:
 def memory_of(x: Any) -> str:
     """Returns the memory that holds an array: "pinned_host" or "device"."""
     return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def not_differentiated(x: Array, path: str) -> Array:
+    """Returns an array of a moment in 8 bits or bfloat16, through which no derivative can flow.
+
+    Codes are integers and bfloat16 is rounded by bits, so JAX would take the derivative of a moment for zero.
+    """
+    del path
+    return x
+
+
+def _raise_if_differentiated(path: str, primals: tuple, tangents: tuple) -> tuple:
+    if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+        raise TypeError(
+            f"A derivative reaches the moments of parameter {path!r}, which are not stored in 32 bits, so it would be "
+            'wrong. To differentiate through several steps of an optimizer, use rules=((".*", 32),). To train with '
+            "a gradient that depends on the state, use jax.lax.stop_gradient(state)."
+        )
+    return primals[0], tangents[0]
+
+
+not_differentiated.defjvp(_raise_if_differentiated, symbolic_zeros=True)
 
 
 def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:

@@ -28,7 +28,15 @@ from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..storage.format_code import check_format, format_code
-from ..storage.moments import MomentSpec, bits_of, dequantize_moment, is_codes, no_scales, quantize_moment
+from ..storage.moments import (
+    MomentSpec,
+    bits_of,
+    dequantize_moment,
+    is_codes,
+    no_scales,
+    not_differentiated,
+    quantize_moment,
+)
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
@@ -254,7 +262,11 @@ class _Quantizer:
                 "`init` of the same parameters and `moments`?"
             )
         scales = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
-        stored = self._stored_moments(find_slots(state.inner, fields, is_hole), before, scales, expected, shapes)
+        slots = find_slots(state.inner, fields, is_hole)
+        stored = self._stored_moments(slots, before, scales, expected, shapes)
+        for index, _, path in slots:
+            if getattr(before[index], "dtype", None) == jnp.bfloat16 != expected[index].dtype:
+                before[index] = not_differentiated(before[index], path)
         check_format(self.rules, state.format, list({old.path: old.plan for old in stored.values()}.values()))
         decoded = [_cast(stored[i].decoded if i in stored else before[i], x) for i, x in enumerate(expected)]
         out, inner = self.tx.update(_widened(updates), tree.unflatten(decoded), _widened(params), **extra_args)
@@ -351,7 +363,8 @@ class _Stored(NamedTuple):
 
     @property
     def decoded(self) -> Array:
-        return placed_like(dequantize_moment(self.codes, self.absmax, self.moment, self.blocks), self.codes)
+        absmax = not_differentiated(self.absmax, self.path)
+        return placed_like(dequantize_moment(self.codes, absmax, self.moment, self.blocks), self.codes)
 
     def encoded(self, x: Array, key: Array | None) -> tuple[Array, Array]:
         """Returns new codes and scales. A block that `tx` did not change keeps its codes and its scale.
