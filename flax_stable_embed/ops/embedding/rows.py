@@ -32,7 +32,7 @@ _ROW_NUMBERS = jax.extend.random.define_prng_impl(
     random_bits=_no_randomness,
     fold_in=_no_randomness,
     name="fse_row_numbers",
-    tag="row numbers of fse.SparseRows, which fse.row_sparse and fse.clip_by_global_norm understand",
+    tag="row numbers of fse.SparseRows, for fse.row_sparse, fse.global_norm and fse.clip_by_global_norm",
 )
 register_key_type(_ROW_NUMBERS)  # Orbax restores such arrays by the name of their type
 

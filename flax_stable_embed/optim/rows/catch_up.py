@@ -95,7 +95,14 @@ class RowHistory:
                 "or give row_sparse a `mask` that is False for it."
             )
         for place in tables:
-            if self.last[place].shape != (tables[place].shape[0],):
+            rows, known = tables[place].shape[0], jnp.shape(self.last[place])
+            if known and known != (rows,):
+                raise ValueError(
+                    f"The state of {inputs.paths[place]!r} has {known[0]} rows, but the table has {rows}. Call "
+                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, make "
+                    "a new state with `init`."
+                )
+            if not known:
                 raise ValueError(
                     f"{inputs.paths[place]!r} has a row gradient, but the state has no history of its rows. With "
                     "semantics='catch_up', make the optimizer with a `mask` that is True for every table."

@@ -64,9 +64,10 @@ class StepInputs(NamedTuple):
 
         Raises:
             TypeError: The moments of the table are stored in 8 bits, or are not made of rows.
+            ValueError: They have another number of rows than the table.
             NotImplementedError: The moments of the table are in host memory.
         """
-        num_rows = self.grads[place].shape[0]
+        num_rows, features = self.grads[place].shape
         found = []
         for i, (owner, x) in enumerate(zip(self.owners, self.state)):
             if owner != place or x is None:
@@ -83,6 +84,12 @@ class StepInputs(NamedTuple):
                 )
             if x.shape[:1] == (num_rows,):
                 found.append(i)
+            elif x.ndim == 2 and x.shape[0] > 1 and x.shape[1] in (1, features):
+                raise ValueError(
+                    f"The state of {self.paths[place]!r} has {x.shape[0]} rows, but the table has {num_rows}. Call "
+                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, make "
+                    "a new state with `init`, and copy the moments of the rows that stay."
+                )
             elif x.size > 1:
                 raise TypeError(
                     f"The state of {self.paths[place]!r} has an array of shape {x.shape}, which does not have a row "

@@ -148,7 +148,7 @@ def test_arithmetic_on_the_leaves_of_sparse_rows_raises(sum_up):
 
 
 def test_errors_of_jax_name_the_functions_that_support_row_gradients():
-    with pytest.raises(TypeError, match=r"fse\.SparseRows, which fse\.row_sparse"):
+    with pytest.raises(TypeError, match=r"fse\.SparseRows, for fse\.row_sparse"):
         jax.tree.map(lambda x: 0.5 * x, rows([1, 2]))
 
 

@@ -693,3 +693,21 @@ def test_hyperparameters_can_be_injected_around_row_sparse():
     updates, _ = jax.jit(tx.update)(gradients(0), tx.init(params), params)
     want, _ = fse.row_sparse(optax.adam(0.1)).update(gradients(0), optax.adam(0.1).init(params), params)
     assert_close(dense(updates), dense(want))
+
+
+@pytest.mark.parametrize("semantics", ["lazy", "catch_up"])
+@pytest.mark.parametrize("bits", [32, "bf16", "rowwise"])
+def test_a_state_of_another_number_of_rows_is_named(semantics, bits):
+    rows = lambda n: {"embedding": fse.SparseRows.of_lookups(jnp.array([1, n - 1]), jnp.ones((2, 8)), n)}  # noqa: E731
+    table, grown = ({"embedding": jnp.ones((n, 8))} for n in (100, 104))
+    tx = fse.row_sparse(fse.adamw8bit(1e-2, rules=(("embedding", bits),)), semantics)
+    _, state = tx.update(rows(100), tx.init(table), table)
+    with pytest.raises(ValueError, match="The state of 'embedding' has 100 rows, but the table has 104"):
+        tx.update(rows(104), state, grown)
+
+
+@pytest.mark.parametrize("norm", [optax.tree.norm, lambda g: optax.clip_by_global_norm(1.0).update(g, None)])
+def test_norms_of_optax_name_ours_under_jit(norm):
+    grads = {"embedding": fse.SparseRows.of_lookups(jnp.array([1, 2]), jnp.ones((2, 8)), 100)}
+    with pytest.raises(TypeError, match=r"fse\.global_norm and fse\.clip_by_global_norm"):
+        jax.jit(norm)(grads)
