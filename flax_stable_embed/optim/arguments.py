@@ -11,12 +11,23 @@ from ..ops.embedding.rows import is_sparse_rows
 from .trees import Mask, Params, Updates, is_none
 
 
+def _called_on(mask: Mask, tree: Any) -> Mask:
+    """Returns the pytree of a mask, which may be a function of `tree`.
+
+    A pytree can be callable itself, as the modules of Equinox are. The test for a function is optax's: all leaves are
+    callable.
+    """
+    leaves = jax.tree.leaves(mask)
+    return mask(tree) if leaves and all(map(callable, leaves)) else mask
+
+
 def broadcast_mask(name: str, mask: Mask, tree: Any) -> list[bool]:
     """Returns a mask as one boolean for each leaf of `tree`, where None counts as a leaf.
 
     Args:
         name: The argument that the mask came from, for the error.
-        mask: Pytree of booleans with the structure of `tree`, or a prefix of it. None means True everywhere.
+        mask: Pytree of booleans with the structure of `tree`, or a prefix of it, or a function that takes `tree` and
+            returns one. None means True everywhere.
         tree: Pytree like the parameters.
 
     Raises:
@@ -28,6 +39,7 @@ def broadcast_mask(name: str, mask: Mask, tree: Any) -> list[bool]:
             raise ValueError(f"`{name}` must hold booleans, got {m!r}. True means that it applies.")
         return jax.tree.map(lambda _: bool(m), part, is_leaf=is_none)
 
+    mask = _called_on(mask, tree)
     if mask is None:
         return [True] * len(jax.tree.leaves(tree, is_leaf=is_none))
     if not _is_prefix(mask, tree):

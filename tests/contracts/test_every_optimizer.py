@@ -1,8 +1,10 @@
 """Tests every optimizer of tests/cases.py: optax's contract, and optax's numbers if nothing is in 8 bits."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -404,6 +406,48 @@ def test_parameters_after_a_step_are_differentiable(case):
         chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)
     rematerialized = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, ours, False)), argnums=(0, 1)))
     chex.assert_trees_all_close(rematerialized(0.01, grads, state), expected, rtol=rtol, atol=atol)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A pytree that is callable, as the modules of Equinox are."""
+
+    embedding: Any
+    kernel: Any
+
+    def __call__(self, x):
+        return x @ self.embedding @ self.kernel
+
+
+MASKED = {
+    **{f"{case.name}.{case.mask}": (case, case.mask) for case in OPTIMIZERS if takes(case, case.mask)},
+    **{f"{case.name}.trust_ratio_mask": (case, "trust_ratio_mask") for case in OPTIMIZERS if case.name == "lars8bit"},
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_can_be_a_callable_pytree(name):
+    case, argument = MASKED[name]
+    params = Layer(jnp.ones((80, 64)), jnp.ones((64, 64)))
+    masks = (Layer(False, True), lambda params: Layer(False, True))
+    ours, theirs = (case.ours(**case.hyper, **{argument: mask}, state_format=SMALL) for mask in masks)
+    found, want = (tx.update(params, tx.init(params), params)[0] for tx in (ours, theirs))
+    assert_same_bits(found, want)
+
+
+@pytest.mark.parametrize("wrap", [fse.row_sparse, fse.with_max_norm], ids=lambda f: f.__name__)
+def test_a_mask_of_tables_can_be_a_callable_pytree(wrap):
+    params = Layer(jnp.ones((80, 64)), jnp.ones((64, 64)))
+    tables = Layer(jnp.ones((80, 64)), jnp.ones((64, 64)))
+    options = {"max_norm": 1.0} if wrap is fse.with_max_norm else {}
+    moved = []
+    for mask in (Layer(True, False), lambda params: Layer(True, False)):
+        tx = wrap(optax.sgd(0.1), mask=mask, **options)
+        updates, _ = tx.update(tables, tx.init(params), params, token_ids={"embedding": jnp.arange(3)})
+        moved.append(optax.apply_updates(params, updates))
+    assert_same_bits(*moved)
+    assert np.any(moved[0].embedding != params.embedding)
 
 
 def unrolled(tx_of, steps, w, rate):

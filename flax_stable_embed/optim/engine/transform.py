@@ -12,7 +12,7 @@ import optax
 
 from ..arguments import broadcast_mask, check_schedules, need_params
 from ..fused_update import FusedTransformation, check_members
-from ..trees import Updates, is_array
+from ..trees import is_array
 from .engine import Engine
 from .tail import Tail
 
@@ -35,7 +35,7 @@ def scale_by(engine: Engine, tail: Tail = Tail()) -> optax.GradientTransformatio
         now = tail
         if callable(tail.weight_decay):
             now = now._replace(weight_decay=tail.weight_decay(state.count))
-        return engine.step(updates, state, params, tail=_with_masks(now, updates))
+        return engine.step(updates, state, params, tail=now)
 
     update.__qualname__ = f"scale_by_{engine.method.name}8bit"  # `fused_update` shows this name in its error
     return optax.GradientTransformationExtraArgs(engine.init, update)
@@ -83,7 +83,7 @@ def optimizer(
 
     def init(params):
         if all(map(is_array, jax.tree.leaves(params))):  # false for the placeholders of optax.tree.map_params
-            broadcast_mask(tail.mask_name, _with_masks(tail, params).mask, params)
+            broadcast_mask(tail.mask_name, tail.mask, params)
         states = []
         for _, member in pairs:  # a loop, so that a warning finds the caller's line
             states.append(member.init(params))
@@ -99,7 +99,7 @@ def optimizer(
             now = now._replace(weight_decay=value)
         rate = states["rate"]
         now = now._replace(step_size=-1 * (learning_rate(rate.count) if callable(learning_rate) else learning_rate))
-        out, states["method"] = engine.step(grads, states["method"], params, fused=fused, tail=_with_masks(now, grads))
+        out, states["method"] = engine.step(grads, states["method"], params, fused=fused, tail=now)
         _, states["rate"] = by_name["rate"].update((), rate)
         return out, tuple(states.values())
 
@@ -112,12 +112,6 @@ def optimizer(
         return step(grads, state, params, fused=True)
 
     return FusedTransformation(init, update, fused_update)
-
-
-def _with_masks(tail: Tail, grads: Updates) -> Tail:
-    """Returns the tail with masks that are functions called on the updates."""
-    masks = (m(grads) if callable(m) else m for m in (tail.mask, tail.gradient_mask))
-    return tail._replace(**dict(zip(("mask", "gradient_mask"), masks)))
 
 
 def _decay(tail: Tail, state: Any) -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ def are_tables(mask: Mask, tree: Any, paths: list[str], leaves: list[Any]) -> li
     # The placeholders of optax.tree.map_params have no shape, and a mask may have been made for arrays.
     if mask is None or not any(hasattr(unbox(x), "shape") for x in leaves):
         return [is_table(path, x) for path, x in zip(paths, leaves)]
-    chosen = broadcast_mask("mask", mask(tree) if callable(mask) else mask, tree)
+    chosen = broadcast_mask("mask", mask, tree)
     for is_chosen, path, x in zip(chosen, paths, leaves):
         shape = getattr(unbox(x), "shape", (0, 0))
         if is_chosen and len(shape) != 2:
