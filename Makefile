@@ -25,7 +25,7 @@ test-all: .venv/test$(EXTRAS)
 # `make test` with the lowest versions that pyproject.toml allows, on the lowest Python. The libraries of that time use
 # names that JAX has deprecated since, so that a DeprecationWarning is not an error here.
 test-oldest: .venv/oldest/installed
-	JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
+	$(QUICK) JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
 		-W ignore::DeprecationWarning $(ARGS)
 
 check: .venv/dev
