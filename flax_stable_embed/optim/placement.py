@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ..ops.blockwise_step.capabilities import Spec
 from .boxes import is_box, unbox
@@ -99,6 +100,15 @@ def _placed(path: str, shape: tuple[int, ...], sharding: Sharding) -> Placed:
     except (ValueError, IndexError) as error:  # IndexError for a spec that is longer than the shape
         raise ValueError(f"Parameter {path!r} of shape {shape} cannot be sharded as given: {error}") from None
     return placed
+
+
+def device_of(tree: Any) -> SingleDeviceSharding | None:
+    """Returns the device that all arrays of a pytree are committed to; None if it is not one, or not known."""
+    leaves = [x for x in map(unbox, jax.tree.leaves(tree, is_leaf=is_box)) if hasattr(x, "shape")]
+    if not leaves or not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed for x in leaves):
+        return None
+    devices = set().union(*(x.devices() for x in leaves))
+    return SingleDeviceSharding(*devices) if len(devices) == 1 else None
 
 
 class SpecsByPath:

@@ -18,7 +18,7 @@ from jax.tree_util import GetAttrKey
 from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
 from ..boxes import optim_bits
-from ..placement import SpecsByPath
+from ..placement import SpecsByPath, device_of
 from ..storage.format_code import format_code
 from ..storage.moments import initial, is_codes
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
@@ -77,7 +77,7 @@ class Engine:
         counts = {name: jnp.zeros([], jnp.int32) for name in self.method.counts}
         plans = {x.path: x.plan for x in leaves if x.plan}
         # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
-        vector = jnp.array(format_code(self.rules.formats, list(plans.values())))
+        vector = jnp.array(format_code(self.rules.formats, list(plans.values())), device=device_of(params))
         state = self.method.state(**counts, **fields, format=vector)
         if (records := RECORDS.get()) is not None:
             moments = self._stored_moments(leaves)

@@ -18,6 +18,7 @@ from jax import Array
 
 from ...ops.embedding.rows import SparseRows, set_rows, take_rows
 from ..boxes import is_box, unbox
+from ..placement import device_of
 from ..trees import Mask, Params, is_none, path_name
 from .row_step import RowStep, StepInputs, TableRows
 from .tables import are_tables
@@ -50,11 +51,11 @@ def initial_state(inner_state: Any, params: Params, mask: Mask) -> RowSparseStat
     is_table = are_tables(mask, tree.unflatten(leaves), [path_name(path) for path, _ in pairs], leaves)
 
     def per_parameter(shape: tuple[int, ...], dtype: Any) -> Any:
-        return tree.unflatten([jnp.zeros(shape, dtype) for _ in leaves])
+        return tree.unflatten([jnp.zeros(shape, dtype, device=device_of(x)) for x in leaves])
 
     def per_row(*shape: int) -> Any:
-        shapes = [(x.shape[0], *shape) if table else shape for table, x in zip(is_table, leaves)]
-        return tree.unflatten([jnp.zeros(shape, jnp.int32) for shape in shapes])
+        pairs = [(x, (x.shape[0], *shape) if table else shape) for table, x in zip(is_table, leaves)]
+        return tree.unflatten([jnp.zeros(shape, jnp.int32, device=device_of(x)) for x, shape in pairs])
 
     return RowSparseState(
         inner_state,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import Code
@@ -24,6 +24,7 @@ from ...ops.blockwise_step.step import Moment
 from ...ops.dtypes import at_least_float32
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
+from ..placement import device_of
 from .plan import LeafPlan
 from .rules import Bits
 from .state_format import StateFormat
@@ -161,14 +162,14 @@ def is_codes(dtype: Any) -> bool:
     return dtype in (jnp.int8, jnp.uint8)
 
 
-def _sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> NamedSharding | None:
-    """Returns the sharding of `p` for another shape, without axes that do not divide it.
+def _sharding(p: Any, shape: tuple[int, ...], blocks: Blocks | None) -> Sharding | None:
+    """Returns the sharding of `p` for another shape, without axes that do not divide it; or the device of `p`.
 
     None means that JAX chooses, as for `jnp.zeros_like`.
     """
     sharding = jax.typeof(p).sharding if isinstance(p, Tracer) else getattr(p, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return None
+        return device_of(p)
     if isinstance(p, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     if blocks is None:

@@ -95,16 +95,17 @@ class Planner:
             The leaves with their plans, and the structure of the pytree.
 
         Raises:
-            ValueError: Two parameters have one path, a user rule matches no parameter, or a named `implementation`
-                cannot run the step of a parameter.
+            ValueError: Two parameters have one path, a user rule matches no parameter or never applies, or a named
+                `implementation` cannot run the step of a parameter.
         """
         leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
-        planned, used = [], set()
+        planned, winners = [], {}
         for key_path, box in leaves:
             path, box, plan = path_name(key_path), with_shape(box), None
             if is_array(box):
                 matches = list(self.rules.matches(path, unbox(box).shape))
-                used.update(matches)
+                for i in matches:
+                    winners.setdefault(i, set()).add(matches[0])
                 plan = self._plan(matches[:1], path, unbox(box), metadata_bits=optim_bits(box))
                 plan = self._finished(plan, unbox(box))
             planned.append(PlannedLeaf(key_path, path, box, plan))
@@ -114,7 +115,7 @@ class Planner:
                 f"Two parameters have the path {twice[0]!r}, by which rules and states know them (without `value` at "
                 "its end). Rename one."
             )
-        _check_rules(self.rules, used, params, planned)
+        _check_rules(self.rules, winners, params, planned)
         return planned, tree
 
     def plan_stored(self, path: str, parameter: Any, stored_bits: Bits) -> LeafPlan:
@@ -193,19 +194,33 @@ def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks
     return ""
 
 
-def _check_rules(rules: Rules, used: set[int], params: Params, leaves: list[PlannedLeaf]) -> None:
-    """Raises where a user rule matches nothing; warns where a table that has another name gets 8-bit moments."""
+def _check_rules(rules: Rules, winners: dict[int, set[int]], params: Params, leaves: list[PlannedLeaf]) -> None:
+    """Raises where a user rule applies to nothing; warns where a table that has another name gets 8-bit moments.
+
+    Args:
+        rules: The user's rules.
+        winners: For each rule that matches a parameter, the rules that apply to the parameters that it matches.
+        params: The parameters.
+        leaves: Their plans.
+    """
     hidden = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
     plans = [x.plan for x in leaves if x.plan]
     if not plans or hidden or len(plans) < len(leaves):
         return  # a placeholder, or parameters that a mask hides: a rule may match elsewhere
-    if len(used) < len(rules.user):
-        unmatched = [text for i, text in enumerate(rules.texts()) if i not in used]
+    if len(winners) < len(rules.user):
+        unmatched = [text for i, text in enumerate(rules.texts()) if i not in winners]
         paths = ", ".join(plan.path for plan in plans[:8]) + (", ..." if len(plans) > 8 else "")
         raise ValueError(
             f"`rules` has patterns that match no parameter: {', '.join(unmatched)}. The parameters are: {paths}. "
             "Correct the pattern, or drop it. (A variable that is tied has one path, the first of them.)"
         )
+    for i, others in winners.items():
+        if i not in others:
+            dead, first = (f"({show_pattern(pattern)}, ...)" for pattern, _ in (rules.user[i], rules.user[min(others)]))
+            raise ValueError(
+                f"`rules` has {dead}, which never applies: {first} before it matches the same parameters, and the "
+                "first match decides. Put the more specific rule first, or drop it."
+            )
     if not any(plan.reason == "embedding" for plan in plans):
         default = [plan.path for plan in plans if plan.bits == 8 and plan.reason == "default"]
         if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:

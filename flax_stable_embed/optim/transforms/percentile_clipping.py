@@ -17,6 +17,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ...ops.dtypes import at_least_float32
+from ..placement import device_of
 from ..rows.global_norm import Norm, norm_of, values_of, with_values
 
 # As in bitsandbytes. It is a NumPy integer because `optax.inject_hyperparams` turns every Python number into an array,
@@ -89,7 +90,8 @@ def percentile_clipping(
                 'optax.inject_hyperparams, pass static_args=("history",).'
             )
         n = (len(jax.tree.leaves(params)),) if per_parameter else ()
-        return PercentileClippingState(jnp.zeros([], jnp.int32), jnp.zeros((operator.index(history), *n), jnp.float32))
+        norms = jnp.zeros((operator.index(history), *n), jnp.float32, device=device_of(params))
+        return PercentileClippingState(jnp.zeros([], jnp.int32), norms)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

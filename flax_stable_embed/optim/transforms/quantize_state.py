@@ -27,6 +27,7 @@ from ...ops.sharding import placed_like, sharded_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
+from ..placement import device_of
 from ..storage.format_code import check_format, format_code
 from ..storage.moments import (
     MomentSpec,
@@ -233,7 +234,7 @@ class _Quantizer:
             for path, own in slots_by_path.items()
         }
         # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
-        vector = jnp.array(format_code(self.rules.formats, list(with_moments.values())))
+        vector = jnp.array(format_code(self.rules.formats, list(with_moments.values())), device=device_of(params))
         state = QuantizedState(new, scales, vector)
         if (records := RECORDS.get()) is not None:
             sizes, stayed = _sizes(state, slots, slots_by_path)

@@ -170,3 +170,27 @@ def test_rules_are_not_checked_for_a_parameter_without_a_gradient():
     params = {"a": jnp.ones((64, 128), jnp.int32), "b": jnp.ones((64, 128))}
     tx = fse.adamw8bit(1e-3, rules=((".*", 8),))
     jax.eval_shape(tx.update, {"a": None, "b": params["b"]}, tx.init(params), params)
+
+
+DEAD = {
+    "everything first": (((".*", 8), ("kernel", 32)), ("'kernel'", "'.*'")),
+    "the same twice": ((("a/kernel", 32), ("a/kernel", 8), (".*", 32)), ("'a/kernel'", "'a/kernel'")),
+    "by a predicate": (((fse.where(lambda path, shape: len(shape) == 2), 8), ("kernel$", 32)), ("'kernel$'", "where")),
+    "by two rules": ((("a/", 32), ("b/", 8), ("kernel", 32)), ("'kernel'", "'a/'")),
+}
+
+
+@pytest.mark.parametrize("name", DEAD)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["ours", "quantize_state"])
+def test_a_rule_that_an_earlier_one_always_hides_is_an_error(name, wrapped):
+    rules, (dead, first) = DEAD[name]
+    params = {"a": {"kernel": jnp.ones((64, 128))}, "b": {"kernel": jnp.ones((64, 128))}}
+    tx = fse.quantize_state(optax.adam(1e-3), rules=rules) if wrapped else fse.adamw8bit(1e-3, rules=rules)
+    with pytest.raises(ValueError, match="which never applies") as error:
+        tx.init(params)
+    assert f"`rules` has ({dead}, ...), which never applies: ({first}" in str(error.value)
+
+
+def test_a_rule_that_applies_to_some_of_its_matches_is_alive():
+    params = {"a": {"kernel": jnp.ones((64, 128))}, "b": {"kernel": jnp.ones((64, 128))}}
+    fse.adamw8bit(1e-3, rules=(("a/", 32), ("kernel", 8))).init(params)
