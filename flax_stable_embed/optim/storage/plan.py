@@ -5,6 +5,7 @@ known, and which implementation runs the step. `init` and every `update` make th
 checks, the state, the step and the report of `describe`.
 """
 
+import re
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -195,7 +196,7 @@ def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks
 
 
 def _check_rules(rules: Rules, winners: dict[int, set[int]], params: Params, leaves: list[PlannedLeaf]) -> None:
-    """Raises where a user rule applies to nothing; warns where a table that has another name gets 8-bit moments.
+    """Raises where a user rule applies to nothing; warns where what might be a table gets 8-bit moments.
 
     Args:
         rules: The user's rules.
@@ -221,14 +222,16 @@ def _check_rules(rules: Rules, winners: dict[int, set[int]], params: Params, lea
                 f"`rules` has {dead}, which never applies: {first} before it matches the same parameters, and the "
                 "first match decides. Put the more specific rule first, or drop it."
             )
-    if not any(plan.reason == "embedding" for plan in plans):
-        default = [plan.path for plan in plans if plan.bits == 8 and plan.reason == "default"]
-        if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:
-            warn(
-                "No parameter is named like an embedding, yet these might be one and get 8-bit moments: "
-                f"{', '.join(suspects)}. To keep them in fp32, or to confirm: rules=(({suspects[0]!r}, 32 or 8),).",
-                stacklevel=5,
-            )
+    default = [plan.path for plan in plans if plan.bits == 8 and plan.reason == "default"]
+    if suspects := [path for path in default if LIKE_AN_EMBEDDING.search(path)]:
+        paths = [f"^{re.escape(path)}$" for path in suspects]
+        in_32, in_8 = (f"({''.join(f'({path!r}, {bits}), ' for path in paths)[:-1]})" for bits in (32, 8))
+        warn(
+            f"These parameters might be embeddings by another name, and get 8-bit moments: {', '.join(suspects)}. "
+            f"For fp32 moments, as embeddings have, add rules={in_32}. To keep 8 bits without this warning, add "
+            f"rules={in_8}.",
+            stacklevel=5,
+        )
 
 
 def _is_masked_node(x: Any) -> bool:

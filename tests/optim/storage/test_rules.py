@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from ast import literal_eval
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,10 @@ def test_the_first_rule_that_matches_wins():
 EMBEDDINGS = """token_embedder/embedding wte/embedding embedder/input_embedding embedder/per_layer_embeddings
     word_embeddings/embedding relpos/rel_embedding pos_embedding embed/embeddings embedding""".split()
 OTHERS = """siglip_encoder/embedding/kernel patch_embedding/kernel lm_head/kernel embed_tokens/weight
-    mm_input_embedding_extra attention/value/kernel myembedding scale/kernel bias_table""".split()
-NORMS = "mm_soft_embedding_norm/scale norm/bias layer_0/bias scale bias".split()
+    mm_input_embedding_extra attention/value/kernel myembedding scale/kernel bias_table
+    normalizer/dense/kernel""".split()
+NORMS = """mm_soft_embedding_norm/scale norm/bias layer_0/bias scale bias input_layernorm/weight norm/weight ln_f/weight
+    attention_norm/kernel layers/0/layer_norm/weight ln_1/weight/array ln1/w LayerNorm_0/gamma q_norm/weight""".split()
 
 
 def test_default_rules_know_embeddings_norms_and_biases():
@@ -75,8 +78,9 @@ def test_default_rules_know_embeddings_norms_and_biases():
     ):
         for path in paths:
             params = shapes(**{path: (64, 64), "other/embedding": (64, 64)})
-            assert bits(params)[path] == expected, path
-            assert reasons(params)[path] == reason
+            with warnings.catch_warnings(action="ignore"):
+                assert bits(params)[path] == expected, path
+                assert reasons(params)[path] == reason
 
 
 def test_metadata_of_an_nnx_variable_decides_after_the_rules():
@@ -264,14 +268,30 @@ def test_a_rule_can_match_nothing_behind_a_mask_or_without_parameters():
 # --- embedding tables with other names -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["wte/weight", "model/embed_tokens/weight", "vocab_table", "Emb/kernel"])
-def test_a_name_like_that_of_an_embedding_gives_one_warning(path):
-    params = shapes(**{path: (64, 64), "other/kernel": (64, 64)})
+TABLES = ["wte/weight", "model/embed_tokens/weight", "vocab_table", "wpe", "pos_embed", "encoder/position/weight"]
+
+
+@pytest.mark.parametrize("path", TABLES)
+@pytest.mark.parametrize("other", ["other/kernel", "other/embedding"])
+def test_a_name_like_that_of_an_embedding_gives_one_warning(path, other):
+    params = shapes(**{path: (64, 64), other: (64, 64), "patch_embedding/kernel": (64, 64)})
     tx = fse.adamw8bit(1e-3, state_format=SMALL)
-    with pytest.warns(UserWarning, match=rf"No parameter is named like an embedding.*: {path}\.") as record:
+    with pytest.warns(UserWarning, match=rf"might be embeddings by another name.*: {path}\.") as record:
         tx.init(params)
     assert len(record) == 1
     assert record[0].filename == __file__, "the warning must point to the line of the caller"
+
+
+def test_the_rules_that_the_warning_suggests_do_what_it_says():
+    params = shapes(**{path: (64, 64) for path in (*TABLES, "wte/weights", "a.b/vocab+table")})
+    with pytest.warns(UserWarning) as record:
+        before = bits(params)
+    in_32, in_8 = (literal_eval(x) for x in re.findall(r"rules=(\(.*?,\))[. ]", str(record[0].message) + " "))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bits(params, in_8) == before
+        assert set(bits(params, in_32).values()) == {32}
+        assert len(in_8) == len(in_32) == len(before)
 
 
 def test_a_table_with_a_rule_or_too_small_for_8_bits_gives_no_warning():
@@ -279,7 +299,6 @@ def test_a_table_with_a_rule_or_too_small_for_8_bits_gives_no_warning():
         warnings.simplefilter("error")
         bits(shapes(wte__weight=(64, 64)), (("wte", 8),))
         bits(shapes(wte__weight=(64, 64)), (("wte", 32),))
-        bits(shapes(wte__weight=(64, 64), other__embedding=(64, 64)))
         bits(shapes(kernel=(64, 64)))
         bits(shapes(wte__weight=(8, 8)), state_format=fse.StateFormat())  # too small for 8 bits anyway
         masked = optax.masked(fse.scale_by_adam8bit(state_format=SMALL), {"wte": True, "rest": False})
