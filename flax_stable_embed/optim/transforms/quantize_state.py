@@ -19,6 +19,7 @@ from jax import Array
 from jax.tree_util import DictKey, GetAttrKey
 
 from ...ops.blockwise.blocks import Blocks
+from ...ops.blockwise.codecs import TINY
 from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import array_key
@@ -33,6 +34,7 @@ from ..storage.moments import (
     MomentSpec,
     bits_of,
     dequantize_moment,
+    initial_codes,
     is_codes,
     no_scales,
     not_differentiated,
@@ -42,6 +44,7 @@ from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
 from ..trees import Params, Updates, entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, shapes_of
+from .first_state import FirstState
 from .state_fields import (
     COUNTS,
     MOMENTS,
@@ -212,22 +215,29 @@ class _Quantizer:
                     f"The metadata of parameter {path!r} asks for 'rowwise' moments, but a wrapped transform has none. "
                     "Use 8, 32 or 'bf16'."
                 )
-        inner = self.tx.init(params)
-        fields = self._moment_fields(inner, shapes_of(params))
-        leaves, slots = [x for _, x in flatten(inner)], find_slots(inner, fields)
+        first = FirstState(self.tx.init, params)
+        fields = self._moment_fields(first.shapes, shapes_of(params))
+        leaves, slots = [x for _, x in flatten(first.shapes)], find_slots(first.shapes, fields)
+        planned = {slot.index: plans.get(slot.path) for slot in slots if is_array(leaves[slot.index])}
+        planned = {i: plan for i, plan in planned.items() if plan and plan.shape == unbox(leaves[i]).shape}
+        constants = {i: _first_number(first, leaves[i], plan) for i, plan in planned.items()}
+        made = [i for i, box in enumerate(leaves) if is_array(box) and constants.get(i) is None]
+        for i, x in zip(made, first.arrays([unbox(leaves[i]) for i in made])):
+            leaves[i] = rebox(leaves[i], x)
         absmax: dict[str, list] = {field.name: [] for field in fields}
         slots_by_path: dict[str, list[Slot]] = {}
         for slot in slots:
             box = scales = leaves[slot.index]
             if is_array(box):
-                plan = plans.get(slot.path)
-                if plan is not None and plan.shape == unbox(box).shape:
+                plan = planned.get(slot.index)
+                if plan is not None:
                     slots_by_path.setdefault(slot.path, []).append(slot)
-                    leaves[slot.index], scales = _initial(box, slot.field, plan)
+                    p = first.parameter(slot.path, plan.shape)
+                    leaves[slot.index], scales = _initial(box, slot.field, plan, p, constants[slot.index])
                 else:
                     scales = no_scales(box)
             absmax[slot.field.name].append(scales)
-        new = jax.tree.structure(inner, is_leaf=is_hole_or_box).unflatten(leaves)
+        new = jax.tree.structure(first.shapes, is_leaf=is_hole_or_box).unflatten(leaves)
         scales = {f.name: jax.tree.structure(f.tree, is_leaf=is_hole_or_box).unflatten(absmax[f.name]) for f in fields}
         with_moments = {
             path: replace(plans[path], implementation=_implementation(plans[path], own))
@@ -385,9 +395,28 @@ class _Stored(NamedTuple):
         return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
 
 
-def _initial(box: Any, field: Field, plan: LeafPlan) -> tuple[Any, Any]:
-    """Stores a moment as `tx` made it. Returns values and scales."""
+def _first_number(first: FirstState, box: Any, plan: LeafPlan) -> float | None:
+    """Returns the number that a moment in 8 bits begins with in all elements; None if it has to be encoded."""
+    value = first.constant(unbox(box)) if plan.blocks else None
+    if value is None or not np.isfinite(value) or value < 0 or 0 < value < TINY:
+        return None
+    return float(value)
+
+
+def _initial(box: Any, field: Field, plan: LeafPlan, p: Any, number: float | None) -> tuple[Any, Any]:
+    """Stores a moment as `tx` made it. Returns values and scales.
+
+    Args:
+        box: The moment, or its shape if `number` is known, in its wrapper.
+        field: Its field.
+        plan: The plan of its parameter.
+        p: The parameter.
+        number: The value of all elements; None if they differ.
+    """
     x = unbox(box)
+    if number is not None and plan.blocks is not None:
+        codes, scales = initial_codes(p, _moment(field, plan.state_format).code, plan.blocks, number)
+        return rebox(box, codes), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
     if plan.blocks is None:
         wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
