@@ -698,7 +698,7 @@ def test_a_state_of_renamed_parameters_is_refused(case):
     tx = build(case)
     state = tx.init({"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))})
     renamed = {"a": jnp.ones((64, 64)), "c": jnp.ones((64, 64))}
-    with pytest.raises(ValueError, match="gradients have a leaf 'c' where the optimizer state has 'b'"):
+    with pytest.raises(ValueError, match=r"gradients have a leaf 'c' where .* of the optimizer state has 'b'"):
         tx.update(renamed, state, renamed)
 
 

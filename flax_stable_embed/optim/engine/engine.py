@@ -28,7 +28,7 @@ from .leaf import Leaf, LeafStep
 from .method import Method
 from .options import Options
 from .records import RECORDS, Record, StoredMoment
-from .state_checks import check_fields, check_same_paths, check_storage, stored_bits
+from .state_checks import check_fields, check_same_paths, check_storage, stored_bits, with_checked_scales
 from .tail import Tail
 
 
@@ -152,15 +152,16 @@ class Engine:
                 f"The gradients have {len(pairs)} leaves, the parameters {len(p_leaves)} and the optimizer state "
                 f"{stored}: was the state made by `init` of the same parameters?"
             )
-        for moment in self.method.moments[:1]:
-            check_same_paths(paths, getattr(state, moment.name), "the optimizer state has")
+        for name in self.method.fields:
+            check_same_paths(paths, getattr(state, name), f"`{name}` of the optimizer state has")
         if params is not None:
             check_same_paths(paths, params, "the parameters have")
         leaves = []
         for i, ((_, g), p) in enumerate(zip(pairs, p_leaves)):
             # NumPy arrays and Python numbers become JAX arrays. Without a gradient the parameter stays as it is.
             g, p = (g, p) if g is None else (jnp.asarray(g), None if p is None else jnp.asarray(p))
-            leaves.append(Leaf(g, p, {name: column[i] for name, column in columns.items()}))
+            stored = {name: column[i] for name, column in columns.items()}
+            leaves.append(Leaf(g, p, with_checked_scales(self.method, paths[i], stored)))
         return paths, leaves, tree, columns
 
     def _plan(self, path: str, leaf: Leaf) -> LeafPlan | None:

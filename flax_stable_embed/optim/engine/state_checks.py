@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from ..storage.format_code import check_format, differs
-from ..storage.moments import bits_of, is_codes
+from ..storage.moments import bits_of, checked_scales, is_codes
 from ..storage.plan import LeafPlan
 from ..storage.rules import Bits, Rules
 from ..trees import Updates, is_none, path_name
@@ -39,6 +39,16 @@ def check_same_paths(paths: Sequence[str], tree: Any, who_has: str):
                 f"The gradients have a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by "
                 "`init` of the same parameters?"
             )
+
+
+def with_checked_scales(method: Method, path: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the moments and scales of a parameter, with scales in float32. Raises for other dtypes."""
+    checked = {}
+    for m in method.moments:
+        values, scales = stored[m.name], stored[f"{m.name}_absmax"]
+        if hasattr(values, "dtype") and hasattr(scales, "dtype"):
+            checked[f"{m.name}_absmax"] = checked_scales(path, m.name, values.dtype, scales)
+    return stored | checked
 
 
 def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:

@@ -94,7 +94,8 @@ def convert_state(
         if not _same_codes(source.moments.get(origin), target.moments.get(name)):
             x = _decoded(values, source.moments.get(origin))
             values = _encoded(x, target.moments.get(name), target.expected[name])
-        made |= {k: _placed(x, *places[k]) for k, x in zip(target.array_names(name), values)}
+        typed = zip(target.array_names(name), values)
+        made |= {k: _placed(x.astype(target.expected[k].dtype), *places[k]) for k, x in typed}
     return jax.tree.structure(target.state).unflatten(made[name] for name in target.expected)
 
 

@@ -157,6 +157,26 @@ def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
     return 32 if stored.shape == shape else "rowwise"
 
 
+def checked_scales(path: str, field: str, dtype: Any, scales: Any) -> Any:
+    """Returns the scales of a moment of a dtype in float32. Checks what a checkpoint loader may have cast.
+
+    Raises:
+        ValueError: The moment or its scales are in float16, in which most of them are zero or infinite, or the scales
+            have another dtype than `init` gives them.
+    """
+    if scales.dtype == jnp.bfloat16:
+        return scales.astype(jnp.float32)
+    name = f"{field}_absmax" if scales.dtype != jnp.float32 else field if dtype == jnp.float16 else None
+    if name is not None:
+        dtype = dtype if name == field else scales.dtype
+        raise ValueError(
+            f"`{name}` of parameter {path!r} is {dtype} in the state, where `init` makes float32. Restore the state "
+            "with the dtypes of fse.abstract_state, or of `init`. (bfloat16 scales are widened; in float16 small "
+            "moments are zero and large ones infinite, so they cannot be repaired.)"
+        )
+    return scales
+
+
 def is_codes(dtype: Any) -> bool:
     """Returns whether a moment of this dtype is stored in 8 bits."""
     return dtype in (jnp.int8, jnp.uint8)

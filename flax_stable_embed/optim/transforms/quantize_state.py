@@ -33,6 +33,7 @@ from ..storage.format_code import check_format, format_code
 from ..storage.moments import (
     MomentSpec,
     bits_of,
+    checked_scales,
     dequantize_moment,
     initial_codes,
     is_codes,
@@ -43,7 +44,7 @@ from ..storage.moments import (
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
-from ..trees import Params, Updates, entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, shapes_of
+from ..trees import Params, Updates, entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, path_name, shapes_of
 from .first_state import FirstState
 from .state_fields import (
     COUNTS,
@@ -263,7 +264,8 @@ class _Quantizer:
         like = updates if params is None else params
         shapes = shapes_of(like, is_hole)
         # The state that `tx` makes for float32 copies of the parameters has the dtypes that `tx` expects.
-        expected = jax.tree.leaves(jax.eval_shape(lambda p: self.tx.init(_widened(p)), like), is_leaf=is_hole)
+        first = jax.eval_shape(lambda p: self.tx.init(_widened(p)), like)
+        expected = jax.tree.leaves(first, is_leaf=is_hole)
         fields = [f for f in find_fields(state.inner, self.table, shapes, is_hole) if f.kind != "keep"]
         before, tree = jax.tree.flatten(state.inner, is_leaf=is_hole)
         if len(expected) != len(before) or {field.name for field in fields} != state.absmax.keys():
@@ -274,6 +276,9 @@ class _Quantizer:
             )
         scales = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
         slots = find_slots(state.inner, fields, is_hole)
+        _check_paths("inner", state.inner, first)
+        for field in fields:
+            _check_paths(f"absmax[{field.name!r}]", state.absmax[field.name], field.tree)
         stored = self._stored_moments(slots, before, scales, expected, shapes)
         for index, _, path in slots:
             if getattr(before[index], "dtype", None) == jnp.bfloat16 != expected[index].dtype:
@@ -307,7 +312,7 @@ class _Quantizer:
         Args:
             slots: The leaves of all fields of moments.
             leaves: The leaves of the state of `tx`.
-            scales: The leaves of `absmax`, by field.
+            scales: The leaves of `absmax`, by field. They become float32.
             expected: The shapes and dtypes of `leaves` once decoded.
             shapes: The shapes of the parameters, by path.
         """
@@ -318,8 +323,10 @@ class _Quantizer:
             at = seen[field.name]
             seen[field.name] += 1
             if is_array(leaves[index]):
-                absmax, want = scales[field.name][at], expected[index]
-                old = self._stored(plans, path, field, leaves[index], absmax, want, shapes)
+                x, want = leaves[index], expected[index]
+                cast_to = None if x.dtype == want.dtype else x.dtype
+                absmax = scales[field.name][at] = checked_scales(path, field.name, cast_to, scales[field.name][at])
+                old = self._stored(plans, path, field, x, absmax, want, shapes)
                 if old is not None:
                     stored[index] = old._replace(at=at)
         return stored
@@ -348,6 +355,12 @@ class _Quantizer:
             plans[path, bits] = self.planner.plan_stored(path, jax.ShapeDtypeStruct(shape, want.dtype), bits)
         plan = plans[path, bits]
         if plan.blocks is None:
+            if absmax.shape != (1,) * x.ndim:
+                raise ValueError(
+                    f"`{field.name}` of parameter {path!r} is {x.dtype} in the state, but has scales of 8-bit codes, "
+                    f"of shape {absmax.shape}. Something has cast or computed with the codes. Set codes to 0 with "
+                    "jnp.where(mask, 0, codes) or codes.at[rows].set(0), which keep the dtype."
+                )
             return None
         moment = _moment(field, plan.state_format)
         wanted = moment.code.dtype, plan.blocks.absmax_shape(shape)
@@ -393,6 +406,18 @@ class _Stored(NamedTuple):
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
         # Without this the compiler would gather an axis that is sharded in the middle of blocks.
         return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
+
+
+def _check_paths(name: str, found: Any, like: Any) -> None:
+    """Raises unless two pytrees have their leaves at the same paths. Leaves are paired by position."""
+    for (path, _), (want, _) in zip(
+        *(jax.tree_util.tree_flatten_with_path(x, is_leaf=is_hole)[0] for x in (found, like))
+    ):
+        if path_name(path) != path_name(want):
+            raise ValueError(
+                f"`{name}` of the state has a leaf {path_name(path)!r} where `init` makes {path_name(want)!r}: was the "
+                "state made by `init` of the same parameters?"
+            )
 
 
 def _first_number(first: FirstState, box: Any, plan: LeafPlan) -> float | None:
