@@ -74,7 +74,9 @@ def norm_of(arrays: Sequence[Any]) -> Norm:
     dtype = max(real, default=np.dtype(np.float32), key=lambda d: d.itemsize)
     down = 2.0 ** -(jnp.finfo(dtype).maxexp * 5 // 8)  # the squares of numbers times this factor do not overflow
     squares, small = (_sum_of_squares(arrays, dtype, factor) for factor in (1.0, down))
-    norm = jnp.where(squares < jnp.inf, jnp.sqrt(squares), jnp.sqrt(small) * dtype.type(1 / down))
+    overflows = ~(squares < jnp.inf)  # also for NaN
+    plain, scaled = jnp.where(overflows, 1, squares), jnp.where(overflows, small, 1)  # derivatives take both branches
+    norm = jnp.where(overflows, jnp.sqrt(scaled) * dtype.type(1 / down), jnp.sqrt(plain))
     return Norm(norm, squares, jnp.isfinite(small))
 
 

@@ -110,3 +110,10 @@ def test_clipping_runs_under_strict_promotion_and_the_checks_of_jax(name, dtype)
             error.throw()
             jax.tree.map(np.testing.assert_array_equal, eager, updates)
             assert types(updates) == types(grads)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e15, 1e20])
+def test_the_derivative_of_the_norm_is_the_direction(size):
+    grads = {"a": jnp.array([3.0, -4.0]) * size, "b": jnp.array([0.0, 12.0]) * size}
+    found = jax.grad(fse.global_norm)(grads)
+    jax.tree.map(lambda d, g: np.testing.assert_allclose(d, g / (13.0 * size), rtol=1e-5), found, grads)
