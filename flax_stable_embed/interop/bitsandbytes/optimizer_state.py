@@ -4,6 +4,8 @@ For each parameter bitsandbytes stores `step`, `state1` and, for optimizers with
 uint8 codes, it also stores `absmax1` and `qmap1` (or `absmax2` and `qmap2`). Since 0.50 these tensors are in a
 dictionary of their own, before that they were next to `step`. Both layouts are read. Codes are copied bit for bit where
 blocks and maps agree (`flat_blocks.py`).
+
+The optimizers of torch itself are read too. Their moments have names, such as `exp_avg` and `exp_avg_sq`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,9 @@ from .tensors import as_numpy
 
 NESTED = "__bnb_optimizer_quant_state__"  # where 0.50 puts tensors, to hide them from FSDP
 NO_TRANSPOSE: Mapping[str, Sequence[int]] = MappingProxyType({})
+# The names that the optimizers of torch give to state1 and state2, and those that none of ours can continue.
+OF_TORCH = dict.fromkeys(["exp_avg", "square_avg", "sum", "momentum_buffer"], "state1") | {"exp_avg_sq": "state2"}
+NOT_OURS = {"max_exp_avg_sq": "amsgrad=True", "grad_avg": "centered=True"}
 CLIPS = ("lamb", "lars")  # these also store `unorm_vec`, which every step writes before it reads
 
 
@@ -40,7 +45,10 @@ def load_optimizer_state(
     transpose: Mapping[str, Sequence[int]] = NO_TRANSPOSE,
     step: int | None = None,
 ) -> tuple[Any, ConversionReport]:
-    """Loads the state of a bitsandbytes optimizer, 8-bit or 32-bit, as a state of `tx`.
+    """Loads the state of an optimizer of bitsandbytes, 8-bit or 32-bit, or of torch, as a state of `tx`.
+
+    Of torch it reads `AdamW`, `Adam`, `SparseAdam`, `SGD` with momentum, `RMSprop` and `Adagrad`, and others whose
+    state has the same names. torch's `SGD` does not count its steps, so give `step`.
 
     `tx` and its rules decide how each moment is stored, as in `tx.init`. Shapes and dtypes are therefore those of
     `tx.init(params)`. Codes and scales are copied bit for bit if all of this holds: the codec is "dynamic", the map of
@@ -184,7 +192,19 @@ def dump_optimizer_state(
 def _unwrapped(key: Key, state: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise ValueError(f"`state_dict` has {state!r} for the state of parameter {key!r}. It must be a mapping.")
-    return {**{name: value for name, value in state.items() if name != NESTED}, **state.get(NESTED, {})}
+    found = {**{name: value for name, value in state.items() if name != NESTED}, **state.get(NESTED, {})}
+    found = {name: value for name, value in found.items() if value is not None}  # SGD before its first step
+    if lost := [name for name in NOT_OURS if name in found]:
+        raise ValueError(
+            f"`state_dict` has {lost[0]!r} for parameter {key!r}, which torch keeps with {NOT_OURS[lost[0]]}. No 8-bit "
+            "optimizer of this library has it."
+        )
+    if {"square_avg", "momentum_buffer"} <= found.keys():
+        raise ValueError(
+            f"`state_dict` has 'square_avg' and 'momentum_buffer' for parameter {key!r}: RMSprop with momentum, which "
+            "cannot be loaded."
+        )
+    return {(OF_TORCH[name] if name in OF_TORCH else name): value for name, value in found.items()}
 
 
 def _check_states(saved: Mapping[Key, Mapping], states: int, name: str) -> None:
