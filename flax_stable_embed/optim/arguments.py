@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..ops.embedding.rows import is_sparse_rows
-from .trees import Mask, Params, Updates, is_none
+from .boxes import is_nnx_optimizer, unbox
+from .trees import Mask, Params, Updates, flatten, is_none, path_name
 
 
 def _called_on(mask: Mask, tree: Any) -> Mask:
@@ -117,5 +118,19 @@ def need_params(params: Params, needed: bool) -> None:
 
 def check_transform(tx: Any) -> None:
     """Raises unless `tx` has `init` and `update`. optax.MultiSteps has both, but is not a GradientTransformation."""
+    if is_nnx_optimizer(tx):
+        raise TypeError(
+            "`tx` must be an optax transform, got an nnx.Optimizer. Pass the transform in it: optimizer.tx."
+        )
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`tx` must be an optax transform, with `init` and `update`, got {tx!r}.")
+
+
+def check_params(params: Params) -> None:
+    """Raises if parameters have random keys, as a model with dropout has."""
+    for path, box in flatten(params):
+        if jnp.issubdtype(getattr(unbox(box), "dtype", None), jax.dtypes.prng_key):
+            raise TypeError(
+                f"The parameters have a random key at {path_name(path)!r}, as a model has. Pass the parameters of the "
+                "model only: nnx.state(model, nnx.Param)."
+            )

@@ -26,6 +26,11 @@ def is_box(x: Any) -> bool:
     return isinstance(x, nnx.Variable | meta.AxisMetadata)
 
 
+def is_nnx_optimizer(x: Any) -> bool:
+    """Returns whether `x` is an `nnx.Optimizer`, which has a transform but is none."""
+    return isinstance(x, nnx.Optimizer)
+
+
 def unbox(x: Any) -> Any:
     """Returns the array inside all wrappers of `x`, or `x` itself if it has none."""
     while is_box(x):

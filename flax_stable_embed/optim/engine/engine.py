@@ -150,7 +150,8 @@ class Engine:
             stored = len(next(iter(columns.values()), pairs))
             raise ValueError(
                 f"The gradients have {len(pairs)} leaves, the parameters {len(p_leaves)} and the optimizer state "
-                f"{stored}: was the state made by `init` of the same parameters?"
+                f"{stored}: was the state made by `init` of the same parameters? (The parameters of a model are "
+                "nnx.state(model, nnx.Param).)"
             )
         for name in self.method.fields:
             check_same_paths(paths, getattr(state, name), f"`{name}` of the optimizer state has")

@@ -9,6 +9,7 @@ from jax import Array
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise_step.step import Moment
+from ..arguments import check_params, check_transform
 from ..storage.plan import LeafPlan
 from ..storage.state_format import StateFormat
 from ..trees import Params
@@ -77,7 +78,12 @@ def trace_init(tx: optax.GradientTransformation, params: Params) -> tuple[Any, l
     Returns:
         The shapes of the state, and the record of every 8-bit transform in it with the key path of its state. The path
         is None where a wrapper made another array of `format`.
+
+    Raises:
+        TypeError: `tx` is not a transform, or the parameters have random keys, as a model has.
     """
+    check_transform(tx)
+    check_params(params)
     records: list[Record] = []
     places: dict[int, tuple] = {}
 

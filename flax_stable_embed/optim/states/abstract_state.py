@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ...ops.sharding import where_it_divides
+from ..arguments import check_params, check_transform
 from ..boxes import is_box, rebox, unbox
 from ..placement import placed_by_path
 from ..trees import Params, Specs, path_name
@@ -44,7 +45,8 @@ def abstract_state(tx: optax.GradientTransformation, params: Params, *, sharding
         known sharding.
 
     Raises:
-        TypeError: `shardings` holds something else.
+        TypeError: `shardings` holds something else, `tx` is not a transform, or the parameters have random keys, as a
+            model has.
         ValueError: `shardings` has another structure than the parameters, has no mesh or several, or does not fit the
             mesh and the shapes.
 
@@ -59,6 +61,8 @@ def abstract_state(tx: optax.GradientTransformation, params: Params, *, sharding
     >>> scales.shape, tuple(scales.sharding.spec), tuple(state[0].count.sharding.spec)
     ((8, 768), ('fsdp', None), ())
     """
+    check_transform(tx)
+    check_params(params)
     by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
     if not by_path:
         return jax.eval_shape(tx.init, params)

@@ -22,6 +22,7 @@ from ...ops.blockwise.blocks import SMALLEST, Blocks
 from ...ops.blockwise_step.api import Implementation, what_runs
 from ...ops.blockwise_step.capabilities import Spec
 from ...ops.sharding import explicit_sharding
+from ..arguments import check_params
 from ..boxes import is_box, optim_bits, unbox
 from ..placement import SpecsByPath
 from ..trees import Params, is_array, path_name, with_shape
@@ -96,9 +97,11 @@ class Planner:
             The leaves with their plans, and the structure of the pytree.
 
         Raises:
+            TypeError: The parameters have random keys, as a model has.
             ValueError: Two parameters have one path, a user rule matches no parameter or never applies, or a named
                 `implementation` cannot run the step of a parameter.
         """
+        check_params(params)
         leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
         planned, winners = [], {}
         for key_path, box in leaves:
