@@ -129,7 +129,7 @@ def check_transform(tx: Any) -> None:
 def check_params(params: Params) -> None:
     """Raises if parameters have random keys, as a model with dropout has."""
     for path, box in flatten(params):
-        if jnp.issubdtype(getattr(unbox(box), "dtype", None), jax.dtypes.prng_key):
+        if jnp.issubdtype(getattr(unbox(box), "dtype", np.float32), jax.dtypes.prng_key):
             raise TypeError(
                 f"The parameters have a random key at {path_name(path)!r}, as a model has. Pass the parameters of the "
                 "model only: nnx.state(model, nnx.Param)."
