@@ -94,8 +94,9 @@ def convert_state(
         if not _same_codes(source.moments.get(origin), target.moments.get(name)):
             x = _decoded(values, source.moments.get(origin))
             values = _encoded(x, target.moments.get(name), target.expected[name])
-        typed = zip(target.array_names(name), values)
-        made |= {k: _placed(x.astype(target.expected[k].dtype), *places[k]) for k, x in typed}
+        for k, x in zip(target.array_names(name), values):
+            dtype = target.expected[k].dtype
+            made[k] = _placed(x if x.dtype == dtype else x.astype(dtype), *places[k])
     return jax.tree.structure(target.state).unflatten(made[name] for name in target.expected)
 
 
