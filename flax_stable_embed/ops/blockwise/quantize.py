@@ -36,7 +36,8 @@ def quantize(
 ) -> tuple[Array, Array]:
     """Quantizes an array to one byte per element and one float32 scale per block.
 
-    A block is `block_size` neighbors along `axis`. Its scale is the largest magnitude in it.
+    A block is `block_size` neighbors along `axis`. Its scale is the largest magnitude in it. Byte 0 stands for zero in
+    every codec. Signed `dynamic` codes are those of bitsandbytes minus 127, modulo 256.
 
     Args:
         x: Array of floating point numbers, of any shape. The arithmetic is in float32.
@@ -51,8 +52,7 @@ def quantize(
         seed: Integer that the random numbers depend on, required with stochastic rounding.
 
     Returns:
-        codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8. Zero is byte
-            0. Signed `dynamic` codes are those of bitsandbytes minus 127, modulo 256.
+        codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8.
         absmax: The scales, float32, in the shape of `x` with the number of blocks along `axis`; () for a scalar.
 
     Raises:
