@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax import Array
 
 from ..storage.format_code import check_format, differs
 from ..storage.moments import bits_of, checked_scales, is_codes
 from ..storage.plan import LeafPlan
 from ..storage.rules import Bits, Rules
-from ..trees import Updates, is_none, path_name
+from ..trees import Updates, flatten, is_none, path_name
 from .leaf import Leaf
 from .method import Method
 
@@ -28,16 +27,18 @@ def check_fields(method: Method, state: Any, grads: Updates) -> None:
             )
 
 
-def check_same_paths(paths: Sequence[str], tree: Any, who_has: str):
+def check_same_paths(
+    paths: Sequence[str], tree: Any, who_has: str, *, given: str = "The gradients have", is_leaf: Any = is_none
+) -> None:
     """Raises unless a pytree has its leaves at these paths.
 
     Leaves are paired by position. A renamed or swapped parameter must not get the moments or values of another one.
     """
-    for path, (key_path, _) in zip(paths, jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)):
+    for path, (key_path, _) in zip(paths, flatten(tree, is_leaf)):
         if path != path_name(key_path):
             raise ValueError(
-                f"The gradients have a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by "
-                "`init` of the same parameters?"
+                f"{given} a leaf {path!r} where {who_has} {path_name(key_path)!r}: was the state made by `init` of the "
+                "same parameters?"
             )
 
 

@@ -28,6 +28,7 @@ from ...ops.sharding import placed_like, sharded_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
+from ..engine.state_checks import check_same_paths
 from ..placement import device_of
 from ..storage.format_code import check_format, format_code
 from ..storage.moments import (
@@ -409,15 +410,9 @@ class _Stored(NamedTuple):
 
 
 def _check_paths(name: str, found: Any, like: Any) -> None:
-    """Raises unless two pytrees have their leaves at the same paths. Leaves are paired by position."""
-    for (path, _), (want, _) in zip(
-        *(jax.tree_util.tree_flatten_with_path(x, is_leaf=is_hole)[0] for x in (found, like))
-    ):
-        if path_name(path) != path_name(want):
-            raise ValueError(
-                f"`{name}` of the state has a leaf {path_name(path)!r} where `init` makes {path_name(want)!r}: was the "
-                "state made by `init` of the same parameters?"
-            )
+    """Raises unless a part of the state has its leaves where `init` makes them."""
+    paths = [path_name(path) for path, _ in flatten(found, is_hole)]
+    check_same_paths(paths, like, "`init` makes", given=f"`{name}` of the state has", is_leaf=is_hole)
 
 
 def _first_number(first: FirstState, box: Any, plan: LeafPlan) -> float | None:
