@@ -18,8 +18,8 @@ from jax.tree_util import GetAttrKey
 from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
 from ..boxes import optim_bits
-from ..placement import SpecsByPath, device_of
-from ..storage.format_code import format_code
+from ..placement import SpecsByPath
+from ..storage.format_code import format_vector
 from ..storage.moments import initial, is_codes
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
 from ..storage.rules import Bits, Rules
@@ -76,8 +76,7 @@ class Engine:
                     sizes[x.path] += sum(map(nbytes, pair))
         counts = {name: jnp.zeros([], jnp.int32) for name in self.method.counts}
         plans = {x.path: x.plan for x in leaves if x.plan}
-        # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
-        vector = jnp.array(format_code(self.rules.formats, list(plans.values())), device=device_of(params))
+        vector = format_vector(self.rules, list(plans.values()), params)
         state = self.method.state(**counts, **fields, format=vector)
         if (records := RECORDS.get()) is not None:
             moments = self._stored_moments(leaves)

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import zip_longest
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import CODECS
+from ..placement import device_of
+from ..trees import Params
 from .plan import LeafPlan
 from .rules import Rules
 from .state_format import StateFormat
@@ -36,6 +39,12 @@ def differs(rules: Rules, vector: Array) -> str:
     """Returns the differences between a state's `format` and the rules, in parentheses; "" if there are none."""
     found = format_difference(vector, rules.formats)
     return f" ({found})" if found else ""
+
+
+def format_vector(rules: Rules, plans: Sequence[LeafPlan], params: Params) -> Array:
+    """Makes the `format` of a state, on the device of its parameters."""
+    # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
+    return jnp.array(format_code(rules.formats, plans), device=device_of(params))
 
 
 def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) -> np.ndarray:

@@ -29,8 +29,7 @@ from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..engine.state_checks import check_same_paths
-from ..placement import device_of
-from ..storage.format_code import check_format, format_code
+from ..storage.format_code import check_format, format_vector
 from ..storage.moments import (
     MomentSpec,
     bits_of,
@@ -245,8 +244,7 @@ class _Quantizer:
             path: replace(plans[path], implementation=_implementation(plans[path], own))
             for path, own in slots_by_path.items()
         }
-        # Before JAX 0.10, `asarray` ignores the mesh of `jax.set_mesh`.
-        vector = jnp.array(format_code(self.rules.formats, list(with_moments.values())), device=device_of(params))
+        vector = format_vector(self.rules, list(with_moments.values()), params)
         state = QuantizedState(new, scales, vector)
         if (records := RECORDS.get()) is not None:
             sizes, stayed = _sizes(state, slots, slots_by_path)
