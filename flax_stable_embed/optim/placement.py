@@ -63,6 +63,14 @@ def placed_by_path(shardings: Specs, params: Params) -> dict[str, Placed]:
     return {path: _placed(path, arrays[path].shape, sharding) for path, sharding in given.items()}
 
 
+def num_devices(placed: dict[str, Placed], params: Params) -> int | None:
+    """Returns the number of devices of a program with these parameters; None where nothing is known about it."""
+    leaves = [unbox(box) for box in jax.tree.leaves(params, is_leaf=is_box)]
+    arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    known = [x.sharding.num_devices for x in (*placed.values(), *arrays)]
+    return max(known, default=None)
+
+
 def _is_sharding(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec | Sharding)
 

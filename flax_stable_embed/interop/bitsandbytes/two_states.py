@@ -119,7 +119,7 @@ def adamw8bit(
         implementation: By default selected by platform and shape: a single fused kernel ("pallas_tpu", "pallas_gpu")
             where one is available, else "xla". A named implementation is used or raises.
         partition_specs: Pytree of `PartitionSpec` or `NamedSharding` with the structure of the parameters: how they are
-            sharded. It is only needed to run the TPU kernel on several chips under a mesh with Auto axes. Under a mesh
+            sharded. It is only needed to run the kernels on several devices under a mesh with Auto axes. Under a mesh
             with Explicit axes, the types of the arrays have this information.
         skip_nonfinite: If True, an element whose gradient is NaN or infinite keeps its parameter and its moments, as on
             CUDA.

@@ -12,13 +12,12 @@ from functools import partial
 from typing import Literal
 
 import jax
-from jax import lax
 
 from ..blockwise.blocks import Blocks
 from ..sharding import varying_like
-from . import capabilities, cpu, lowering, reference
-from .capabilities import Spec
-from .per_shard import FlatStep, per_shard
+from . import capabilities, lowering
+from .capabilities import PLATFORMS, Name, Spec
+from .per_shard import has_whole_blocks, sharding_of
 from .step import Operands, Step
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
@@ -52,17 +51,21 @@ def _step(step: Step, operands: Operands, implementation: Implementation | None,
     flat, tree = jax.tree.flatten(operands)
     flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary over the axes of any operand
     shape = operands.g.shape
-    plain = FlatStep(reference.plain, step, tree, shape)
     dtypes = {x.dtype for x in (operands.g, operands.p, step) if x is not None}
-    if implementation == "pallas_tpu" or implementation == "pallas_gpu":
-        if why := capabilities.refusal(implementation, step.blocks, shape, *dtypes):
-            raise ValueError(refused(implementation, shape, why))
-        return lowering.kernel_step(implementation, plain, spec, required=True)(*flat)
-    by_platform = {"cpu": per_shard(cpu.chunked, plain)}
-    for platform, name in capabilities.PLATFORMS.items():
-        if implementation is None and capabilities.refusal(name, step.blocks, shape, *dtypes) is None:
-            by_platform[platform] = lowering.kernel_step(name, plain, spec, required=False)
-    return lax.platform_dependent(*flat, **by_platform, default=plain)
+    why_not: dict[Name, str | None] = {
+        name: capabilities.refusal(name, step.blocks, shape, *dtypes) for name in PLATFORMS.values()
+    }
+    if implementation is None:
+        kernels: tuple[Name, ...] = tuple(name for name, why in why_not.items() if why is None)
+    elif implementation == "xla":
+        kernels = ()
+    elif why := why_not[implementation]:
+        raise ValueError(refused(implementation, shape, why))
+    else:
+        kernels = (implementation,)
+    required = implementation not in (None, "xla")
+    local = lowering.LocalStep(step, tree, shape, kernels, required)
+    return lowering.run_sharded(local, tree.unflatten(flat), spec)
 
 
 def refused(name: str, shape: tuple[int, ...], why: str) -> str:
@@ -104,17 +107,17 @@ def what_runs(
         ValueError: A named implementation cannot take this array.
     """
     platform = {"gpu": "cuda"}.get(platform, platform) if platform else _platform()
-    name: Implementation = implementation or capabilities.PLATFORMS.get(platform, "xla")
+    name: Implementation = implementation or PLATFORMS.get(platform, "xla")
     why = None if name == "xla" else capabilities.refusal(name, blocks, parameter.shape, parameter.dtype)
     if implementation and why:
         raise ValueError(f"Parameter {path!r}: {refused(name, parameter.shape, why)}")
-    if implementation or name != "pallas_tpu":
-        return f"xla: {why}" if why else name
+    if implementation or name == "xla":
+        return name
     if not why and (devices or jax.device_count()) > 1:
-        sharding = lowering.sharding_of(parameter, spec)
+        sharding = sharding_of(parameter, spec)
         if sharding is None:
             why = "no partition_specs" if spec is None else "no mesh is set for its PartitionSpec"
-        elif not lowering.has_whole_blocks(sharding, blocks, parameter.shape):
+        elif not has_whole_blocks(sharding, blocks, parameter.shape):
             why = f"{sharding.spec} does not divide it into shards of full blocks"
     return f"xla: {why}" if why else name
 

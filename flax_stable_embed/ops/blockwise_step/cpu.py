@@ -5,7 +5,7 @@ chunk of full blocks at a time, computes its step by the reference, and writes t
 (or the gradient, if the step returns an update), the codes and the scales.
 
 Layout: the array is viewed as (before, blocked axis, after). A loop over a sharded axis would gather it, so on a mesh
-the loop runs on the shard of each device (`per_shard.py`).
+the loop runs on the shard of each device (`per_shard.py`) if shardings are known, and else not at all.
 
 What limits it: arithmetic, the roots and divisions of the codecs. XLA splits each chunk over the cores.
 """
@@ -30,7 +30,7 @@ from .step import Operands, Step
 CHUNK = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
 
 
-def chunked(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
+def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
     """Runs `plain` in a loop over chunks, in place.
 
     Args:

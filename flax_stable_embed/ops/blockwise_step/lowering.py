@@ -3,172 +3,172 @@
     one device, or inside of a `jax.shard_map` over all axes   the kernel runs as it is
     Explicit axes only                                         array types say the sharding: a `shard_map` of our own
     other axes, and `partition_specs` is given                 it says the sharding: a `shard_map` of our own
-    neither                                                    GPU: `per_shard.py` asks XLA for the sharding
-                                                               TPU: the reference, which XLA partitions
+    neither, or blocks that straddle devices                   the reference, which XLA partitions
 
-TPU's compiler has no custom partitioner, so XLA cannot be asked there. Platform and number of devices are known when
-a program is lowered, so the last decision is made by a primitive (`ops/lowering.py`).
+On CPU the loop of `cpu.py` is the kernel. Platform and number of devices are known when a program is lowered, so the
+last decision is made by a primitive (`ops/lowering.py`). A compiled program contains no Python function, so it can be
+cached, serialized and exported.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
 
-from ..blockwise.blocks import Blocks
+from ..counter_random import linear_index_of_tile
 from ..lowering import Program, primitive
 from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Spec
-from .per_shard import FlatStep, on_every_device, per_shard, spec_of, with_transformations, without_straddling
+from .per_shard import has_whole_blocks, per_shard, sharding_of
+from .reference import plain
 from .step import Operands, Step
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel as a hashable function of flat operands and of the place of their shard in the global array.
+class LocalStep:
+    """The step of one device as a function of flat arrays: the operands, and the place of their shard.
 
-    name: Which kernel.
-    reference: The step that it computes, on the shard.
+    step: Everything static about the step.
+    tree: The pytree of the operands.
     shape: The shape of the global array.
+    kernels: The kernels that can take it.
     required: True if the user named the kernel, so that it is used or raises.
     """
 
-    name: Name
-    reference: FlatStep
+    step: Step
+    tree: Any
     shape: tuple[int, ...]
+    kernels: tuple[Name, ...]
     required: bool
 
     def split(self, flat: Any) -> tuple[Operands, tuple]:
-        """Returns operands and place."""
-        n = self.reference.tree.num_leaves
-        return self.reference.tree.unflatten(flat[:n]), tuple(flat[n:])
+        """Returns operands and place. The place is empty if they are the global arrays."""
+        n = self.tree.num_leaves
+        return self.tree.unflatten(flat[:n]), tuple(flat[n:])
 
-    def outputs(self, *avals: Any) -> list[Any]:
-        """Returns the types of output, codes and scales."""
-        operands: Any = self.split(avals)[0]
-        return [operands.codes[0].update(dtype=self.reference.step.dtype), *operands.codes, *operands.absmax]
-
-
-def _reference(*flat: Any, kernel: Kernel):
-    return jax.tree.leaves(kernel.reference(*jax.tree.leaves(kernel.split(flat)[0])))
+    def __call__(self, operands: Operands, origin: tuple = ()):
+        """Returns output, codes and scales."""
+        out, *stored = _local_step.bind(*jax.tree.leaves(operands), *map(jnp.int32, origin), local=self)
+        n = len(self.step.moments)
+        return out, tuple(stored[:n]), tuple(stored[n:])
 
 
-def _run_kernel(*flat: Any, kernel: Kernel):
-    operands, origin = kernel.split(flat)
-    module = import_module(f".{kernel.name}", __package__)  # imports Pallas, so only where a kernel is lowered
-    return jax.tree.leaves(module.run(kernel.reference.step, operands, origin, kernel.shape))
+def _types(*avals: Any, local: LocalStep) -> list[Any]:
+    operands: Any = local.split(avals)[0]
+    return [operands.codes[0].update(dtype=local.step.dtype), *operands.codes, *operands.absmax]
 
 
-def _may_run(program: Program, *, kernel: Kernel) -> bool:
-    """Returns whether the kernel replaces the reference in a program.
+def _reference(*flat: Any, local: LocalStep):
+    operands, origin = local.split(flat)
+    index, shard = None, operands.g.shape
+    if origin and local.step.stochastic:
+        axes = [range(axis, axis + 1) for axis in range(len(shard))]
+        index = linear_index_of_tile((0,) * len(shard), shard, axes, shard, origin, local.shape)
+    return jax.tree.leaves(partitioned(local.step, operands, index))
+
+
+def partitioned(step: Step, operands: Operands, index: Any = None):
+    """Runs `plain` where XLA may partition it and fuse it with what surrounds it.
+
+    The condition is true of every update that is not NaN. It keeps XLA from contracting the last product of the update
+    and the user's `p + u` into one rounding, which a kernel's update cannot get. So bits do not depend on the mesh.
+    """
+    out, codes, absmax = plain(step, operands, index)
+    return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax
+
+
+def _run(module: str):
+    """Returns the step by the kernel of a module."""
+
+    def run(*flat: Any, local: LocalStep):
+        kernel = import_module(f".{module}", __package__)  # imports Pallas, so only where a kernel is lowered
+        return jax.tree.leaves(kernel.run(local.step, *local.split(flat), local.shape))
+
+    return run
+
+
+def _may_run(program: Program, *, local: LocalStep) -> bool:
+    """Returns whether the kernel of its platform replaces the reference in a program.
 
     Raises:
         NotImplementedError: The user named the kernel, and it cannot run in this program.
     """
-    if kernel.name != PLATFORMS.get(program.kernel_platform or ""):
-        # A program for several platforms has a part for each. JAX lowers all parts for all platforms, then drops some.
-        if kernel.required:
-            needed = "TPU" if kernel.name == "pallas_tpu" else "GPUs with CUDA"
-            raise NotImplementedError(
-                f"`implementation={kernel.name!r}` runs on {needed}, not on {', '.join(program.platforms)}. "
-                "Use None, which takes the best one for the platform."
-            )
+    name = PLATFORMS.get(program.kernel_platform or "")
+    if local.required:
+        _check_that_it_runs(local.kernels[0], name, program)
+    if program.kernel_platform == "cpu":
+        return program.one_device
+    if name == "pallas_gpu" and not local.required and not _is_ampere_or_newer():
         return False
-    if kernel.name == "pallas_gpu":
-        # Triton does not compile for GPUs older than Ampere.
-        local = jax.local_devices() if jax.default_backend() == "gpu" else []
-        return kernel.required or all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
-    if kernel.required and not program.one_device:
+    return name in local.kernels and program.one_device
+
+
+def _check_that_it_runs(name: Name, found: Name | None, program: Program) -> None:
+    if name != found:
+        needed = "TPU" if name == "pallas_tpu" else "GPUs with CUDA"
         raise NotImplementedError(
-            "`implementation='pallas_tpu'` in a program for several devices needs to know how parameters are sharded. "
+            f"`implementation={name!r}` runs on {needed}, not on {', '.join(program.platforms)}. "
+            "Use None, which takes the best one for the platform."
+        )
+    if not program.one_device:
+        raise NotImplementedError(
+            f"`implementation={name!r}` in a program for several devices needs to know how parameters are sharded. "
             "Use a mesh with Explicit axes, or pass `partition_specs` (PartitionSpecs under jax.set_mesh, or "
             "NamedShardings), or use None, which takes 'xla' here."
         )
-    return program.one_device
 
 
-_step_by_kernel = primitive(
-    "step_by_kernel",
+def _is_ampere_or_newer() -> bool:
+    """Returns whether Triton compiles for the GPUs of this process."""
+    local = jax.local_devices() if jax.default_backend() == "gpu" else []
+    return all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
+
+
+MODULES = {"cpu": "cpu"} | PLATFORMS
+_local_step = primitive(
+    "local_step",
     _reference,
-    dict.fromkeys(PLATFORMS, _run_kernel),
+    {platform: _run(module) for platform, module in MODULES.items()},
     may_run=_may_run,
-    types=lambda *avals, kernel: kernel.outputs(*avals),
+    types=_types,
 )
 
 
-def kernel_step(name: Name, reference: FlatStep, spec: Spec | None, required: bool):
-    """Returns the step by a kernel, as a function of flat operands. Under vmap and derivatives it is the reference.
+def run_sharded(local: LocalStep, operands: Operands, spec: Spec | None):
+    """Runs a step on every device that has a shard of the parameter, and returns `(output, codes, absmax)`.
 
     Args:
-        name: Which kernel.
-        reference: The step that it computes.
+        local: The step of one device.
+        operands: The global arrays.
         spec: The sharding of the parameter; None if its type says it, or if it is not known.
-        required: True if the user named the kernel, so that it is used or raises.
+
+    Raises:
+        NotImplementedError: The user named a kernel, and a block would straddle devices.
     """
-
-    def call(*flat):
-        shape, blocks = reference.shape, reference.step.blocks
-        local = _OnOneDevice(name, reference, required)
-        operands = reference.tree.unflatten(flat)
-        sharding = sharding_of(operands.codes[0], spec)
-        if sharding is None:
-            return per_shard(local, reference)(*flat) if name == "pallas_gpu" else local(reference.step, operands)
-        if has_whole_blocks(sharding, blocks, shape):
-            return on_every_device(local, reference, sharding.mesh, spec_of(sharding, len(shape)))(*flat)
-        if required:
-            raise NotImplementedError(
-                f"`implementation={name!r}` cannot run with {sharding.spec}: it does not divide an array of shape "
-                f"{shape} into equal shards of full blocks ({blocks.size} along axis {blocks.axis}). Set "
-                "StateFormat(shards=...) to the number of devices that an axis is sharded over, or use None."
-            )
-        return reference(*flat)
-
-    return with_transformations(call, reference)
-
-
-@dataclass(frozen=True)
-class _OnOneDevice:
-    """A kernel as an implementation for the shard of one device, at `origin` of the global array of `shape`."""
-
-    name: Name
-    reference: FlatStep
-    required: bool
-
-    def __call__(self, step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
-        local = operands.g.shape
-        kernel = Kernel(self.name, replace(self.reference, shape=local), shape or local, self.required)
-        out, *stored = _step_by_kernel.bind(*jax.tree.leaves(operands), *map(jnp.int32, origin), kernel=kernel)
-        n = len(step.moments)
-        return out, tuple(stored[:n]), tuple(stored[n:])
+    sharding = sharding_of(operands.codes[0], spec)
+    if sharding is None:
+        in_kernel = local.required or not _is_partly_explicit(operands)
+        return local(operands) if in_kernel else partitioned(local.step, operands)
+    if has_whole_blocks(sharding, local.step.blocks, local.shape):
+        return per_shard(local, operands, sharding)
+    if local.required:
+        size, axis = local.step.blocks.size, local.step.blocks.axis
+        raise NotImplementedError(
+            f"`implementation={local.kernels[0]!r}` cannot run with {sharding.spec}: it does not divide an array of "
+            f"shape {local.shape} into equal shards of full blocks ({size} along axis {axis}). Set "
+            "StateFormat(shards=...) to the number of devices that an axis is sharded over, or use None."
+        )
+    if explicit_sharding(operands.codes[0]) is None:
+        return partitioned(local.step, operands)
+    # Types cannot describe a block that straddles devices, but the compiler can. It combines the scales of its parts
+    # and gathers nothing.
+    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (operands.codes[0], operands.codes, operands.absmax))
+    return jax.sharding.auto_axes(lambda operands: partitioned(local.step, operands), out_sharding=out)(operands)
 
 
-def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
-    """Returns the sharding of an array over several devices, from its type or from `spec`; None if neither says it."""
-    context = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in context.axis_types:
-        return None
-    sharding = explicit_sharding(x)
-    if sharding is None and spec is not None:
-        sharding = _named(spec, context, x.ndim)
-    elif sharding is not None and not is_explicit(sharding.mesh):
-        sharding = None
-    return None if sharding is None or sharding.mesh.size == 1 else sharding
-
-
-def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
-    """Returns a spec on the mesh of the context, or on its own; None if it does not fit the mesh or the array."""
-    mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
-    if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):
-        return None
-    entries = [name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))]
-    fits = len(spec) <= ndim and all(name is None or name in mesh.axis_names for name in entries)
-    return NamedSharding(mesh, spec) if fits else None
-
-
-def has_whole_blocks(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, ...]) -> bool:
-    """Returns whether all devices have the same number of blocks, and no part of one."""
-    spec = spec_of(sharding, len(shape))
-    return without_straddling(spec, sharding.mesh, shape, blocks) == spec
+def _is_partly_explicit(operands: Operands) -> bool:
+    """Returns whether types say the sharding over some mesh axes, and only the compiler knows that over the others."""
+    sharding = explicit_sharding(operands.codes[0])
+    return sharding is not None and sharding.mesh.size > 1 and not is_explicit(sharding.mesh)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
-from ..placement import Placed, placed_by_path
+from ..placement import Placed, num_devices, placed_by_path
 from ..storage.plan import TARGET, LeafPlan
 from ..trees import Params, Specs
 from .abstract_state import abstract_state
@@ -172,8 +172,7 @@ def describe(
     if platform not in (None, "cpu", "gpu", "cuda", "tpu"):
         raise ValueError(f"`platform` must be 'cpu', 'gpu', 'tpu' or None, got {platform!r}.")
     placed = placed_by_path(shardings, params)
-    devices = max((x.sharding.num_devices for x in placed.values()), default=None) if platform else None
-    token = TARGET.set((platform, devices))
+    token = TARGET.set((platform, num_devices(placed, params)))
     try:
         state, records = trace_init(tx, params)
     finally:

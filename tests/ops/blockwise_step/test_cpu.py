@@ -67,7 +67,7 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_chunks):
     step = a_step(shape, fused=fused, stochastic=stochastic)
     operands = operands_of(step, shape)
-    out, codes, absmax = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    out, codes, absmax = run(jax.jit(cpu.run, static_argnums=0), step, operands)
     want_out, want_codes, want_absmax = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip((*codes, *absmax), (*want_codes, *want_absmax)):
         np.testing.assert_array_equal(got, want)
@@ -81,7 +81,7 @@ def test_chunks_with_non_finite_numbers_equal_the_reference(numbers, fused, smal
     step = a_step((64, 96), fused=fused)
     operands = operands_of(step, (64, 96))
     operands = operands._replace(g=operands.g.at[3, 5].set(numbers).at[40, 7:90].set(-numbers))
-    found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    found = run(jax.jit(cpu.run, static_argnums=0), step, operands)
     for got, want in zip(*map(jax.tree.leaves, (found, run(jax.jit(plain, static_argnums=0), step, operands)))):
         np.testing.assert_allclose(got, want, rtol=2e-7, atol=2e-7 if got.ndim == 2 and got.dtype == np.float32 else 0)
 
@@ -92,7 +92,7 @@ def test_chunks_with_non_finite_numbers_equal_the_reference(numbers, fused, smal
 def test_chunks_give_the_bits_of_the_reference_for_16_bit_gradients(shape, dtype):
     step = a_step(shape, fused=True)
     operands = operands_of(step, shape)._replace(g=operands_of(step, shape, seed=1, dtype=dtype).g)
-    _, *found = run(jax.jit(cpu.chunked, static_argnums=0), step, operands)
+    _, *found = run(jax.jit(cpu.run, static_argnums=0), step, operands)
     _, *wanted = run(jax.jit(plain, static_argnums=0), step, operands)
     for got, want in zip(*map(jax.tree.leaves, (found, wanted))):
         np.testing.assert_array_equal(got, want)
@@ -103,7 +103,7 @@ def test_chunks_give_the_bits_of_the_reference_for_16_bit_gradients(shape, dtype
 def test_every_codec_runs_in_chunks(codec, small_chunks):
     shape = (96, 128)
     step = a_step(shape, codec=codec)
-    got = run(jax.jit(cpu.chunked, static_argnums=0), step, operands_of(step, shape))
+    got = run(jax.jit(cpu.run, static_argnums=0), step, operands_of(step, shape))
     want = run(jax.jit(plain, static_argnums=0), step, operands_of(step, shape))
     for a, b in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(want[1:])):
         np.testing.assert_array_equal(a, b)

@@ -149,13 +149,16 @@ def test_a_report_can_be_made_for_another_platform():
     shapes = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     tx = fse.adamw8bit(1e-3)
     assert fse.describe(tx, shapes).rows[0].implementation == "xla"
-    assert fse.describe(tx, shapes, platform="gpu").rows[0].implementation == "pallas_gpu"
+    on_one = {"kernel": jax.device_put(jnp.ones((1024, 1024)), jax.devices()[0])}
+    assert fse.describe(tx, on_one, platform="gpu").rows[0].implementation == "pallas_gpu"
     mesh = AbstractMesh((16,), ("fsdp",))
     sharded = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp"))}
-    row = fse.describe(tx, shapes, shardings=sharded, platform="tpu").rows[0]
-    assert row.implementation == "xla: no partition_specs"
     aware = fse.adamw8bit(1e-3, partition_specs=sharded, state_format=fse.StateFormat(shards=16))
-    assert fse.describe(aware, shapes, shardings=sharded, platform="tpu").rows[0].implementation == "pallas_tpu"
+    for platform in ("tpu", "gpu"):
+        row = fse.describe(tx, shapes, shardings=sharded, platform=platform).rows[0]
+        assert row.implementation == "xla: no partition_specs"
+        row = fse.describe(aware, shapes, shardings=sharded, platform=platform).rows[0]
+        assert row.implementation == f"pallas_{platform}"
     with pytest.raises(ValueError, match="`platform` must be"):
         fse.describe(tx, shapes, platform="quantum")
 
