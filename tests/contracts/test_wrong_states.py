@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import flax_stable_embed as fse
@@ -115,3 +116,161 @@ def test_every_field_of_a_wrapped_state_is_compared_by_its_paths(field):
     scales[name] = {("z" + k if k == "kernel" else k): v for k, v in scales[name].items()}
     with pytest.raises(ValueError, match=r"`absmax\[.*\]` of the state has a leaf .* where `init` makes"):
         tx.update(gradients(5), state._replace(absmax=scales), params)
+
+
+# --- states that a loader has padded or truncated, as orbax does with strict=False ---
+
+MADE_WITH = {
+    "another codec": {"state_format": fse.StateFormat("dynamic", min_size=0)},
+    "linear": {"state_format": fse.StateFormat("linear", min_size=0)},
+    "another block size": {"state_format": fse.StateFormat(block_size=32, min_size=0)},
+    "another axis": {"state_format": fse.StateFormat(block_axis=-1, min_size=0)},
+    "32 bits": {"rules": ((".*", 32),)},
+    "rules": {"rules": (("kernel", fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)},
+}
+INNER = {
+    "stochastic_round_updates": fse.stochastic_round_updates,
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"kernel": True, "norm": {"scale": False}, "wte": True}),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 1),
+}
+
+
+def make(name, **options):
+    """Makes a transform of `TRANSFORMS` or `INNER` with other options."""
+    options = {"state_format": fse.StateFormat(min_size=0)} | options
+    if name in INNER:
+        return INNER[name](fse.adamw8bit(1e-3, **options))
+    if name.startswith("quantize_state"):
+        return fse.quantize_state(WRAPPED[name[15:-1]](1e-3), **options)
+    (case,) = [case for case in OPTIMIZERS if case.name == name]
+    return case.ours(**case.hyper, **options)
+
+
+def padded_or_truncated(state, like):
+    """Returns the arrays of a state with the shapes and dtypes of another one."""
+
+    def one(x, want):
+        x = np.asarray(x)
+        if x.ndim != want.ndim:
+            return np.zeros(want.shape, want.dtype)
+        result = np.zeros(want.shape, want.dtype)
+        both = tuple(slice(min(m, n)) for m, n in zip(x.shape, want.shape))
+        result[both] = x[both].astype(want.dtype)
+        return jnp.asarray(result)
+
+    return jax.tree.map(one, state, like)
+
+
+def wrong_state(name, made_with):
+    """Returns a transform, parameters, and a state of another transform in the shapes of its own."""
+    tx, other, params = make(name), make(name, **MADE_WITH[made_with]), parameters()
+    state = other.init(params)
+    for i in range(2):
+        _, state = jax.jit(other.update)(gradients(i), state, params)
+    return tx, params, padded_or_truncated(state, tx.init(params)), other
+
+
+SWEPT = [(name, made_with) for name in (*TRANSFORMS, *INNER) for made_with in MADE_WITH]
+
+
+@pytest.mark.parametrize(("name", "made_with"), SWEPT)
+@pytest.mark.one_in(5)
+def test_a_padded_or_truncated_state_is_an_error_and_under_jit_gives_nan(name, made_with):
+    tx, params, state, other = wrong_state(name, made_with)
+    if jax.tree.map(np.shape, tx.init(params)) == jax.tree.map(np.shape, other.init(params)):
+        tx.update(gradients(3), state, params)  # the same storage under another name: both choose these blocks
+        return
+    if name not in ("MultiSteps", "apply_if_finite"):  # these trace their transform in every step
+        with pytest.raises(ValueError, match="`format` says that other rules or another `state_format` made it"):
+            tx.update(gradients(3), state, params)
+    updates, after = jax.jit(tx.update)(gradients(3), state, params)
+    for key, update in updates.items():
+        masked = name == "masked" and key == "norm"
+        assert masked or all(np.isnan(x).all() for x in jax.tree.leaves(update)), key
+    again, _ = jax.jit(tx.update)(gradients(3), after, params)
+    assert np.isnan(again["kernel"]).all()
+
+
+@pytest.mark.parametrize(("name", "made_with"), SWEPT)
+@pytest.mark.one_in(7)
+def test_convert_state_refuses_a_padded_or_truncated_state(name, made_with):
+    tx, params, state, other = wrong_state(name, made_with)
+    if jax.tree.map(np.shape, tx.init(params)) == jax.tree.map(np.shape, other.init(params)):
+        return
+    with pytest.raises(ValueError, match=r"`state` was not made by `tx_from`: .*pads or truncates"):
+        fse.convert_state(tx, tx, params, state)
+    converted = jax.jit(lambda state: fse.convert_state(tx, tx, params, state))(state)
+    updates, _ = jax.jit(tx.update)(gradients(3), converted, params)
+    assert np.isnan(updates["kernel"]).all()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.one_in(2)
+def test_a_state_of_zeros_is_a_new_state(name):
+    tx, params, state = trained(name)
+    if "adagrad" in name:
+        return  # its sums do not begin with zero
+    fresh, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, state)
+    for update in (tx.update, jax.jit(tx.update)):
+        want, found = update(gradients(5), fresh, params), update(gradients(5), zeros, params)
+        for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_fused_step_from_a_wrong_state_gives_nan():
+    tx, params, state, _ = wrong_state("adamw8bit", "another codec")
+    with pytest.raises(ValueError, match="`format` says"):
+        fse.fused_update(tx, gradients(3), state, params)
+    after, _ = jax.jit(lambda *args: fse.fused_update(tx, *args))(gradients(3), state, params)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(after))
+    skipping = fse.adamw8bit(1e-3, state_format=fse.StateFormat(min_size=0), skip_nonfinite=True)
+    after, _ = jax.jit(lambda *args: fse.fused_update(skipping, *args))(gradients(3), state, params)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(after))
+
+
+def test_a_chainable_transform_without_a_learning_rate_gives_nan_for_a_wrong_state():
+    tx, other = (fse.scale_by_adam8bit(state_format=fse.StateFormat(c, min_size=0)) for c in ("root", "dynamic"))
+    params = parameters()
+    state = padded_or_truncated(other.init(params), tx.init(params))
+    updates, _ = jax.jit(tx.update)(gradients(), state, params)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(updates))
+
+
+def test_row_sparse_gives_nan_for_a_wrong_state():
+    tx, other = (
+        fse.row_sparse(fse.adamw8bit(1e-3, state_format=fse.StateFormat(c, min_size=0)))
+        for c in ("root", "dynamic")
+    )
+    params = parameters()
+    state = padded_or_truncated(other.init(params), tx.init(params))
+    ids = jnp.array([1, 3])
+    with pytest.raises(ValueError, match="`format` says"):
+        tx.update(params, state, params, token_ids=ids)
+    updates, _ = jax.jit(lambda g, s, p: tx.update(g, s, p, token_ids=ids))(params, state, params)
+    assert np.isnan(optax.apply_updates(params, updates)["wte"]["embedding"][ids]).all()
+
+
+def test_dump_optimizer_state_refuses_a_padded_or_truncated_state():
+    tx, params, state, _ = wrong_state("adamw8bit", "another codec")
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.0}
+    with pytest.raises(
+        ValueError, match="`state` was not made by `tx`: `state_format` had codec 'dynamic', here 'root'"
+    ):
+        fse.interop.bitsandbytes.dump_optimizer_state(
+            tx, params, state, order=["kernel", "norm/scale", "wte/embedding"], param_groups=group
+        )
+
+
+def test_orbax_with_strict_false_cannot_change_a_codec_silently(tmp_path):
+    other, params = make("adamw8bit", state_format=fse.StateFormat("dynamic", min_size=0)), parameters()
+    _, state = jax.jit(other.update)(gradients(), other.init(params), params)
+    tx = make("adamw8bit")
+    wanted = ocp.checkpoint_utils.construct_restore_args(tx.init(params))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(**vars(x) | {"strict": False}), wanted)
+        restored = checkpointer.restore(tmp_path / "state", item=tx.init(params), restore_args=arguments)
+    with pytest.raises(ValueError, match="`format` says that other rules or another `state_format` made it"):
+        tx.update(gradients(3), restored, params)

@@ -12,7 +12,9 @@ import optax
 
 from ...optim.engine.method import Method
 from ...optim.engine.records import trace_init
+from ...optim.storage.format_code import format_difference, is_right
 from ...optim.storage.plan import LeafPlan
+from ...optim.storage.state_format import StateFormat
 from ...optim.trees import Params
 
 
@@ -21,6 +23,7 @@ class Layout(NamedTuple):
 
     method: Method
     plans: dict[str, LeafPlan]  # by path
+    formats: list[StateFormat]
 
     def find(self, state: Any) -> Any:
         """Returns the transform's own state from the optimizer's state.
@@ -35,6 +38,19 @@ class Layout(NamedTuple):
                 "`tx.update` returned."
             )
         return found[0]
+
+    def check(self, own: Any) -> None:
+        """Checks that `own`, the transform's state, is stored as its optimizer stores it.
+
+        Raises:
+            ValueError: Another optimizer made the state, or the same with other rules or another format.
+        """
+        if not is_right(own.format, self.formats, list(self.plans.values())):
+            found = format_difference(own.format, self.formats) or "its `format` says so"
+            raise ValueError(
+                f"`state` was not made by `tx`: {found}. Pass the optimizer that made the state. (A checkpoint loader "
+                "that pads or truncates arrays makes such states too.)"
+            )
 
     def replace(self, state: Any, new: Any) -> Any:
         """Returns the optimizer's state with `new` in place of the transform's own state."""
@@ -51,7 +67,7 @@ def layout(tx: optax.GradientTransformation, params: Params) -> Layout:
         ValueError: If `tx` does not have exactly one 8-bit transform.
     """
     records = [record for _, record in trace_init(tx, params)[1]]
-    found = [Layout(r.method, r.plans) for r in records if r.method is not None]
+    found = [Layout(r.method, r.plans, r.formats) for r in records if r.method is not None]
     if len(found) != 1:
         raise ValueError(
             f"`tx` must have one 8-bit transform of this library, got {len(found)}. Pass the optimizer itself, or a "

@@ -168,6 +168,7 @@ def dump_optimizer_state(
     """
     kept, rows = layout(tx, params), []
     core = kept.find(state)
+    kept.check(core)
     keys = dict(order) if isinstance(order, Mapping) else dict(enumerate(order))
     groups = _groups(param_groups, list(keys), len(states_of(kept.method)), kept.method.name)
     pairs = pair(order, [key for group in groups for key in group["params"]], kept.plans)

@@ -101,7 +101,10 @@ class Engine:
         paths, leaves, tree, columns = self._leaves(grads, state, params)
         plans = [self._plan(path, leaf) for path, leaf in zip(paths, leaves)]
         stored = [(plan, leaf) for plan, leaf in zip(plans, leaves) if plan is not None]
-        check_storage(self.method, self.rules, state.format, *(zip(*stored) if stored else ((), ())))
+        checked = check_storage(self.method, self.rules, state.format, *(zip(*stored) if stored else ((), ())))
+        if checked.right is not None:
+            step_size = 1.0 if tail.step_size is None else tail.step_size
+            tail = tail._replace(step_size=checked.nan_if_wrong(step_size))
         allowed = broadcast_mask(tail.mask_name, tail.mask, grads)
         in_gradient = broadcast_mask("trust_ratio_mask", tail.gradient_mask, grads)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -125,7 +128,7 @@ class Engine:
         new = {name: jax.tree.structure(x, is_leaf=is_none).unflatten(columns[name]) for name, x in fields.items()}
         # One array each, because an array that is in the state twice could not be donated.
         new |= {name: jnp.asarray(optax.safe_increment(getattr(state, name))) for name in self.method.counts}
-        return tree.unflatten(outputs), state._replace(**new)
+        return tree.unflatten(outputs), state._replace(**new, format=checked.vector)
 
     def _leaves(self, grads: Updates, state: Any, params: Params) -> tuple[list[str], list[Leaf], Any, dict[str, list]]:
         """Pairs gradients, parameters and moments: paths, leaves, the structure, and the flat fields of the state.

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import Array
 
-from ..storage.format_code import check_format, differs
+from ..storage.format_code import CheckedFormat, check_format, differs
 from ..storage.moments import bits_of, checked_scales, is_codes
 from ..storage.plan import LeafPlan
 from ..storage.rules import Bits, Rules
@@ -78,8 +78,10 @@ def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:
     return bits
 
 
-def check_storage(method: Method, rules: Rules, vector: Array, plans: Sequence[LeafPlan], leaves: Sequence[Leaf]):
-    """Raises unless codes and scales are as the plans say, and the length of `format` agrees with them.
+def check_storage(
+    method: Method, rules: Rules, vector: Array, plans: Sequence[LeafPlan], leaves: Sequence[Leaf]
+) -> CheckedFormat:
+    """Raises unless codes and scales are as the plans say, and `format` agrees with them.
 
     Moments that are not in 8 bits have one scale. If there are more, a checkpoint loader has cast codes to numbers.
     """
@@ -98,4 +100,4 @@ def check_storage(method: Method, rules: Rules, vector: Array, plans: Sequence[L
                     "the state: fse.convert_state; and call it outside of shard_map, whose shards do not show the "
                     "global shape."
                 )
-    check_format(rules, vector, plans)
+    return check_format(rules, vector, plans)

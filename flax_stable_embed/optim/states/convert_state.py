@@ -89,6 +89,7 @@ def convert_state(
     for name in pairs:  # free the memory of arrays that are replaced below
         for replaced in target.array_names(name):
             made.pop(replaced)
+    right = source.is_right(arrays)
     for name, origin in pairs.items():
         values = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(origin)]
         if not _same_codes(source.moments.get(origin), target.moments.get(name)):
@@ -96,8 +97,17 @@ def convert_state(
             values = _encoded(x, target.moments.get(name), target.expected[name])
         for k, x in zip(target.array_names(name), values):
             dtype = target.expected[k].dtype
-            made[k] = _placed(x if x.dtype == dtype else x.astype(dtype), *places[k])
+            x = x if x.dtype == dtype else x.astype(dtype)
+            x = _unless_wrong(right, x, jnp.nan) if jnp.issubdtype(dtype, jnp.inexact) else x
+            made[k] = _placed(x, *places[k])
+    for name in target.formats:
+        made[name] = _unless_wrong(right, made[name], 255)
     return jax.tree.structure(target.state).unflatten(made[name] for name in target.expected)
+
+
+def _unless_wrong(right: bool | Array, x: Array, wrong: float) -> Array:
+    """Returns an array of the result. Under `jit` a wrong state cannot raise, so the result cannot train."""
+    return x if right is True else jnp.where(right, x, wrong)
 
 
 def _same_codes(a: StoredMoment | None, b: StoredMoment | None) -> bool:

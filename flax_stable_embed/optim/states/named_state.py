@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.tree_util import GetAttrKey
 
 from ..engine.records import StoredMoment, trace_init
-from ..storage.format_code import format_difference
+from ..storage.format_code import format_difference, is_right
 from ..storage.moments import Sums, is_codes
 from ..trees import Params, path_name
 
@@ -40,7 +41,7 @@ class NamedState:
         paths: The key path of every array.
         moments: How each moment of an 8-bit transform is stored.
         scales: The name of each moment's array of scales.
-        formats: The formats of each 8-bit transform, by the name of its array `format`.
+        formats: The record of each 8-bit transform, by the name of its array `format`.
         sums: The terms that each trace sums, where that is known.
         without_counts: The 8-bit optimizers whose rule does not depend on the count.
         moment_fields: The fields of the moments: "mu", "nu".
@@ -78,7 +79,7 @@ class NamedState:
                 name = self.name((*place, *moment.codes))
                 self.moments[name], self.scales[name] = moment, self.name((*place, *moment.absmax))
                 self.sums.update((name, m.sums) for m in declared if m.name == moment.name and m.sums is not None)
-            self.formats[self.name((*place, GetAttrKey("format")))] = record.formats
+            self.formats[self.name((*place, GetAttrKey("format")))] = record
             if record.method is not None and not record.method.counts_steps:
                 self.without_counts.add(self.name(place))
         self.moment_fields = {moment.name for moment in self.moments.values()}
@@ -123,10 +124,13 @@ class NamedState:
             ValueError: The state is not like the one that `init` makes.
         """
         arrays = dict(self.named(state))
-        for name, formats in self.formats.items():
-            if name in arrays and np.shape(arrays[name]) != self.expected[name].shape:
-                found = format_difference(arrays[name], formats) or "other parameters have its formats"
-                raise ValueError(f"`state` was not made by `{self.argument}`: {found}.")
+        for name, record in self.formats.items():
+            if name in arrays and is_right(arrays[name], record.formats, list(record.plans.values())) is False:
+                found = format_difference(arrays[name], record.formats) or "its `format` says so"
+                raise ValueError(
+                    f"`state` was not made by `{self.argument}`: {found}. (A checkpoint loader that pads or truncates "
+                    "arrays makes such states too.)"
+                )
         wrong = [f"{name} is not in it" for name in self.expected if name not in arrays]
         wrong += [f"{name} is not in {self.argument}.init(params)" for name in arrays if name not in self.expected]
         for name, want in self.expected.items():
@@ -136,6 +140,13 @@ class NamedState:
         if wrong:
             raise ValueError(f"`state` was not made by `{self.argument}` for these `params`: {listed(wrong)}.")
         return arrays
+
+    def is_right(self, arrays: dict[str, Any]) -> bool | Array:
+        """Returns whether the formats of all 8-bit transforms are right: True, and traced under `jit`."""
+        right = True
+        for name, record in self.formats.items():
+            right &= is_right(arrays[name], record.formats, list(record.plans.values()))
+        return right
 
 
 def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:

@@ -1,13 +1,15 @@
 """Writes, reads and checks the field `format` of a state: a short vector that says how the state is stored.
 
-It makes a step fail on a state that was made with other rules or another `state_format`.
+A checksum in it is the identity of the storage. Its length differs too, where it can. A step fails on a state that was
+made with other rules or another `state_format`, or that a checkpoint loader has cast, padded or truncated.
 """
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import zip_longest
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,24 +17,73 @@ from jax.core import Tracer
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import CODECS
+from ...ops.sharding import placed_like
 from ..placement import device_of
 from ..trees import Params
 from .plan import LeafPlan
 from .rules import Rules
 from .state_format import StateFormat
 
+_VERSION = 1  # of the bytes of a state. Another number makes every stored state an error.
 _FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
+_CHECKSUM = slice(8, 12)  # the bytes of the first StateFormat that are compared; the others are for error messages
 _CODECS = list(CODECS)
+_COMPARED = ("codec", "block_size", "block_axis", "shards")  # what the codes of a `StateFormat` depend on
 
 
-def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> None:
-    """Raises unless a state's `format` names these rules and plans. Dtypes and shapes alone cannot tell."""
-    if vector.shape != format_code(rules.formats, plans).shape:
+class CheckedFormat(NamedTuple):
+    """The `format` of a state after its check.
+
+    Attributes:
+        right: Whether its values are right; None if that is known, because they are.
+        vector: The `format` of the next state.
+    """
+
+    right: Array | None
+    vector: Array
+
+    def nan_if_wrong(self, x: Any) -> Any:
+        """Returns a number or an array, or NaN if the values are wrong."""
+        return x if self.right is None else jnp.where(self.right, x, jnp.nan)
+
+
+def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> CheckedFormat:
+    """Checks that a state's `format` names these rules and plans. Dtypes and shapes alone cannot tell.
+
+    Its length is always known. Its values are known outside of `jit`. If all of them are zero, the state was set to
+    zero, which is a new state. In a traced program the check is a part of the program.
+
+    Raises:
+        ValueError: It is the format of another state.
+    """
+    right = is_right(vector, rules.formats, plans)
+    if right is False:
         raise ValueError(
-            "The state's `format` says that other rules or another `state_format` made it"
-            f"{differs(rules, vector)}. Make the optimizer with those that made the state, or convert the state: "
-            "fse.convert_state."
+            f"The state's `format` says that other rules or another `state_format` made it{differs(rules, vector)}, or "
+            "that a checkpoint loader padded or truncated its arrays. Make the optimizer with those that made the "
+            "state, restore the state with it, and then convert the state: fse.convert_state."
         )
+    want = format_code(rules.formats, plans)
+    if right is True:
+        return CheckedFormat(None, vector if _read(vector).any() else jax.device_put(want, vector.sharding))
+    return CheckedFormat(right, placed_like(jnp.where(right, want, vector), vector))
+
+
+def is_right(vector: Any, formats: Sequence[StateFormat], plans: Sequence[LeafPlan]) -> bool | Array:
+    """Returns whether a vector is the `format` of the same storage, or all zero. Traced for a traced vector."""
+    want = format_code(formats, plans)
+    if np.shape(vector) != want.shape:
+        return False
+    if isinstance(vector, Tracer):
+        return jnp.all(vector[_CHECKSUM] == want[_CHECKSUM]) | jnp.all(vector == 0)
+    found = _read(vector)
+    return bool((found[_CHECKSUM] == want[_CHECKSUM]).all() or not found.any())
+
+
+def _read(vector: Any) -> np.ndarray:
+    """Returns the values of a concrete array, which may be on the devices of several processes."""
+    partly = isinstance(vector, jax.Array) and not vector.is_fully_addressable
+    return np.asarray(vector.addressable_data(0) if partly else vector)
 
 
 def differs(rules: Rules, vector: Array) -> str:
@@ -50,6 +101,9 @@ def format_vector(rules: Rules, plans: Sequence[LeafPlan], params: Params) -> Ar
 def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) -> np.ndarray:
     """Writes the formats in use into one small uint8 vector, the `format` of a state.
 
+    For each format 12 bytes: the codec, the axis, 3 bytes each for `block_size` and `shards`, and a checksum of the
+    version and of the codec and the blocks of every parameter in 8 bits.
+
     Its length differs for every sequence of codecs. A checkpoint with another codec then fails on its shape, because
     orbax casts dtypes without asking. The length is 12 bytes times the sequence, read as a number in bijective base 3.
     Sometimes the shapes of codes and scales do not show how every parameter is stored. Then the length is 72 times that
@@ -59,24 +113,32 @@ def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) 
         formats: The optimizer's format, then the formats of the rules in order.
         plans: The plans of the parameters. Those without 8-bit moments do not matter.
     """
+    in_8_bits = [(x, x.blocks) for x in plans if x.blocks]
+    checksum = _checksum([_layout(x, blocks) for x, blocks in in_8_bits]).to_bytes(4, "little")
     number, content = 0, []
     for f in formats:
         codec = _CODECS.index(f.codec) + 1
         number = 3 * number + codec
-        numbers = (f.block_size or 0, f.shards, f.min_size)
         axis = 255 if f.block_axis is None else f.block_axis % 254
-        content += [codec, int(f.rounding == "stochastic"), axis]
-        content += [byte for x in numbers for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
-    ambiguous = [
-        f"{x.path} {x.state_format.codec} {x.blocks}" for x in plans if x.blocks and _is_ambiguous(x, x.blocks, formats)
-    ]
+        content += [codec, axis]
+        content += [byte for x in (f.block_size or 0, f.shards) for byte in min(x, 2**24 - 1).to_bytes(3, "little")]
+        content += checksum
+    ambiguous = [_layout(x, blocks) for x, blocks in in_8_bits if _is_ambiguous(x, blocks, formats)]
     length = _FORMAT_SIZE * number
     if ambiguous:
-        tens, ones = divmod(zlib.crc32("; ".join(sorted(ambiguous)).encode()) % 66, _FORMAT_SIZE - 1)
+        tens, ones = divmod(_checksum(ambiguous) % 66, _FORMAT_SIZE - 1)
         length = _FORMAT_SIZE * (6 * number + tens) + ones + 1
     vector = np.zeros(length, np.uint8)
     vector[: len(content)] = content
     return vector
+
+
+def _layout(plan: LeafPlan, blocks: Blocks) -> str:
+    return f"{plan.path} {plan.state_format.codec} {blocks.axis} {blocks.size}"
+
+
+def _checksum(layouts: Sequence[str]) -> int:
+    return zlib.crc32("; ".join([str(_VERSION), *sorted(layouts)]).encode())
 
 
 def _is_ambiguous(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:
@@ -96,7 +158,7 @@ def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
         codecs.insert(0, _CODECS[codec])
     made, compared = [StateFormat(codec) for codec in codecs], ("codec",)
     if not isinstance(vector, Tracer):
-        made, compared = _formats_of(np.asarray(vector), len(codecs)), [f.name for f in fields(StateFormat)]
+        made, compared = _formats_of(_read(vector), len(codecs)), _COMPARED
     found = []
     for i, (a, b) in enumerate(zip_longest(made, formats)):
         name = "`state_format`" if i == 0 else f"the rules' format {i}"
@@ -110,11 +172,12 @@ def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
 
 
 def _formats_of(vector: np.ndarray, n: int) -> list[StateFormat]:
-    """Reads the first `n` formats from a vector of `format_code`."""
+    """Reads the first formats, at most `n`, from a vector of `format_code`. Other vectors may end earlier."""
     formats = []
-    for codec, stochastic, axis, *rest in vector[: n * _FORMAT_SIZE].reshape(n, _FORMAT_SIZE).tolist():
-        size, shards, min_size = (int.from_bytes(rest[i : i + 3], "little") for i in (0, 3, 6))
+    for codec, axis, *rest in vector[: n * _FORMAT_SIZE].reshape(n, _FORMAT_SIZE).tolist():
+        if not 0 < codec <= len(_CODECS):
+            break
+        size, shards = (int.from_bytes(rest[i : i + 3], "little") for i in (0, 3))
         axis = None if axis == 255 else axis - 254 if axis > 127 else axis
-        rounding = "stochastic" if stochastic else "nearest"
-        formats.append(StateFormat(_CODECS[codec - 1], rounding, size or None, axis, shards, min_size))
+        formats.append(StateFormat(_CODECS[codec - 1], block_size=size or None, block_axis=axis, shards=max(1, shards)))
     return formats

@@ -29,7 +29,7 @@ from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..engine.state_checks import check_same_paths
-from ..storage.format_code import check_format, format_vector
+from ..storage.format_code import CheckedFormat, check_format, format_vector
 from ..storage.moments import (
     MomentSpec,
     bits_of,
@@ -282,7 +282,8 @@ class _Quantizer:
         for index, _, path in slots:
             if getattr(before[index], "dtype", None) == jnp.bfloat16 != expected[index].dtype:
                 before[index] = not_differentiated(before[index], path)
-        check_format(self.rules, state.format, list({old.path: old.plan for old in stored.values()}.values()))
+        plans = {old.path: old.plan for old in stored.values()}
+        checked = check_format(self.rules, state.format, list(plans.values()))
         decoded = [_cast(stored[i].decoded if i in stored else before[i], x) for i, x in enumerate(expected)]
         out, inner = self.tx.update(_widened(updates), tree.unflatten(decoded), _widened(params), **extra_args)
         after = jax.tree.flatten_with_path(inner, is_leaf=is_hole)[0]
@@ -300,8 +301,8 @@ class _Quantizer:
             value = jnp.where(finite[old.path], new[index], 0.0)
             results[index], scales[old.field][old.at] = old.encoded(value, key)
         absmax = {k: jax.tree.structure(x, is_leaf=is_hole).unflatten(scales[k]) for k, x in state.absmax.items()}
-        out = jax.tree.map(_cast, out, like, is_leaf=is_hole)
-        return out, QuantizedState(tree.unflatten(results), absmax, state.format)
+        out = jax.tree.map(lambda u, p: _cast(_nan_if_wrong(checked, u), p), out, like, is_leaf=is_hole)
+        return out, QuantizedState(tree.unflatten(results), absmax, checked.vector)
 
     def _stored_moments(
         self, slots: list[Slot], leaves: list, scales: dict[str, list], expected: list, shapes: dict
@@ -405,6 +406,11 @@ class _Stored(NamedTuple):
             codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
         # Without this the compiler would gather an axis that is sharded in the middle of blocks.
         return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
+
+
+def _nan_if_wrong(checked: CheckedFormat, update: Any) -> Any:
+    is_float = is_array(update) and jnp.issubdtype(update.dtype, jnp.inexact)
+    return checked.nan_if_wrong(update) if is_float else update
 
 
 def _check_paths(name: str, found: Any, like: Any) -> None:

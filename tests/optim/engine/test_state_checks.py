@@ -109,6 +109,11 @@ def made(method, way):
     return tx, state
 
 
+def same_storage(state, other):
+    """Returns whether the checksums in `format` are equal."""
+    return np.array_equal(state.format[8:12], other.format[8:12])
+
+
 def without_format(state):
     return state._replace(format=None)
 
@@ -121,8 +126,12 @@ def test_a_cast_to_the_same_shapes_gives_the_state_of_convert_state(method, ways
         want = after.init(params())
         if any(x.shape != y.shape for x, y in zip(*map(jax.tree.leaves, (state, want)), strict=True)):
             continue
-        through.add((a, b))
         cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, want)
+        if not same_storage(state, want):  # two lengths of `format` agree by chance
+            with pytest.raises(ValueError, match="`format` says|was the state made by"):
+                after.update(params(), cast, params())
+            continue
+        through.add((a, b))
         converted = fse.convert_state(before, after, params(), state)
         assert_same_bits(without_format(cast), without_format(converted))
         jax.eval_shape(after.update, params(), cast, params())
@@ -163,8 +172,8 @@ def test_a_cast_to_or_from_codes_is_refused_even_if_shapes_are_not_checked(metho
         cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, after.init(params()))
         if all(is_codes(x) == is_codes(y) for x, y in zip(*map(jax.tree.leaves, (state, cast)), strict=True)):
             continue
-        with pytest.raises(ValueError, match="convert_state"):
-            jax.eval_shape(after.update, params(), cast, params())
+        with pytest.raises(ValueError, match="convert_state|was the state made by"):
+            after.update(params(), cast, params())
 
 
 # --- real checkpoints ------------------------------------------------------------------------------------------------
@@ -252,7 +261,7 @@ def test_errors_under_jit_name_the_codecs():
     state = adamw("square linear").init(params())
     with pytest.raises(ValueError, match="the rules' format 1 had codec 'linear', here 'dynamic'"):
         jax.eval_shape(adamw("kernel dynamic").update, params(), state, params())
-    with pytest.raises(ValueError, match=r"says that other rules or another `state_format` made it\. Make"):
+    with pytest.raises(ValueError, match=r"says that other rules or another `state_format` made it, or that"):
         jax.eval_shape(adamw("square linear").update, params(), adamw("kernel linear").init(params()), params())
 
 
