@@ -1,17 +1,23 @@
-"""Random numbers from a hash of the array's path, the element's index and the step.
+"""Numbers in [0, 1) from the array's path, the element's index and the step, for rounding.
 
-Stochastic rounding needs one random number per element and step. They are computed where they are needed:
+Rounding that is right on average needs one such number per element and step. They are computed where they are needed:
 
-    key = mix(crc32(path) + mix(step));    bits = mix(index * (key | 1) + key)
+    dither       bits = index * 0xC13FA9A9 + step * 0x9E3779B1 + crc32(path)
+    stochastic   key = mix(crc32(path) + mix(step));    bits = mix(index * (key | 1) + key)
 
-`index` is the row-major index of an element in the global array, modulo 2^32. So the optimizer state holds no PRNG key,
-an element gets the same bits on every mesh, and a kernel can compute the bits of its tile without reading memory. The
-hash costs a kernel three products and three shifts per element.
+`index` is the row-major index of an element in the global array, and all integers are modulo 2^32. So the optimizer
+state holds no PRNG key, an element gets the same bits on every mesh, and a kernel can compute the bits of its tile
+without reading memory.
+
+Dither is an additive recurrence (a Weyl sequence) over elements and over steps. 0x9E3779B1 / 2^32 is the golden ratio's
+fraction, of all numbers the one that is worst approximated by fractions. So within a few steps an element gets numbers
+that are spread evenly over [0, 1), and its errors of rounding cancel. It costs a kernel one product and one shift per
+element, and the hash three of each.
 """
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +33,23 @@ def mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+DITHERED_ELEMENT, DITHERED_STEP = np.uint32(0xC13FA9A9), np.uint32(0x9E3779B1)
+Rounding = Literal["nearest", "dither", "stochastic"]
+
+
+def rounding_key(rounding: Rounding, path: str, count: Array) -> Array:
+    """Returns what the numbers of one array at one step depend on, uint32, for dithered or stochastic rounding."""
+    if rounding == "stochastic":
+        return array_key(path, count)
+    return jnp.uint32(zlib.crc32(path.encode())) + count.astype(jnp.uint32) * DITHERED_STEP
+
+
+def uniform(rounding: Rounding, index: Array, key: Array) -> Array:
+    """Returns float32 in [0, 1) for the elements with these indices, uint32, the same on every device and mesh."""
+    bits = hashed_bits(index, key) if rounding == "stochastic" else index * DITHERED_ELEMENT + key
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+
+
 def array_key(path: str, count: Array) -> Array:
     """Returns the key of one array at one step, uint32, from the CRC-32 of its path and the number of the step."""
     return mix(jnp.uint32(zlib.crc32(path.encode())) + mix(count.astype(jnp.uint32)))
@@ -35,11 +58,6 @@ def array_key(path: str, count: Array) -> Array:
 def hashed_bits(index: Array, key: Array) -> Array:
     """Returns random uint32 from a uint32 counter and a key, the same on every device and mesh."""
     return mix(index * (key | np.uint32(1)) + key)
-
-
-def hashed_uniform(index: Array, key: Array) -> Array:
-    """Returns uniform float32 in [0, 1) from the top 24 bits of `hashed_bits`."""
-    return (hashed_bits(index, key) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def random_bits(path: str, count: Array, like: Array) -> Array:

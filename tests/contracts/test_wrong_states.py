@@ -240,8 +240,7 @@ def test_a_chainable_transform_without_a_learning_rate_gives_nan_for_a_wrong_sta
 
 def test_row_sparse_gives_nan_for_a_wrong_state():
     tx, other = (
-        fse.row_sparse(fse.adamw8bit(1e-3, state_format=fse.StateFormat(c, min_size=0)))
-        for c in ("root", "dynamic")
+        fse.row_sparse(fse.adamw8bit(1e-3, state_format=fse.StateFormat(c, min_size=0))) for c in ("root", "dynamic")
     )
     params = parameters()
     state = padded_or_truncated(other.init(params), tx.init(params))

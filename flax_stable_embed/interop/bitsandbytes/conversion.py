@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
     @property
     def _stored(self):
-        return self.moment.stored(self.plan.state_format)._replace(stochastic=False)
+        return self.moment.stored(self.plan.state_format)
 
     def shares_codes(self, block_size: int, qmap: np.ndarray) -> bool:
         """Returns whether a code stands for the same number here and in bitsandbytes."""

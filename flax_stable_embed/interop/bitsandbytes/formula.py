@@ -20,7 +20,7 @@ from ...optim.fused_update import FusedTransformation
 from ...optim.methods.trust_ratio import clipped
 from ...optim.storage.state_format import StateFormat
 
-STATE_FORMAT = StateFormat("dynamic", block_size=256, block_axis=-1)
+STATE_FORMAT = StateFormat("dynamic", "nearest", block_size=256, block_axis=-1)
 
 
 def correction(b: Any, count: Array) -> Array:

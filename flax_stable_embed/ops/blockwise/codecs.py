@@ -172,9 +172,9 @@ def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
     Args:
         n: float32 in [-1, 1] or [0, 1], finite, and either 0 or at least `TINY` in magnitude.
         code: The codec.
-        uniform: float32 in [0, 1) of the shape of `n`, for stochastic rounding. Magnitudes are rounded up with
-            probability (n - lower) / (upper - lower), so that the mean of the decoded values is `n`. If None, rounds
-            to nearest.
+        uniform: float32 in [0, 1) of the shape of `n`, for dithered and stochastic rounding. A magnitude is rounded up
+            where (n - lower) / (upper - lower) is larger, so that the mean of the decoded values is `n`. If None,
+            rounds to nearest.
     """
     magnitude, negative = lax.abs(n), n < 0
     if uniform is None:

@@ -9,7 +9,6 @@ Magnitudes below 2^-126 (float32's smallest normal number) count as zero.
 
 from functools import partial
 from math import prod
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,9 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..counter_random import hashed_uniform, linear_index
+from ..counter_random import DITHERED_STEP, Rounding, linear_index, uniform
 from .blocks import Blocks
 from .codecs import CODECS, TINY, Code, Codec, decode, encode
-
-Rounding = Literal["nearest", "stochastic"]
 
 
 def quantize(
@@ -46,18 +43,19 @@ def quantize(
         codec: How a number in [-1, 1] is encoded as a byte: "root", "dynamic" (bitsandbytes' map) or "linear".
         block_size: Number of elements per block. The last block of the axis may be short.
         axis: The axis that blocks are along.
-        rounding: "nearest" rounds to the nearest code. "stochastic" rounds magnitudes up or down at random, so that the
-            mean of the decoded values is `x`. The random numbers are a hash of element index and `seed`, the same on
-            every device and mesh.
-        seed: Integer that the random numbers depend on, required with stochastic rounding.
+        rounding: "nearest" rounds to the nearest code. "dither" and "stochastic" round magnitudes up or down, so that
+            the mean of the decoded values over many seeds is `x`. They compare the distance to the lower code with a
+            number that depends on element index and `seed`, the same on every device and mesh. For "stochastic" it is
+            a hash. For "dither" it is an additive recurrence, so that errors cancel within a few consecutive seeds.
+        seed: Integer that these numbers depend on, required unless `rounding` is "nearest". The number of the step.
 
     Returns:
         codes: One byte per element, in the shape of `x`. int8 for signed `root` and `linear`, else uint8.
         absmax: The scales, float32, in the shape of `x` with the number of blocks along `axis`; () for a scalar.
 
     Raises:
-        ValueError: The codec or rounding is unknown, the block size is below 1, the axis is out of range, or stochastic
-            rounding has no seed.
+        ValueError: The codec or rounding is unknown, the block size is below 1, the axis is out of range, or
+            dithered or stochastic rounding has no seed.
         TypeError: `x` is not real floating point.
 
     >>> codes, absmax = quantize(jnp.array([0.0, 1.0, -4.0]), signed=True)
@@ -68,14 +66,15 @@ def quantize(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be real floating point, got {x.dtype}. Cast it first: x.astype(jnp.float32).")
     blocks = _check(x.shape, codec, block_size, axis)
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
+    if rounding not in ("nearest", "dither", "stochastic"):
+        raise ValueError(f"`rounding` must be 'nearest', 'dither' or 'stochastic', got {rounding!r}.")
     key = None
-    if rounding == "stochastic":
+    if rounding != "nearest":
         if seed is None:
-            raise ValueError("`rounding='stochastic'` needs an integer `seed`, got None. Pass the number of the step.")
+            raise ValueError(f"`rounding={rounding!r}` needs an integer `seed`, got None. Pass the number of the step.")
         key = jnp.asarray(seed).astype(jnp.uint32)
-    return _quantize(x, key, blocks=blocks, codec=codec, signed=signed)
+        key = key * DITHERED_STEP if rounding == "dither" else key
+    return quantize_by_key(x, key, blocks=blocks, codec=codec, signed=signed, rounding=rounding)
 
 
 def dequantize(
@@ -147,15 +146,15 @@ def _check(shape: tuple[int, ...], codec: str, block_size: int, axis: int) -> Bl
     return Blocks(axis % ndim, int(block_size))
 
 
-@partial(jax.jit, static_argnames=("blocks", "codec", "signed"))
-def _quantize(x, key, *, blocks: Blocks, codec: str, signed: bool):
+@partial(jax.jit, static_argnames=("blocks", "codec", "signed", "rounding"))
+def quantize_by_key(x, key, *, blocks: Blocks, codec: str, signed: bool, rounding: Rounding):
+    """Returns codes and scales. `key` is from `rounding_key`; None for rounding to nearest."""
     shape, code = x.shape, CODECS[codec](signed)
     view = split(x.astype(jnp.float32).reshape(shape or (1,)), blocks)
-    uniform = None
-    if key is not None:
-        index = split(linear_index(shape or (1,)), blocks)
-        uniform = hashed_uniform(index, key)
-    codes, absmax = quantize_view(view, blocks.axis, code, uniform)
+    numbers = None
+    if rounding != "nearest":
+        numbers = uniform(rounding, split(linear_index(shape or (1,)), blocks), key)
+    codes, absmax = quantize_view(view, blocks.axis, code, numbers)
     codes = merge(codes, blocks, shape or (1,))
     return codes.reshape(shape), absmax.reshape(blocks.absmax_shape(shape))
 
@@ -168,15 +167,15 @@ def _dequantize(codes, absmax, *, blocks: Blocks, codec: str, signed: bool):
     return merge(dequantize_view(view, scales, blocks.axis, code), blocks, shape or (1,)).reshape(shape)
 
 
-def quantize_view(x: Array, axis: int, code: Code, uniform: Array | None = None) -> tuple[Array, Array]:
+def quantize_view(x: Array, axis: int, code: Code, numbers: Array | None = None) -> tuple[Array, Array]:
     """Returns codes and scales of float32 blocks. `x` is split, so that axis `axis + 1` is the inside of a block."""
     magnitude = _magnitude(x, code)
     absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=axis + 1, initial=0.0)  # NaN compares false
     absmax = jnp.where(absmax >= TINY, absmax, 0.0)
-    return codes_of(x, jnp.expand_dims(absmax, axis + 1), code, uniform), absmax
+    return codes_of(x, jnp.expand_dims(absmax, axis + 1), code, numbers), absmax
 
 
-def codes_of(x: Array, absmax: Array, code: Code, uniform: Array | None = None) -> Array:
+def codes_of(x: Array, absmax: Array, code: Code, numbers: Array | None = None) -> Array:
     """Returns the codes of float32 numbers whose scale is known."""
     magnitude = _magnitude(x, code)
     live = (magnitude >= TINY) & (magnitude < jnp.inf)
@@ -185,7 +184,7 @@ def codes_of(x: Array, absmax: Array, code: Code, uniform: Array | None = None) 
     n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
     if code.bottom:
         n = jnp.where(x < 0, -n, n)
-    return encode(n, code, uniform)
+    return encode(n, code, numbers)
 
 
 def _magnitude(x: Array, code: Code) -> Array:

@@ -66,7 +66,7 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
             g=_of_bits(chunk.g, operands.g.dtype), p=None if chunk.p is None else _of_bits(chunk.p, operands.p.dtype)
         )
         index = None
-        if step.stochastic:
+        if step.rounding != "nearest":
             index = linear_index_of_tile(at, chunk.g.shape, groups, local, origin, shape or local)
         if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
             return _write(carry, plain(merged_step, chunk, index, _store_once), at, size)
@@ -83,7 +83,7 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
     return out, tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
 
 
-def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+def _store_once(step: Step, out: Array, new: tuple[Array, ...], numbers: Array | None) -> Stored:
     """Does what `store_moments` does, and computes the new moments once.
 
     By default XLA computes new moments again in each of the five loops that read them, and checks each time whether
@@ -100,15 +100,17 @@ def _store_once(step: Step, out: Array, new: tuple[Array, ...], uniform: Array |
     lows = [jnp.min(x, axis=inside) if moment.signed else None for x, moment in zip(new, step.moments)]
     finite = jnp.isfinite(sum(jnp.sum(jnp.sum(x, axis=inside)) for x in new))
 
+    of_moment = {"nearest": None, step.rounding: None if step.rounding == "nearest" else numbers}
+
     def of_finite():
         scales = [top if low is None else jnp.maximum(top, -low) for top, low in zip(tops, lows)]
         scales = [jnp.where(scale >= TINY, scale, 0.0) for scale in scales]
         return out, [
-            (codes_of(x, jnp.expand_dims(scale, inside), moment.code, uniform if moment.stochastic else None), scale)
+            (codes_of(x, jnp.expand_dims(scale, inside), moment.code, of_moment[moment.rounding]), scale)
             for x, scale, moment in zip(new, scales, step.moments)
         ]
 
-    return lax.cond(finite, of_finite, lambda: store_moments(step, jnp.where(finite, 0.0, out), new, uniform))
+    return lax.cond(finite, of_finite, lambda: store_moments(step, jnp.where(finite, 0.0, out), new, numbers))
 
 
 def _bits(x: Array) -> Array:

@@ -23,8 +23,8 @@ class KernelCodec(NamedTuple):
 
     dequantize: Called as `dequantize(codes, absmax)`, returns numbers.
     factor: Called as `factor(absmax)`, returns the factor that `quantize` multiplies by. It is computed once per block.
-    quantize: Called as `quantize(x, factor, uniform)`, returns codes. `uniform` holds random numbers in [0, 1) for a
-        moment with stochastic rounding, else None.
+    quantize: Called as `quantize(x, factor, uniform)`, returns codes. `uniform` holds numbers in [0, 1) for a moment
+        with dithered or stochastic rounding, else None.
     """
 
     dequantize: Callable[[Array, Array], Array]
@@ -48,34 +48,52 @@ def by_square_roots(x: Array, times: float) -> Array:
 def kernel_codec(moment: Moment, fourth_root: FourthRoot) -> KernelCodec:
     """Builds the codec of one moment, with the fourth root that is cheapest on the device.
 
-    Stochastic rounding needs both neighbors of a number, which the reference computes.
+    Dithered and stochastic rounding need both neighbors of a number, which the reference computes, except for `root`.
     """
     code = moment.code
     if moment.codec == "root":
-        found = _root(code, fourth_root)
-    else:
-        found = _dynamic(code) if moment.codec == "dynamic" else _linear(code)
-    if not moment.stochastic:
+        return _root(code, fourth_root, to_nearest=moment.rounding == "nearest")
+    found = _dynamic(code) if moment.codec == "dynamic" else _linear(code)
+    if moment.rounding == "nearest":
         return found
     return found._replace(factor=lambda absmax: absmax, quantize=lambda x, absmax, u: codes_of(x, absmax, code, u))
 
 
-def _root(code: Code, fourth_root: FourthRoot) -> KernelCodec:
+def _root(code: Code, fourth_root: FourthRoot, to_nearest: bool) -> KernelCodec:
+    """Builds the codec of square roots (signed) or fourth roots.
+
+    With `to_nearest` false a number is rounded up if it is above `lower + u * (upper - lower)`, from both neighbors
+    of its level k in units of the last one: k^2 + u (2k + 1), or k^4 + u (2k + 1) (2k^2 + 2k + 1).
+    """
     top = float(code.top)
+
+    def lower(level):
+        return lax.floor(jnp.minimum(level, np.float32(top - 1)))
 
     def dequantize_signed(codes, absmax):
         level = _float32(codes)
         return level * lax.abs(level) * (absmax * np.float32(1 / top**2))  # zero if the scale is below 2e-34
 
-    def quantize_signed(x, factor, _):  # factor = 127 / sqrt(absmax)
-        return _low_byte(x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor, code)
+    def quantize_signed(x, factor, u):  # factor = 127 / sqrt(absmax)
+        level = x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor
+        if not to_nearest:
+            magnitude = lax.abs(level)
+            k = lower(magnitude)
+            k = jnp.where(jnp.square(magnitude) > jnp.square(k) + u * (2 * k + 1), k + 1, k)
+            level = jnp.where(x < 0, -k, k)
+        return _low_byte(level, code)
 
     def dequantize_unsigned(codes, absmax):
         square = jnp.square(_float32(codes) * np.float32(1 / top))  # two factors, so that none underflows
         return square * square * absmax
 
-    def quantize_unsigned(x, factor, _):  # factor = 4 / absmax
+    def quantize_unsigned(x, factor, u):  # factor = 4 / absmax
         level = fourth_root(x * factor, top / 2**0.5)
+        if not to_nearest:
+            k = lower(level)
+            square, twice = jnp.square(k), 2 * k + 1
+            above = x * factor * np.float32(top**4 / 4) > jnp.square(square) + u * (twice * (2 * square + twice))
+            level = jnp.where(above, k + 1, k)
         return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
 
     if code.bottom:

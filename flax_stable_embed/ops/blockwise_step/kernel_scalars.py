@@ -1,7 +1,7 @@
 """Scalar arguments of the kernels.
 
-They are two vectors: float32 hyper-parameters, and int32 with the key of random numbers and the place of the shard in
-the global array. A kernel computes the random numbers of a tile from the second one.
+They are two vectors: float32 hyper-parameters, and int32 with the key for dithered or stochastic rounding and the place
+of the shard in the global array. A kernel computes the numbers for rounding a tile from the second one.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..counter_random import hashed_uniform, linear_index_of_tile
+from ..counter_random import Rounding, linear_index_of_tile, uniform
 from .step import Operands
 
 
@@ -23,9 +23,18 @@ def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
 
 
 def uniform_of(
-    integers: Any, at: Sequence, lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], shape
+    rounding: Rounding,
+    integers: Any,
+    at: Sequence,
+    lengths: Sequence[int | None],
+    groups: Sequence[range],
+    local: Sequence[int],
+    shape,
 ) -> Array:
-    """Returns random numbers for a tile; `integers` as from `scalars_of`, the rest as for `linear_index_of_tile`."""
+    """Returns the numbers of `uniform` for a tile.
+
+    `integers` are from `scalars_of`. The arguments after it are those of `linear_index_of_tile`.
+    """
     origin = [integers[1 + k] for k in range(len(local))]
     index = linear_index_of_tile(at, lengths, groups, local, origin, shape)
-    return hashed_uniform(index, lax.bitcast_convert_type(integers[0], jnp.uint32))
+    return uniform(rounding, index, lax.bitcast_convert_type(integers[0], jnp.uint32))

@@ -63,7 +63,7 @@ def _types(*avals: Any, local: LocalStep) -> list[Any]:
 def _reference(*flat: Any, local: LocalStep):
     operands, origin = local.split(flat)
     index, shard = None, operands.g.shape
-    if origin and local.step.stochastic:
+    if origin and local.step.rounding != "nearest":
         axes = [range(axis, axis + 1) for axis in range(len(shard))]
         index = linear_index_of_tile((0,) * len(shard), shard, axes, shard, origin, local.shape)
     return jax.tree.leaves(partitioned(local.step, operands, index))

@@ -198,7 +198,9 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
         plgpu.store(new_absmax[k].at[of_scale], largest, mask=scale_inside)
         factors.append(spread(codec.factor(largest)))
     for part, of_part in enumerate(new):
-        random = uniform_of(integers, *place(part), plan.groups, *shapes) if step.stochastic else None
+        random = None
+        if step.rounding != "nearest":
+            random = uniform_of(step.rounding, integers, *place(part), plan.groups, *shapes)
         for codec, x, factor, ref in zip(codecs, of_part, factors, new_codes):
             plgpu.store(ref.at[at(part)], codec.quantize(x, factor, random), mask=inside(part))
 

@@ -193,7 +193,7 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
         """Returns random numbers for the elements at `offset` of the tile."""
         offset, lengths = list(offset), list(lengths)
         at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
-        return uniform_of(integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
+        return uniform_of(step.rounding, integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
 
     body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform)
 
@@ -240,7 +240,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
         def second(i, _):
             rows, kept = at(i)
             random = None
-            if step.stochastic:
+            if step.rounding != "nearest":
                 random = uniform([k * size + i * turn, *[0 for _ in columns]], (turn, *columns))
             for codec, scratch, factor, ref in zip(codecs, refs.scratch, factors, refs.new_codes):
                 ref[rows] = codec.quantize(scratch[kept], factor, random)
@@ -275,7 +275,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             largest = [jnp.max(magnitude_of(x, m), axis=1, keepdims=True) for x, m in zip(new, step.moments)]
             absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
             scales = [jnp.where(own, a, s) for a, s in zip(absmax, scales)]
-            random = uniform([i * turn, k * size], (turn, size)) if step.stochastic else None
+            random = uniform([i * turn, k * size], (turn, size)) if step.rounding != "nearest" else None
             for codec, x, a, ref in zip(codecs, new, absmax, refs.new_codes):
                 ref[rows, lanes] = codec.quantize(x, codec.factor(a), random)
         for ref, s in zip(refs.new_absmax, scales):

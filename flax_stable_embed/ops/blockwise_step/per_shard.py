@@ -1,7 +1,7 @@
 """Runs the step of one device on every shard of a mesh in a `jax.shard_map`, without gathering.
 
 Every device gets its shard of the parameter as full blocks, their scales, and the place of the shard in the global
-array, which the hash for stochastic rounding needs.
+array, which dithered and stochastic rounding need.
 """
 
 from collections.abc import Callable

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from jax import Array
 
 from ..blockwise.quantize import dequantize_view, merge, quantize_view, split
-from ..counter_random import hashed_uniform, linear_index
+from ..counter_random import linear_index, uniform
 from ..sharding import placed_like
 from .step import Operands, Step, apply_rule, without_overflow
 
 Stored = tuple[Array, list[tuple[Array, Array]]]
 
 
-def store_moments(step: Step, out: Array, new: tuple[Array, ...], uniform: Array | None) -> Stored:
+def store_moments(step: Step, out: Array, new: tuple[Array, ...], numbers: Array | None) -> Stored:
     """Returns the output, and codes and scales of each new moment, in split views."""
     return out, [
-        quantize_view(x, step.blocks.axis, moment.code, uniform if moment.stochastic else None)
+        quantize_view(x, step.blocks.axis, moment.code, None if moment.rounding == "nearest" else numbers)
         for x, moment in zip(without_overflow(new), step.moments)
     ]
 
@@ -41,11 +41,11 @@ def plain(step: Step, operands: Operands, index: Array | None = None, store: Cal
     )
     p = None if operands.p is None else split(operands.p, blocks)
     out, new = apply_rule(step, split(operands.g, blocks), p, old, operands.hyper)
-    uniform = None
-    if operands.key is not None:
+    numbers = None
+    if step.rounding != "nearest" and operands.key is not None:
         index = linear_index(shape) if index is None else index
-        uniform = hashed_uniform(split(index, blocks), operands.key)
-    out, stored = store(step, out, new, uniform)
+        numbers = uniform(step.rounding, split(index, blocks), operands.key)
+    out, stored = store(step, out, new, numbers)
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax

@@ -18,6 +18,7 @@ from jax import Array
 
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import CODECS, Code, Codec
+from ..counter_random import Rounding
 
 Need = Literal["square", "rounded", "step_size"]
 
@@ -55,7 +56,7 @@ class Moment(NamedTuple):
 
     signed: bool
     codec: Codec
-    stochastic: bool = False
+    rounding: Rounding = "nearest"
 
     @property
     def code(self) -> Code:
@@ -84,8 +85,10 @@ class Step:
         return replace(self, moments=moments, blocks=blocks)
 
     @property
-    def stochastic(self) -> bool:
-        return any(moment.stochastic for moment in self.moments)
+    def rounding(self) -> Rounding:
+        """The rounding of the moments that are not rounded to nearest, if there are any. All of them have the same."""
+        others: list[Rounding] = [moment.rounding for moment in self.moments if moment.rounding != "nearest"]
+        return others[0] if others else "nearest"
 
 
 class Operands(NamedTuple):
@@ -96,7 +99,7 @@ class Operands(NamedTuple):
     codes: tuple[Array, ...]
     absmax: tuple[Array, ...]
     hyper: dict[str, Any]
-    key: Array | None = None  # uint32 (), for stochastic rounding
+    key: Array | None = None  # uint32 (), from `rounding_key`, if not all moments are rounded to nearest
 
 
 def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: dict[str, Any], compute: Any = None):

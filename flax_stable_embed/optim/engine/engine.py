@@ -88,9 +88,9 @@ class Engine:
         for key_path, _, _, plan in leaves:
             if plan is None:
                 continue
-            for moment in self.method.moments:
+            for moment, own in zip(self.method.moments, self.method.stored(plan)):
                 codes, absmax = ((GetAttrKey(name), *key_path) for name in (moment.name, f"{moment.name}_absmax"))
-                stored = moment.stored(plan.state_format) if plan.blocks else None
+                stored = own if plan.blocks else None
                 found.append(StoredMoment(plan.path, moment.name, codes, absmax, plan.shape, stored, plan.blocks))
         return found
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from ...ops.blockwise_step.api import Implementation, step_blockwise
 from ...ops.blockwise_step.step import Operands, Step, apply_rule, row_mean_square, square, widest
-from ...ops.counter_random import array_key, random_bits
+from ...ops.counter_random import random_bits, rounding_key
 from ...ops.dtypes import at_least_float32
 from ...ops.rounding import stochastic_round
 from ..storage.moments import in_memory, memory_of, not_differentiated
@@ -117,10 +117,10 @@ class LeafStep(NamedTuple):
             out, new = apply_rule(step, g, p, tuple(m.astype(compute) for m in moments), traced, compute)
             new = [self._narrowed(f"{plan.path}/{n}", *pair) for n, *pair in zip(names, new, moments)]
             return out, stored | dict(zip(names, new))
-        step = step.with_storage(tuple(m.stored(plan.state_format) for m in self.method.moments), plan.blocks)
+        step = step.with_storage(self.method.stored(plan), plan.blocks)
         absmax = tuple(stored[f"{name}_absmax"] for name in names)
         traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
-        key = array_key(plan.path, self.count) if step.stochastic else None
+        key = None if step.rounding == "nearest" else rounding_key(step.rounding, plan.path, self.count)
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
         operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
         out, codes, absmax = step_blockwise(step, operands, self.implementation, plan.placement)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ops.blockwise_step.step import UpdateRule
+from ...ops.blockwise_step.step import Moment, UpdateRule
 from ..storage.moments import MomentSpec
+from ..storage.plan import LeafPlan
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Method:
     hyper: Callable[..., dict[str, Any]]
     overridable: Mapping[str, Any] = field(default_factory=dict)
     counts_steps: bool = True
+
+    def stored(self, plan: LeafPlan) -> tuple[Moment, ...]:
+        """Returns how the 8-bit moments of a parameter are stored."""
+        hyper = {**self.overridable, **plan.rule.overrides}
+        return tuple(moment.stored(plan.state_format, hyper) for moment in self.moments)
 
     @property
     def fields(self) -> list[str]:

@@ -57,7 +57,12 @@ def engine(initial_accumulator_value, eps, options: Options, *, eps_in_sqrt) -> 
         return {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
 
     moment = MomentSpec(
-        "sum_of_squares", signed=False, dynamic_signed=True, second=True, initial=initial_accumulator_value
+        "sum_of_squares",
+        signed=False,
+        dynamic_signed=True,
+        second=True,
+        initial=initial_accumulator_value,
+        decay=1.0,
     )
     method = Method("adagrad", ScaleByAdagrad8bitState, adagrad, (moment,), hyper, {"eps": eps}, counts_steps=False)
     return Engine(method, options)

@@ -68,8 +68,8 @@ def engine(
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "nesterov": nesterov, **corrections}
 
     moments = (
-        MomentSpec("mu", signed=True, dynamic_signed=True),
-        MomentSpec("nu", signed=False, dynamic_signed=False, second=True),
+        MomentSpec("mu", signed=True, dynamic_signed=True, decay="b1"),
+        MomentSpec("nu", signed=False, dynamic_signed=False, second=True, decay="b2"),
     )
     overridable = {"b1": b1, "b2": b2, "eps": eps}
     return Engine(Method(name, ScaleByAdam8bitState, adam, moments, hyper, overridable), options)

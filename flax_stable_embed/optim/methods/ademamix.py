@@ -89,9 +89,9 @@ def engine(
         return {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, **slow, **corrections}
 
     moments = (
-        MomentSpec("m1", signed=True, dynamic_signed=True),
-        MomentSpec("m2", signed=True, dynamic_signed=True, slow=True),
-        MomentSpec("nu", signed=False, dynamic_signed=False, second=True),
+        MomentSpec("m1", signed=True, dynamic_signed=True, decay="b1"),
+        MomentSpec("m2", signed=True, dynamic_signed=True, decay=b3 if isinstance(b3, int | float) else 1.0),
+        MomentSpec("nu", signed=False, dynamic_signed=False, second=True, decay="b2"),
     )
     overridable = {"b1": b1, "b2": b2, "eps": eps}
     return Engine(Method("ademamix", ScaleByAdemamix8bitState, ademamix, moments, hyper, overridable), options)

@@ -52,7 +52,7 @@ def engine(b1, b2, mu_dtype, options: Options) -> Engine:
         del before, after
         return {"b1": b1, "b2": b2}
 
-    mu = MomentSpec("mu", signed=True, dynamic_signed=True)
+    mu = MomentSpec("mu", signed=True, dynamic_signed=True, decay="b2")
     return Engine(Method("lion", ScaleByLion8bitState, lion, (mu,), hyper, {"b1": b1, "b2": b2}), options)
 
 

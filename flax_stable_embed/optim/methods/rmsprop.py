@@ -87,12 +87,12 @@ def engine(
 ) -> Engine:
     """Builds RMSprop's engine."""
     check_numbers(decay=decay, eps=eps, initial_scale=initial_scale)
-    moments = [MomentSpec("nu", signed=False, dynamic_signed=True, second=True, initial=initial_scale)]
+    moments = [MomentSpec("nu", signed=False, dynamic_signed=True, second=True, initial=initial_scale, decay="b2")]
     if centered:
-        moments.append(MomentSpec("mu", signed=True, dynamic_signed=True))
+        moments.append(MomentSpec("mu", signed=True, dynamic_signed=True, decay="b2"))
     if momentum is not None:
         check_numbers(momentum=momentum)
-        moments.append(MomentSpec("trace", signed=True, dynamic_signed=True, sums="steps"))
+        moments.append(MomentSpec("trace", signed=True, dynamic_signed=True, decay="b1", sums="steps"))
 
     def hyper(before, after, *, b2, eps, b1=0.0):
         del before

@@ -73,7 +73,7 @@ def engine(
         del before, after
         return {"momentum": b1, "nesterov": nesterov}
 
-    trace = MomentSpec("trace", signed=True, dynamic_signed=True, sums=sums)
+    trace = MomentSpec("trace", signed=True, dynamic_signed=True, decay="b1", sums=sums)
     method = Method(name, ScaleBySgd8bitState, rule, (trace,), hyper, {"b1": momentum}, counts_steps=False)
     return Engine(method, options)
 

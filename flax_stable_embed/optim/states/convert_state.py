@@ -130,7 +130,7 @@ def _decoded(values: list[Array], stored: StoredMoment | None) -> Array:
 def _encoded(x: Array, stored: StoredMoment | None, want: Any) -> tuple[Array, ...]:
     """Returns the arrays that store a value. `want` has the shape and dtype of the first one."""
     if stored is not None and stored.moment is not None and stored.blocks is not None:
-        return quantize_moment(x.astype(jnp.float32), stored.moment._replace(stochastic=False), stored.blocks)
+        return quantize_moment(x.astype(jnp.float32), stored.moment, stored.blocks)
     if x.shape != want.shape:  # "rowwise"
         x = jnp.mean(x, axis=-1, keepdims=True)
     return (x if x.dtype == want.dtype else x.astype(want.dtype),)

@@ -41,6 +41,7 @@ class Row(NamedTuple):
         bytes: The bytes of its moments and scales.
         bytes_in_fp32: The bytes of the same moments in float32.
         overrides: The hyper-parameters and the memory that a rule sets.
+        rounding: The rounding of each 8-bit moment, "mu nearest, nu dither".
         shards: Into how many shards each axis is split; None where no sharding is known.
         straddles: Which blocks are on more than one device, and the way out; "" if none are.
     """
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     bytes: int
     bytes_in_fp32: int
     overrides: str = ""
+    rounding: str = ""
     shards: tuple[int, ...] | None = None
     straddles: str = ""
 
@@ -71,9 +73,9 @@ class StateReport:
 
     Attributes:
         rows: One row for every parameter of an 8-bit transform, with the fields `path`, `shape`, `bits`, `block`,
-            `reason`, `implementation`, `bytes`, `bytes_in_fp32`, `overrides`, `shards` and `straddles`. `shards` is
-            None where no sharding is known. `straddles` says which blocks are on more than one device, so that each
-            step moves data between devices, and the way out; it is "" where none are.
+            `reason`, `implementation`, `bytes`, `bytes_in_fp32`, `overrides`, `rounding`, `shards` and `straddles`.
+            `shards` is None where no sharding is known. `straddles` says which blocks are on more than one device, so
+            that each step moves data between devices, and the way out; it is "" where none are.
         other_bytes: What else the state holds: counts, and the states of other transforms.
         stayed: One `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
             in `rows`. `other_bytes` includes these bytes.
@@ -108,7 +110,9 @@ class StateReport:
             size, name = sum(r.bytes for r in rows), f"{bits}-bit" if isinstance(bits, int) else bits
             elements = sum(r.elements for r in rows)
             lines.append(f"{name}: {_parameters(rows)}, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
-        lines += _wrapped("runs on: ", _implementations(self.rows))
+        if any(row.rounding for row in self.rows):
+            lines += _wrapped("rounding: ", _grouped(self.rows, "rounding"))
+        lines += _wrapped("runs on: ", _grouped(self.rows, "implementation"))
         lines += [f"stayed as it is: {s.field}, {s.bytes:,} bytes, {s.reason}" for s in self.stayed]
         lines += [f"straddles devices: {r.path}: {r.straddles}" for r in self.rows if r.straddles]
         lines.append(f"other state: {self.other_bytes:,} bytes")
@@ -150,6 +154,7 @@ def describe(
     <BLANKLINE>
     8-bit: 1 parameter, 32,768 elements, 69,632 bytes (2.125 per element)
     32-bit: 1 parameter, 32,768 elements, 262,152 bytes (8.000 per element)
+    rounding: mu nearest, nu dither (1 parameter)
     runs on: xla (1 parameter), optax's formula (1 parameter)
     other state: 16 bytes
     total: 331,800 bytes (5.063 per element), 524,304 in fp32
@@ -198,6 +203,7 @@ def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
         record.bytes[plan.path],
         sum(prod(x.shape) for x in moments) * itemsize,
         plan.rule.settings_text,
+        ", ".join(f"{x.name} {x.moment.rounding}" for x in moments if x.moment is not None),
     )
     if known is None or len(known.shape) != len(plan.shape):  # a wrapper that reshapes
         return row
@@ -284,10 +290,12 @@ def _shards(row: Row) -> str:
     return f"{text}, straddles" if row.straddles else text
 
 
-def _implementations(rows: Iterable[Row]) -> list[str]:
+def _grouped(rows: Iterable[Row], field: str) -> list[str]:
+    """Lists the values of a field, each with the number of its parameters."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
-        by_name.setdefault(row.implementation, []).append(row)
+        by_name.setdefault(getattr(row, field), []).append(row)
+    by_name.pop("", None)
     return [f"{name} ({_parameters(found)})" for name, found in by_name.items()]
 
 

@@ -8,7 +8,9 @@ A moment is two arrays, its values and its scales (`absmax`). The parameter's `b
 - "rowwise": the same in float32, but second moments have a last axis of 1.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,8 +21,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import Code
-from ...ops.blockwise.quantize import dequantize, quantize
+from ...ops.blockwise.quantize import dequantize, quantize_by_key
 from ...ops.blockwise_step.step import Moment
+from ...ops.counter_random import Rounding
 from ...ops.dtypes import at_least_float32
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
@@ -30,6 +33,17 @@ from .rules import Bits
 from .state_format import StateFormat
 
 Sums = Literal["gradients", "directions", "steps"]
+
+# A moment with this decay or a higher one is dithered by default. `python -m benchmarks rounding` measures where
+# dither begins to be better than rounding to nearest.
+SLOW = 0.99
+
+
+def rounding_of(state_format: StateFormat, *, slow: bool, second: bool) -> Rounding:
+    """Returns the rounding of a moment in a format."""
+    if state_format.rounding is None:
+        return "dither" if slow else "nearest"
+    return state_format.rounding if slow or second else "nearest"
 
 
 class MomentSpec(NamedTuple):
@@ -41,7 +55,7 @@ class MomentSpec(NamedTuple):
         dynamic_signed: Whether its codes are signed with the `dynamic` codec, which follows bitsandbytes.
         second: Whether it is an average or a sum of squares. With "rowwise" there is one per row.
         initial: Its value before the first step.
-        slow: Whether it averages so many steps that stochastic rounding applies to it, as to second moments.
+        decay: What it keeps of its value in one step: the name of a hyper-parameter, or a number (1.0 for a sum).
         sums: For a trace, the terms that it sums: gradients, directions (gradients times a trust ratio) or steps
             (which include the learning rate). None if that depends on the transforms before it in a chain.
     """
@@ -51,14 +65,21 @@ class MomentSpec(NamedTuple):
     dynamic_signed: bool
     second: bool = False
     initial: Any = 0.0
-    slow: bool = False
+    decay: str | float | None = None
     sums: Sums | None = None
 
-    def stored(self, state_format: StateFormat) -> Moment:
-        """Returns how the moment is stored in a format."""
+    def stored(self, state_format: StateFormat, hyper: Mapping[str, Any] = MappingProxyType({})) -> Moment:
+        """Returns how the moment is stored in a format.
+
+        Args:
+            state_format: The format.
+            hyper: The hyper-parameters that `decay` may name.
+        """
         signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
-        stochastic = state_format.rounding == "stochastic" and (self.second or self.slow)
-        return Moment(signed, state_format.codec, stochastic)
+        decay = hyper.get(self.decay) if isinstance(self.decay, str) else self.decay
+        known = isinstance(decay, int | float)
+        slow = decay >= SLOW if known else self.second
+        return Moment(signed, state_format.codec, rounding_of(state_format, slow=slow, second=self.second))
 
 
 def initial(box: Any, moment: MomentSpec, plan: LeafPlan) -> tuple[Any, Any]:
@@ -130,16 +151,15 @@ not_differentiated.defjvp(_raise_if_differentiated, symbolic_zeros=True)
 
 
 def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:
-    """Quantizes a moment to codes and scales. `key`, from `array_key`, is needed for stochastic rounding."""
-    rounding = "stochastic" if moment.stochastic else "nearest"
-    return quantize(
+    """Quantizes a moment to codes and scales. `key` is from `rounding_key`; without it, rounds to nearest."""
+    rounding = "nearest" if key is None else moment.rounding
+    return quantize_by_key(
         x,
-        signed=moment.signed,
+        None if rounding == "nearest" else key,
+        blocks=blocks,
         codec=moment.codec,
-        block_size=blocks.size,
-        axis=blocks.axis,
+        signed=moment.signed,
         rounding=rounding,
-        seed=key if moment.stochastic else None,
     )
 
 

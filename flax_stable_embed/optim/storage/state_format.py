@@ -18,9 +18,11 @@ class StateFormat:
     Args:
         codec: The map between codes and numbers: "root" (the default), "dynamic" (the map of bitsandbytes) or "linear".
             `ops/blockwise/README.md` compares their errors.
-        rounding: "nearest", or "stochastic". Stochastic rounding applies to second moments and to AdEMAMix' slow
-            average. If a step changes a moment by less than the distance between two codes, rounding to nearest
-            discards the change. Stochastic rounding keeps it on average.
+        rounding: If a step changes a moment by less than the distance between two codes, rounding to nearest discards
+            the change. "dither" and "stochastic" round up or down, so that changes are kept on average. None dithers
+            slow moments, those with a decay of at least 0.99 (b2 = 0.999, AdEMAMix' slow average) and sums (Adagrad),
+            and rounds the others to nearest. "dither" and "stochastic" apply to all second moments and to slow ones,
+            "nearest" to all moments. Where a decay is not a Python number, second moments count as slow.
         block_size: The number of elements that share a scale. None chooses 32 to 256 for each parameter, such that no
             block is split by `shards` shards.
         block_axis: The axis along which elements share a scale. None chooses an axis for each parameter. Vectors always
@@ -34,11 +36,11 @@ class StateFormat:
         ValueError: The codec or the rounding is unknown, or a number is out of its range.
 
     >>> StateFormat(codec="dynamic", block_size=256, block_axis=-1)  # the blocks and the map of bitsandbytes
-    StateFormat(codec='dynamic', rounding='nearest', block_size=256, block_axis=-1, shards=8, min_size=4096)
+    StateFormat(codec='dynamic', rounding=None, block_size=256, block_axis=-1, shards=8, min_size=4096)
     """
 
     codec: Literal["root", "dynamic", "linear"] = "root"
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Literal["nearest", "dither", "stochastic"] | None = None
     block_size: int | None = None
     block_axis: int | None = None
     shards: int = 8
@@ -46,8 +48,11 @@ class StateFormat:
 
     def __post_init__(self):
         check_codec(self.codec)
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {self.rounding!r}.")
+        if self.rounding not in (None, "nearest", "dither", "stochastic"):
+            raise ValueError(
+                f"`rounding` must be None, 'nearest', 'dither' or 'stochastic', got {self.rounding!r}. None selects it "
+                "by the decay of each moment."
+            )
         if self.block_size is not None:
             check_block_size(self.block_size)
             object.__setattr__(self, "block_size", int(self.block_size))

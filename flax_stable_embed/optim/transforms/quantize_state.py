@@ -22,7 +22,7 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import TINY
 from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
-from ...ops.counter_random import array_key
+from ...ops.counter_random import rounding_key
 from ...ops.dtypes import at_least_float32
 from ...ops.sharding import placed_like, sharded_like
 from ..arguments import check_transform, refuse_sparse_rows
@@ -31,7 +31,6 @@ from ..engine.records import RECORDS, Record, StayedField, StoredMoment
 from ..engine.state_checks import check_same_paths
 from ..storage.format_code import CheckedFormat, check_format, format_vector
 from ..storage.moments import (
-    MomentSpec,
     bits_of,
     checked_scales,
     dequantize_moment,
@@ -40,6 +39,7 @@ from ..storage.moments import (
     no_scales,
     not_differentiated,
     quantize_moment,
+    rounding_of,
 )
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
@@ -61,7 +61,8 @@ from .state_fields import (
     placeholder_state,
 )
 
-_KINDS = ("signed", "unsigned", "keep")
+_SIGNS, _ROUNDINGS = ("signed", "unsigned"), ("nearest", "dither")
+_KINDS = (*_SIGNS, "keep", *(f"{sign}, {rounding}" for sign in _SIGNS for rounding in _ROUNDINGS))
 
 # Shapes of parameters to try a transform on. They are so large that transforms which factor or project do so.
 _EXAMPLE_PARAMS = {name: jax.ShapeDtypeStruct((4096,) * n, np.float32) for name, n in (("matrix", 2), ("vector", 1))}
@@ -110,11 +111,15 @@ def quantize_state(
         tx: The transform. Extra arguments of `update` are passed on to it.
         moments: Mapping from fields of the state to "signed", "unsigned" or "keep". A field is a name, "mu", or a type
             and a name, "ScaleByAdamState.mu", which has precedence. "unsigned" is for moments that are never negative:
-            their codes are finer, and negative values become zero. None means the moments of optax's transforms.
+            their codes are finer, and negative values become zero. If the format sets no rounding, signed moments are
+            rounded to nearest and unsigned ones are dithered. "signed, dither" and "unsigned, nearest" say otherwise.
+            None means the moments of optax's transforms. There AdEMAMix' slow averages are "signed, dither", and second
+            moments with a decay of 0.9 by default (RMSProp, AdaDelta) and maxima (AMSGrad) "unsigned, nearest".
             Names of optax's moments that `tx` does not have are ignored.
         rules: As in `fse.adamw8bit`, but a rule can only set how moments are stored: 8, 32, "bf16" or a state format.
-        state_format: The codec, rounding and blocks of 8-bit moments. See `StateFormat`. Stochastic rounding applies to
-            unsigned moments. It needs a field `count`, `step_count` or `t` in the state of `tx`.
+        state_format: The codec, rounding and blocks of 8-bit moments. See `StateFormat`. The number of the step, which
+            dithered and stochastic rounding need, is a field `count`, `step_count` or `t` in the state of `tx`. Without
+            such a field, as in `optax.adagrad` with a constant learning rate, moments are rounded to nearest.
 
     Returns:
         An optax transform. Its state is `QuantizedState`.
@@ -155,7 +160,7 @@ class _Quantizer:
         self.table, self.is_own_table = (MOMENTS, False) if moments is None else (dict(moments), True)
         for name, kind in self.table.items():
             if kind not in _KINDS:
-                raise ValueError(f"`moments` must give 'signed', 'unsigned' or 'keep', got {name!r}: {kind!r}.")
+                raise ValueError(f"`moments` must give one of {', '.join(map(repr, _KINDS))}, got {name!r}: {kind!r}.")
         for _, rule in rules.user:
             if rule.bits == "rowwise" or rule.settings_text:
                 raise ValueError(
@@ -200,9 +205,10 @@ class _Quantizer:
                 "must also have the shape of its parameter. To name others, pass moments={'field': 'signed' or "
                 "'unsigned'}. Parameters, and sums that parameters are computed from, cannot be stored in 8 bits."
             )
-        if any(f.rounding == "stochastic" for f in self.rules.formats) and count_index(flatten(inner)) is None:
+        wanted = [f.rounding for f in self.rules.formats if f.rounding not in (None, "nearest")]
+        if wanted and count_index(flatten(inner)) is None:
             raise ValueError(
-                "`rounding='stochastic'` needs the number of the step, but the state of `tx` has no field "
+                f"`rounding={wanted[0]!r}` needs the number of the step, but the state of `tx` has no field "
                 f"{', '.join(COUNTS)}. A schedule as the learning rate adds one. Or use rounding='nearest'."
             )
         return fields
@@ -295,7 +301,9 @@ class _Quantizer:
         count = None if counter is None else new[counter]
         results = [_cast(y, x) for x, y in zip(before, new)]
         for index, old in stored.items():
-            key = array_key(old.path, count) if old.moment.stochastic and count is not None else None
+            key = None
+            if old.moment.rounding != "nearest" and count is not None:
+                key = rounding_key(old.moment.rounding, old.path, count)
             # As in the optimizers of this library. g^2 overflows before g does. If only the second moment were reset,
             # the next update would be m / sqrt(0).
             value = jnp.where(finite[old.path], new[index], 0.0)
@@ -444,15 +452,14 @@ def _initial(box: Any, field: Field, plan: LeafPlan, p: Any, number: float | Non
     if plan.blocks is None:
         wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
         return rebox(box, x.astype(wide)), no_scales(box)
-    codes, scales = quantize_moment(x, _moment(field, plan.state_format)._replace(stochastic=False), plan.blocks)
+    codes, scales = quantize_moment(x, _moment(field, plan.state_format), plan.blocks)
     return rebox(box, sharded_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
 
 
 def _moment(field: Field, state_format: StateFormat) -> Moment:
     """Returns how the moments of a field are stored in 8 bits."""
-    signed = field.kind == "signed"
-    name = MomentSpec(field.name, signed=signed, dynamic_signed=signed, second=not signed)
-    return name.stored(state_format)
+    rounding = rounding_of(state_format, slow=field.slow, second=not field.signed)
+    return Moment(field.signed, state_format.codec, rounding)
 
 
 def _implementation(plan: LeafPlan, slots: list[Slot]) -> str:
@@ -483,6 +490,7 @@ def _stored_moments(
 ) -> list[StoredMoment]:
     """Lists where and how the state stores each moment."""
     leaves = flatten(state.inner)
+    counted = count_index(leaves) is not None
     scale_paths = {field.name: iter([path for path, _ in flatten(state.absmax[field.name])]) for field in fields}
     found = []
     for index, field, path in slots:
@@ -491,7 +499,8 @@ def _stored_moments(
         if is_array(box):
             x, plan, moment_and_blocks = unbox(box), plans.get(path), (None, None)
             if plan is not None and plan.blocks is not None and is_codes(x.dtype):
-                moment_and_blocks = _moment(field, plan.state_format), plan.blocks
+                moment = _moment(field, plan.state_format)
+                moment_and_blocks = moment if counted else moment._replace(rounding="nearest"), plan.blocks
             codes = (GetAttrKey("inner"), *key_path)
             found.append(StoredMoment(path, entry(field.path[-1]), codes, absmax, x.shape, *moment_and_blocks))
     return found

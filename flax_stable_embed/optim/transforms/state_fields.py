@@ -15,33 +15,36 @@ import optax
 from ..boxes import unbox
 from ..trees import dotted, entry, flatten, is_array, path_name
 
-# The fields of optax's states that hold moments, and those with the same names that hold something else ("keep").
-# Unsigned are averages, sums and maxima of squares and magnitudes. "State.field" has precedence over "field". A field
-# that is not here stays as it is; the docstring of `quantize_state` lists them.
+# The fields of optax's states that hold moments, and those with the same names that hold something else ("keep"). Each
+# with its rounding where the user's format does not set one. Unsigned are averages, sums and maxima of squares and
+# magnitudes. "State.field" has precedence over "field". A field that is not here stays as it is; the docstring of
+# `quantize_state` lists them.
 MOMENTS: Mapping[str, str] = MappingProxyType(
     {
-        "mu": "signed",
-        "nu": "unsigned",
-        "nu_max": "unsigned",
-        "trace": "signed",
-        "exp_avg": "signed",
-        "exp_avg_sq": "unsigned",
-        "EmaState.ema": "signed",
-        "ScaleByRssState.sum_of_squares": "unsigned",
-        "ScaleByAdaDeltaState.e_g": "unsigned",
-        "ScaleByAdaDeltaState.e_x": "unsigned",
-        "ScaleByAdanState.m": "signed",
-        "ScaleByAdanState.v": "signed",  # differences of gradients
-        "ScaleByAdanState.n": "unsigned",
-        "ScaleByAdemamixState.m1": "signed",
-        "ScaleByAdemamixState.m2": "signed",
-        "ScaleBySimplifiedAdEMAMixState.m": "signed",
-        "ScaleBySimplifiedAdEMAMixState.n": "unsigned",
-        "ProdigyState.grad_sum": "signed",
-        "DAdaptAdamWState.grad_sum": "signed",
-        "SophiaState.nu": "signed",  # the diagonal of a Hessian
+        "mu": "signed, nearest",
+        "nu": "unsigned, dither",
+        "nu_max": "unsigned, nearest",  # a maximum, which rounding up would raise for good
+        "trace": "signed, nearest",
+        "exp_avg": "signed, nearest",
+        "exp_avg_sq": "unsigned, dither",
+        "EmaState.ema": "signed, nearest",
+        "ScaleByRmsState.nu": "unsigned, nearest",  # optax's decay for it is 0.9
+        "ScaleByRmsWithCountState.nu": "unsigned, nearest",
+        "ScaleByRssState.sum_of_squares": "unsigned, dither",
+        "ScaleByAdaDeltaState.e_g": "unsigned, nearest",
+        "ScaleByAdaDeltaState.e_x": "unsigned, nearest",
+        "ScaleByAdanState.m": "signed, nearest",
+        "ScaleByAdanState.v": "signed, nearest",  # differences of gradients
+        "ScaleByAdanState.n": "unsigned, dither",
+        "ScaleByAdemamixState.m1": "signed, nearest",
+        "ScaleByAdemamixState.m2": "signed, dither",
+        "ScaleBySimplifiedAdEMAMixState.m": "signed, dither",
+        "ScaleBySimplifiedAdEMAMixState.n": "unsigned, dither",
+        "ProdigyState.grad_sum": "signed, nearest",
+        "DAdaptAdamWState.grad_sum": "signed, nearest",
+        "SophiaState.nu": "signed, nearest",  # the diagonal of a Hessian
         "ScaleBySM3State.mu": "keep",  # one number per row and per column
-        "ScaleBySM3State.nu": "signed",  # SM3's momentum
+        "ScaleBySM3State.nu": "signed, nearest",  # SM3's momentum
         "ScaleByNovogradState.nu": "keep",  # one number per parameter
         "ScaleByRStdDevState.mu": "keep",  # nu - mu^2 of rounded moments may be negative, and its root NaN
         "ScaleByRStdDevState.nu": "keep",
@@ -73,7 +76,7 @@ class Field(NamedTuple):
     Attributes:
         path: Its key path in the state.
         key: Its key in the table: "mu" or "ScaleByAdamState.mu".
-        kind: Its value in the table: "signed", "unsigned" or "keep".
+        kind: Its value in the table: "signed" or "unsigned", alone or with its rounding after a comma, or "keep".
         tree: Its content.
     """
 
@@ -81,6 +84,15 @@ class Field(NamedTuple):
     key: str
     kind: str
     tree: Any
+
+    @property
+    def signed(self) -> bool:
+        return self.kind.startswith("signed")
+
+    @property
+    def slow(self) -> bool:
+        """Whether it changes so slowly that it is dithered by default, as second moments are."""
+        return self.kind.partition(", ")[2] == "dither" or self.kind == "unsigned"
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, encode, table
-from flax_stable_embed.ops.counter_random import hashed_uniform
+from flax_stable_embed.ops.counter_random import DITHERED_STEP, uniform
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -113,13 +113,13 @@ def test_stochastic_rounding_picks_a_neighbor_and_is_unbiased(codec, signed):
     for x in (float(smallest) * 1.3, 1e-3, 0.0412, 0.5, 0.777, 0.999):
         if x < smallest:
             continue  # below it unsigned root gives its smallest code, by design
-        uniform = hashed_uniform(jnp.arange(n, dtype=jnp.uint32), jnp.uint32(7))
-        stored = np.asarray(decode(encode(jnp.full(n, x, jnp.float32), code, uniform), code), np.float64)
+        numbers = uniform("stochastic", jnp.arange(n, dtype=jnp.uint32), jnp.uint32(7))
+        stored = np.asarray(decode(encode(jnp.full(n, x, jnp.float32), code, numbers), code), np.float64)
         lower, upper = values[values <= np.float32(x)][-1], values[values > np.float32(x)][0]
         assert set(np.unique(stored)) <= {float(lower), float(upper)}
         assert abs(stored.mean() - np.float32(x)) < 4 * (upper - lower) * 0.5 / np.sqrt(n)
         if signed and x < 0.99:  # the dynamic map has no -1
-            mirrored = decode(encode(jnp.full(n, -x, jnp.float32), code, uniform), code)
+            mirrored = decode(encode(jnp.full(n, -x, jnp.float32), code, numbers), code)
             np.testing.assert_array_equal(-mirrored, stored.astype(np.float32))
 
 
@@ -136,9 +136,44 @@ def test_compiled_codecs_are_arithmetic_only(codec, signed):
         assert not found, found
 
 
+@ALL
+@SIGNS
+@pytest.mark.one_in(2)
+def test_dithered_errors_of_an_element_cancel_within_a_few_steps(codec, signed):
+    """After n steps the mean of what is stored is off by at most a few n-th parts of the distance of two codes."""
+    code = CODECS[codec](signed)
+    values, _ = values_and_codes(codec, signed)
+    index = jnp.arange(4096, dtype=jnp.uint32)
+    for x in (1e-3, 0.0412, 0.5, 0.777, 0.999):
+        lower, upper = values[values <= np.float32(x)][-1], values[values > np.float32(x)][0]
+        stored = []
+        for step in range(64):
+            numbers = uniform("dither", index, jnp.uint32(step) * DITHERED_STEP)
+            stored.append(np.asarray(decode(encode(jnp.full(4096, x, jnp.float32), code, numbers), code), np.float64))
+        means = np.cumsum(stored, axis=0) / np.arange(1, 65)[:, None]
+        for n, parts in ((4, 1.6), (16, 2.0), (64, 2.7)):
+            assert np.abs(means[n - 1] - np.float32(x)).max() <= parts * (upper - lower) / n
+        assert abs(means[0].mean() - np.float32(x)) < 2e-3 * (upper - lower)  # over the elements in one step
+
+
+def test_dithered_numbers_are_spread_evenly_over_elements_and_steps():
+    """Also along every power of two, as in columns of a matrix, and for neighbors in both."""
+    n = 1 << 14
+    for stride in (1, 2, 32, 64, 128, 256, 768, 1024, 4096, 11008, 50257):
+        numbers = np.sort(
+            np.asarray(uniform("dither", jnp.arange(n, dtype=jnp.uint32) * np.uint32(stride), jnp.uint32(0)))
+        )
+        assert np.abs(numbers - np.arange(n) / n).max() < 0.01, stride
+    index, steps = jnp.arange(256, dtype=jnp.uint32), jnp.arange(256, dtype=jnp.uint32)
+    both = np.asarray(uniform("dither", index[:, None], steps[None] * DITHERED_STEP))
+    assert both.min() >= 0 and both.max() < 1
+    assert np.abs(both.mean(axis=0) - 0.5).max() < 0.02 and np.abs(both.mean(axis=1) - 0.5).max() < 0.02
+
+
 def test_hashed_uniforms_are_uniform_and_differ_between_keys():
     n = 1 << 18
-    first, second = (np.asarray(hashed_uniform(jnp.arange(n, dtype=jnp.uint32), jnp.uint32(key))) for key in (3, 4))
+    index = jnp.arange(n, dtype=jnp.uint32)
+    first, second = (np.asarray(uniform("stochastic", index, jnp.uint32(key))) for key in (3, 4))
     assert first.min() >= 0 and first.max() < 1
     counts, _ = np.histogram(first, 64, (0, 1))
     assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 110  # chi-square with 63 degrees of freedom, p = 2e-4

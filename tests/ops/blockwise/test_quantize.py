@@ -81,7 +81,7 @@ def test_zero_is_stored_exactly_and_a_zero_block_is_zeros(codec, signed):
     x = np.abs(np.random.default_rng(0).standard_normal((2, BLOCK)).astype(np.float32))
     x[0, ::2] = 0
     x[1] = 0
-    for rounding in ("nearest", "stochastic"):
+    for rounding in ("nearest", "dither", "stochastic"):
         codes, absmax = quantize(x, signed=signed, codec=codec, rounding=rounding, seed=1)
         back = dequantize(codes, absmax, signed=signed, codec=codec)
         np.testing.assert_array_equal(back[0, ::2], 0)
@@ -154,11 +154,12 @@ def test_scalars_and_empty_arrays_survive_a_round_trip(shape):
     np.testing.assert_array_equal(dequantize(codes, absmax, signed=True), x)
 
 
-def test_stochastic_rounding_depends_on_the_seed_alone():
+@pytest.mark.parametrize("rounding", ["dither", "stochastic"])
+def test_rounding_depends_on_the_seed_alone(rounding):
     x = np.random.default_rng(0).random((64, 256)).astype(np.float32)
-    first, _ = quantize(x, signed=False, rounding="stochastic", seed=1)
-    again, _ = jax.jit(lambda x: quantize(x, signed=False, rounding="stochastic", seed=1))(x)
-    other, _ = quantize(x, signed=False, rounding="stochastic", seed=2)
+    first, _ = quantize(x, signed=False, rounding=rounding, seed=1)
+    again, _ = jax.jit(lambda x: quantize(x, signed=False, rounding=rounding, seed=1))(x)
+    other, _ = quantize(x, signed=False, rounding=rounding, seed=2)
     np.testing.assert_array_equal(first, again)
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.2
 
@@ -177,7 +178,7 @@ def test_quantize_works_under_vmap_and_jit():
         ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0. Try 256"),
         ({"block_size": 2.5}, r"`block_size` must be an integer of at least 1, got 2.5"),
         ({"axis": 2}, r"`axis` must be in \[-2, 1\] for an array of shape \(4, 4\), got 2"),
-        ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'"),
+        ({"rounding": "up"}, r"`rounding` must be 'nearest', 'dither' or 'stochastic', got 'up'"),
         ({"rounding": "stochastic"}, r"needs an integer `seed`, got None"),
     ],
 )

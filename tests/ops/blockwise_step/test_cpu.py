@@ -25,8 +25,8 @@ def adam_like(g, m, v, *, b1, b2):
     return m / (jnp.sqrt(v) + 1e-8), (m, v)
 
 
-def a_step(shape, codec="root", blocks=None, stochastic=False, **options):
-    moments = Moment(True, codec), Moment(False, codec, stochastic)
+def a_step(shape, codec="root", blocks=None, rounding="nearest", **options):
+    moments = Moment(True, codec), Moment(False, codec, rounding)
     return Step(adam_like, (("b1", 0.9),), moments, blocks or choose_blocks(shape), **options)
 
 
@@ -36,7 +36,7 @@ def operands_of(step, shape, seed=0, dtype=jnp.float32):
     codes = tuple(jnp.zeros(shape, m.code.dtype) for m in step.moments)
     absmax = tuple(jnp.zeros(step.blocks.absmax_shape(shape)) for _ in step.moments)
     hyper = {"b2": jnp.float32(0.99), "step_size": jnp.float32(-0.01), "weight_decay": jnp.float32(0.1)}
-    return Operands(g, p, codes, absmax, hyper, jnp.uint32(5) if step.stochastic else None)
+    return Operands(g, p, codes, absmax, hyper, None if step.rounding == "nearest" else jnp.uint32(5))
 
 
 def run(function, step, operands, steps=3):
@@ -62,10 +62,10 @@ SHAPES = [(64, 96), (1024, 40), (3, 5, 700), (7, 2048), (2049,), (5, 33, 9), (40
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "update"])
-@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
+@pytest.mark.parametrize("rounding", ["nearest", "dither", "stochastic"])
 @pytest.mark.one_in(12)
-def test_chunks_give_the_bits_of_the_reference(shape, fused, stochastic, small_chunks):
-    step = a_step(shape, fused=fused, stochastic=stochastic)
+def test_chunks_give_the_bits_of_the_reference(shape, fused, rounding, small_chunks):
+    step = a_step(shape, fused=fused, rounding=rounding)
     operands = operands_of(step, shape)
     out, codes, absmax = run(jax.jit(cpu.run, static_argnums=0), step, operands)
     want_out, want_codes, want_absmax = run(jax.jit(plain, static_argnums=0), step, operands)
@@ -245,7 +245,7 @@ def specs_for(names, ndim):
 )
 @pytest.mark.one_in(10)
 def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, small_chunks):
-    step = a_step(shape, fused=True, stochastic=True)
+    step = a_step(shape, fused=True, rounding="dither")
     operands = operands_of(step, shape)
     want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
     mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
@@ -269,7 +269,7 @@ def test_meshes_change_no_bit_and_add_no_collective(shape, sizes, names, kind, s
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_a_block_across_two_shards_gives_the_same_bits(kind):
     shape, blocks = (512, 64), Blocks(0, 256)  # four shards of 128 rows
-    step = a_step(shape, blocks=blocks, fused=True, stochastic=True)
+    step = a_step(shape, blocks=blocks, fused=True, rounding="stochastic")
     operands = operands_of(step, shape)
     want = run(jax.jit(step_blockwise, static_argnums=0), step, operands)
     mesh = jax.make_mesh((4,), ("a",), axis_types=(kind,))

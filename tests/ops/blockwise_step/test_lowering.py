@@ -51,7 +51,7 @@ def step_and_operands(array, codec="root", rounding="nearest", dtype=jnp.float32
     """Returns a step of AdamW on numbers of many sizes, with a block of zeros and columns whose moments are zero."""
     shape, blocks = ARRAYS[array]
     rng = np.random.default_rng(len(array))
-    moments = Moment(True, codec), Moment(False, codec, rounding == "stochastic")
+    moments = Moment(True, codec), Moment(False, codec, rounding)
     static = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False}
     step = Step(adam, tuple(static.items()), moments, blocks, fused, skip, np.dtype(dtype))
     numbers = rng.standard_normal((3, *shape)) * np.exp(rng.standard_normal((3, *shape)))
@@ -65,7 +65,7 @@ def step_and_operands(array, codec="root", rounding="nearest", dtype=jnp.float32
     hyper = {"c1": 0.3, "c2": 0.01, "c1_next": 0.4, "step_size": -1e-2, "weight_decay": 0.1}
     hyper = {name: jnp.float32(value) for name, value in hyper.items()}
     codes, absmax = zip(*stored)
-    key = jnp.uint32(12345) if step.stochastic else None
+    key = None if step.rounding == "nearest" else jnp.uint32(12345)
     return step, Operands(g.astype(dtype), p.astype(dtype), codes, absmax, hyper, key)
 
 
@@ -106,7 +106,7 @@ def test_kernels_equal_the_reference_for_blocks_along_every_axis(name, array):
 @pytest.mark.parametrize("array", ["rows, odd tiles", "along rows", "rows of an axis before the last, odd"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("rounding", ["nearest", "dither", "stochastic"])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.one_in(25)

@@ -128,7 +128,7 @@ def test_a_cast_to_the_same_shapes_gives_the_state_of_convert_state(method, ways
             continue
         cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, want)
         if not same_storage(state, want):  # two lengths of `format` agree by chance
-            with pytest.raises(ValueError, match="`format` says|was the state made by"):
+            with pytest.raises(ValueError, match=r"`format` says|was the state made by"):
                 after.update(params(), cast, params())
             continue
         through.add((a, b))
@@ -172,7 +172,7 @@ def test_a_cast_to_or_from_codes_is_refused_even_if_shapes_are_not_checked(metho
         cast = jax.tree.map(lambda x, y: x.astype(y.dtype), state, after.init(params()))
         if all(is_codes(x) == is_codes(y) for x, y in zip(*map(jax.tree.leaves, (state, cast)), strict=True)):
             continue
-        with pytest.raises(ValueError, match="convert_state|was the state made by"):
+        with pytest.raises(ValueError, match=r"convert_state|was the state made by"):
             after.update(params(), cast, params())
 
 

@@ -425,7 +425,8 @@ def test_orbax_restores_every_bit(tmp_path):
 
 
 def test_moments_must_be_signed_unsigned_or_keep():
-    assert set(MOMENTS.values()) == {"signed", "unsigned", "keep"}
+    roundings = {f"{sign}, {rounding}" for sign in ("signed", "unsigned") for rounding in ("nearest", "dither")}
+    assert set(MOMENTS.values()) == {"keep", *roundings}
     with pytest.raises(ValueError, match="'mu': 'sign'"):
         fse.quantize_state(optax.adam(0.1), {"mu": "sign"})
 
