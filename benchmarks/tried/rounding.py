@@ -1,13 +1,16 @@
 """Compares Adam's updates with rounded moments to those with fp32 moments, for random gradients.
 
-    python -m benchmarks rounding                writes results/rounding.json, prints the table
+    python -m benchmarks rounding                writes results/rounding.json, prints the tables
     python -m benchmarks rounding --quick        a tenth of the steps; writes no file
 
-The gradient of every element is drawn from N(0, 1), so that second moments should stay near 1 and updates should keep
-their size. Then it is drawn from N(0, 1/30^2), so that second moments should fall. A step changes a second moment by
-1 - b2 of itself or less, which is far below the distance between two codes. With rounding to nearest a moment moves
-only when a large gradient comes, and hardly ever falls unless the scale of its block does. The losses of trainings,
-which matter most, are in `quality.py`.
+First table: the gradient of every element is drawn from N(0, 1), so that second moments should stay near 1 and updates
+should keep their size. Then it is drawn from N(0, 1/30^2), so that second moments should fall. A step changes a second
+moment by 1 - b2 of itself or less, which is far below the distance between two codes. With rounding to nearest a moment
+moves only when a large gradient comes, and hardly ever falls unless the scale of its block does.
+
+Second table: the error of updates for several decays b2 and kinds of gradients, where only second moments are rounded
+in another way. It shows where dither begins to be better than rounding to nearest. The losses of trainings, which
+matter most, are in `quality.py`.
 """
 
 from collections.abc import Callable
@@ -24,20 +27,66 @@ from ..harness import report
 SHAPE = (64, 256)
 STEPS, AFTER = 6000, 1000  # gradients of size 1, then of size SHRUNK
 SHRUNK = 1 / 30
-EXACT = fse.scale_by_adam8bit(rules=((".*", 32),))
-STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in ("nearest", "stochastic")]
+ROUNDINGS = ("nearest", "dither", "stochastic")
+STORAGES = [(codec, rounding) for codec in ("root", "dynamic") for rounding in ROUNDINGS]
+DECAYS, BY_DECAY = (0.95, 0.98, 0.99, 0.995, 0.999), 2000  # steps
+
+KEY = jax.random.key(0)
+SCALES = jnp.exp(0.7 * jax.random.normal(jax.random.key(1), SHAPE))
+HALF = jax.random.bernoulli(jax.random.key(2), 0.5, SHAPE)
+
+
+def _normal(i: Any, steps: int) -> Any:
+    del steps
+    return jax.random.normal(jax.random.fold_in(KEY, i), SHAPE)
+
+
+def _heavy_tailed(i: Any, steps: int) -> Any:
+    del steps
+    return SCALES * jax.random.t(jax.random.fold_in(KEY, i), 5.0, SHAPE)
+
+
+def _shrinking(i: Any, steps: int) -> Any:
+    return _heavy_tailed(i, steps) * jnp.where((i > steps // 3) & HALF, SHRUNK, 1.0)
+
+
+def _periodic(i: Any, steps: int) -> Any:
+    return _normal(i, steps) * jnp.where(i % 4 == 0, 4.0, 0.5)
+
+
+def _constant(i: Any, steps: int) -> Any:
+    return SCALES * jnp.where(i < steps // 3, 1.0, -0.3)
+
+
+GRADIENTS: dict[str, Callable[[Any, int], Any]] = {
+    "N(0, 1)": _normal,
+    "Student t(5), lognormal scales": _heavy_tailed,
+    "half of them shrink 30x at a third": _shrinking,
+    "four times as large every 4th step": _periodic,
+    "constant, another sign at a third": _constant,
+}
 
 
 def measure(shorter: int = 1) -> dict[str, Any]:
     """Returns size and error of updates, and second moments after gradients shrank, for fp32 and every storage."""
-    exact = _run(EXACT, shorter)
+    exact = _run(_adam(0.999), shorter)
     rows = [_row("fp32", "", exact, exact)]
     for codec, rounding in STORAGES:
-        state_format = fse.StateFormat(codec, rounding, min_size=0)
-        stored = _run(fse.scale_by_adam8bit(state_format=state_format), shorter)
-        rows.append(_row(codec, rounding, stored, exact))
+        rows.append(_row(codec, rounding, _run(_adam(0.999, codec, rounding), shorter), exact))
     steps = {"steps": STEPS // shorter, "after": AFTER // shorter, "shrunk": SHRUNK, "shape": SHAPE}
-    return {"environment": report.environment("rounding"), **steps, "rows": rows}
+    by_decay = [
+        {"decay": decay, "gradients": name} | {r: _error(decay, gradient, r, BY_DECAY // shorter) for r in ROUNDINGS}
+        for decay in DECAYS
+        for name, gradient in GRADIENTS.items()
+    ]
+    steps |= {"steps_by_decay": BY_DECAY // shorter}
+    return {"environment": report.environment("rounding"), **steps, "rows": rows, "by_decay": by_decay}
+
+
+def _adam(b2: float, codec: Any = "root", rounding: Any = None) -> Any:
+    """Returns Adam, with fp32 moments if there is no rounding."""
+    rules = ((".*", 32),) if rounding is None else ()
+    return fse.scale_by_adam8bit(b2=b2, rules=rules, state_format=fse.StateFormat(codec, rounding, min_size=0))
 
 
 def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -46,7 +95,7 @@ def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
 
     @jax.jit
     def step(state, i, size):
-        g = size * jax.random.normal(jax.random.fold_in(jax.random.key(0), i), SHAPE)
+        g = size * jax.random.normal(jax.random.fold_in(KEY, i), SHAPE)
         updates, state = tx.update({"kernel": g}, state, params)
         return updates["kernel"], state
 
@@ -57,7 +106,24 @@ def _run(tx: Any, shorter: int) -> tuple[list[np.ndarray], np.ndarray]:
             updates.append(np.asarray(u))
     for i in range(AFTER // shorter):
         _, state = step(state, steps + i, SHRUNK)
-    return updates, np.asarray(fse.convert_state(tx, EXACT, params, state).nu["kernel"])
+    return updates, np.asarray(fse.convert_state(tx, _adam(0.999), params, state).nu["kernel"])
+
+
+def _error(decay: float, gradient: Callable, rounding: str, steps: int) -> float:
+    """Returns the error of updates, relative to those with fp32 moments, over the last quarter of the steps."""
+    ours, exact, params = _adam(decay, "root", rounding), _adam(decay), {"kernel": jnp.zeros(SHAPE)}
+
+    def step(states, i):
+        g = {"kernel": gradient(i, steps)}
+        (u, mine), (want, theirs) = (tx.update(g, state, params) for tx, state in zip((ours, exact), states))
+        sums = jnp.sum((u["kernel"] - want["kernel"]) ** 2), jnp.sum(want["kernel"] ** 2)
+        return (mine, theirs), sums
+
+    _, (errors, sizes) = jax.jit(lambda states: jax.lax.scan(step, states, jnp.arange(steps)))(
+        (ours.init(params), exact.init(params))
+    )
+    last = steps // 4
+    return float(jnp.sqrt(errors[-last:].sum() / sizes[-last:].sum()))
 
 
 def _row(codec: str, rounding: str, run: Any, exact: Any) -> dict[str, Any]:
@@ -88,6 +154,17 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"][1:]:
         name, after = f"{row['codec']}, {row['rounding']}", row["second_moment_after"]
         lines.append(f"| {name} | {row['size'] - 1:+.1%} | {row['error']:.1%} | {after:.2f}x |")
+    lines += [
+        "",
+        f"Error of updates in the last quarter of {results['steps_by_decay']} steps, `root`:",
+        "",
+        f"| decay of the second moment | gradients | {' | '.join(ROUNDINGS)} |",
+        f"| --: | --- |{' --: |' * len(ROUNDINGS)}",
+    ]
+    for row in results["by_decay"]:
+        best = min(row[rounding] for rounding in ROUNDINGS)
+        found = [f"**{row[r]:.4f}**" if row[r] == best else f"{row[r]:.4f}" for r in ROUNDINGS]
+        lines.append(f"| {row['decay']} | {row['gradients']} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 

@@ -113,8 +113,8 @@ def adagrad8bit(
     in `adamw8bit`.
 
     The sum only grows. In late steps an element adds less than the distance between two codes, and rounding to nearest
-    discards it, while the scale of its block grows with other elements. `StateFormat(rounding="stochastic")` keeps the
-    sums correct on average.
+    would discard it, while the scale of its block grows with other elements. So by default sums are dithered, which
+    keeps them correct on average.
 
     bitsandbytes' `Adagrad8bit` starts the sum at 0, adds eps outside the square root, adds weight decay to the gradient
     and stores the sum with a signed code: `fse.interop.bitsandbytes.adagrad8bit`.

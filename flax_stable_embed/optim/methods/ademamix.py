@@ -155,8 +155,7 @@ def ademamix8bit(
     must be None. The slow average has no bias correction. Moments are stored as in `adamw8bit`.
 
     A step changes the slow average by only 1 - b3 of a gradient. That is less than the distance between two codes
-    unless gradients are noisy. With smooth gradients use `StateFormat(rounding="stochastic")`, so that the average
-    still follows them.
+    unless gradients are noisy. So by default the slow average is dithered, and follows smooth gradients too.
 
     bitsandbytes' `AdEMAMix8bit` has a weight decay of 0.01 by default and schedules of its own:
     `fse.interop.bitsandbytes.ademamix8bit(t_alpha=..., t_beta3=...)`.

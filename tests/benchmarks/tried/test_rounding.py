@@ -16,10 +16,13 @@ def test_rounding_changes_updates_and_the_table_shows_by_how_much(measured):
     assert [(row["codec"], row["rounding"]) for row in stored] == rounding.STORAGES
     for row in stored:
         assert 0 < row["error"] < 0.3 and 0.5 < row["size"] < 2
-    by_rounding = {name: [row for row in stored if row["rounding"] == name] for name in ("nearest", "stochastic")}
-    for nearest, stochastic in zip(*by_rounding.values(), strict=True):
-        assert abs(stochastic["second_moment_after"] - 1) < abs(nearest["second_moment_after"] - 1)
-    assert len(rounding.markdown(measured).splitlines()) == 4 + len(stored)
+    by_rounding = {name: [row for row in stored if row["rounding"] == name] for name in rounding.ROUNDINGS}
+    for nearest, *unbiased in zip(*by_rounding.values(), strict=True):
+        for row in unbiased:
+            assert abs(row["second_moment_after"] - 1) < abs(nearest["second_moment_after"] - 1)
+    assert len(measured["by_decay"]) == len(rounding.DECAYS) * len(rounding.GRADIENTS)
+    assert all(0 < row[name] < 1 for row in measured["by_decay"] for name in rounding.ROUNDINGS)
+    assert len(rounding.markdown(measured).splitlines()) == 4 + len(stored) + 5 + len(measured["by_decay"])
 
 
 def test_a_quick_run_writes_nothing(measured, monkeypatch, capsys):
