@@ -29,7 +29,7 @@ BY_DEFAULT = {
     "lars8bit": {"trace": "nearest"},
     "rmsprop8bit": {"nu": "nearest"},
     "adagrad8bit": {"sum_of_squares": "dither"},
-    "lion8bit": {"mu": "dither"},
+    "lion8bit": {"mu": "nearest"},
     "ademamix8bit": {"m1": "nearest", "m2": "dither", "nu": "dither"},
 }
 
@@ -54,7 +54,8 @@ def test_the_decay_decides_also_that_of_a_rule():
     assert rows == {"a/kernel": "mu nearest, nu dither", "b/kernel": "mu nearest, nu nearest"}
     for decay, found in ((0.95, "nearest"), (0.989, "nearest"), (0.99, "dither"), (0.9999, "dither")):
         assert rounding(fse.adamw8bit(1e-3, b2=decay, state_format=SMALL))["nu"] == found
-    assert rounding(fse.adamw8bit(1e-3, b1=0.99, state_format=SMALL))["mu"] == "dither"
+    for decay, found in ((0.99, "nearest"), (0.999, "dither")):
+        assert rounding(fse.adamw8bit(1e-3, b1=decay, state_format=SMALL))["mu"] == found
     assert rounding(fse.ademamix8bit(1e-3, b3=lambda count: 0.9, state_format=SMALL))["m2"] == "dither"
 
 

@@ -34,9 +34,9 @@ from .state_format import StateFormat
 
 Sums = Literal["gradients", "directions", "steps"]
 
-# A moment with this decay or a higher one is dithered by default. `python -m benchmarks rounding` measures where
-# dither begins to be better than rounding to nearest.
-SLOW = 0.99
+# Second moments, and other moments, with these decays or higher ones are dithered by default. `python -m benchmarks
+# rounding` measures where dither begins to be better than rounding to nearest.
+SLOW_SECOND, SLOW = 0.99, 0.999
 
 
 def rounding_of(state_format: StateFormat, *, slow: bool, second: bool) -> Rounding:
@@ -78,7 +78,7 @@ class MomentSpec(NamedTuple):
         signed = self.dynamic_signed if state_format.codec == "dynamic" else self.signed
         decay = hyper.get(self.decay) if isinstance(self.decay, str) else self.decay
         known = isinstance(decay, int | float)
-        slow = decay >= SLOW if known else self.second
+        slow = decay >= (SLOW_SECOND if self.second else SLOW) if known else self.second
         return Moment(signed, state_format.codec, rounding_of(state_format, slow=slow, second=self.second))
 
 

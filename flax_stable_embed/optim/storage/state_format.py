@@ -20,9 +20,10 @@ class StateFormat:
             `ops/blockwise/README.md` compares their errors.
         rounding: If a step changes a moment by less than the distance between two codes, rounding to nearest discards
             the change. "dither" and "stochastic" round up or down, so that changes are kept on average. None dithers
-            slow moments, those with a decay of at least 0.99 (b2 = 0.999, AdEMAMix' slow average) and sums (Adagrad),
-            and rounds the others to nearest. "dither" and "stochastic" apply to all second moments and to slow ones,
-            "nearest" to all moments. Where a decay is not a Python number, second moments count as slow.
+            slow moments and rounds the others to nearest. Slow are second moments with a decay of at least 0.99, other
+            moments with at least 0.999 (AdEMAMix' slow average), and sums (Adagrad). "dither" and "stochastic" apply to
+            all second moments and to slow ones, "nearest" to all moments. Where a decay is not a Python number, second
+            moments count as slow.
         block_size: The number of elements that share a scale. None chooses 32 to 256 for each parameter, such that no
             block is split by `shards` shards.
         block_axis: The axis along which elements share a scale. None chooses an axis for each parameter. Vectors always

@@ -113,7 +113,7 @@ def quantize_state(
             and a name, "ScaleByAdamState.mu", which has precedence. "unsigned" is for moments that are never negative:
             their codes are finer, and negative values become zero. If the format sets no rounding, signed moments are
             rounded to nearest and unsigned ones are dithered. "signed, dither" and "unsigned, nearest" say otherwise.
-            None means the moments of optax's transforms. There AdEMAMix' slow averages are "signed, dither", and second
+            None means the moments of optax's transforms. There AdEMAMix' slow average is "signed, dither", and second
             moments with a decay of 0.9 by default (RMSProp, AdaDelta) and maxima (AMSGrad) "unsigned, nearest".
             Names of optax's moments that `tx` does not have are ignored.
         rules: As in `fse.adamw8bit`, but a rule can only set how moments are stored: 8, 32, "bf16" or a state format.

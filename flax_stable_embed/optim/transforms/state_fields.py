@@ -38,7 +38,7 @@ MOMENTS: Mapping[str, str] = MappingProxyType(
         "ScaleByAdanState.n": "unsigned, dither",
         "ScaleByAdemamixState.m1": "signed, nearest",
         "ScaleByAdemamixState.m2": "signed, dither",
-        "ScaleBySimplifiedAdEMAMixState.m": "signed, dither",
+        "ScaleBySimplifiedAdEMAMixState.m": "signed, nearest",
         "ScaleBySimplifiedAdEMAMixState.n": "unsigned, dither",
         "ProdigyState.grad_sum": "signed, nearest",
         "DAdaptAdamWState.grad_sum": "signed, nearest",
