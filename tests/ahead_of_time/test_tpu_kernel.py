@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
 from tests import cases
+from tests.tools import FOR_FORMAT
 
 SMALL = fse.StateFormat(min_size=0)
 
@@ -71,7 +72,7 @@ def test_the_kernel_compiles_for_blocks_along_every_axis(topology, shape):
     tx = fse.adamw8bit(1e-3, rules=((".*", 8),), state_format=SMALL, implementation="pallas_tpu")
     compiled = on_one_chip(topology("v5e:2x2")[0], tx, {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)})
     assert kernels(compiled) == 1
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * 4 * prod(shape)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * 4 * prod(shape) + FOR_FORMAT
 
 
 @pytest.mark.parametrize("known", ["types", "specs", "nothing"])

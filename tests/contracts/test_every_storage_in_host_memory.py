@@ -59,6 +59,25 @@ def test_every_storage_gives_the_same_bits_as_in_device_memory(bits, fused):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("bits", [None, 32, "bf16"])
+def test_small_moments_that_are_not_in_8_bits_stay_on_the_device(bits):
+    """Also with donation of the state alone, for which JAX would end the process."""
+    params = {"bias": jnp.ones(256), "scale": jnp.ones(()), "kernel": PARAMS["kernel"], "long": jnp.ones(8192)}
+    tx = fse.adamw8bit(
+        1e-3,
+        rules=(
+            ("kernel|long", fse.Rule(8, memory_kind="pinned_host")),
+            (".*", fse.Rule(bits, memory_kind="pinned_host")),
+        ),
+    )
+    state = tx.init(params)
+    for _ in range(2):
+        for moment in (state[0].mu, state[0].nu, state[0].mu_absmax, state[0].nu_absmax):
+            kinds = {name: x.sharding.memory_kind for name, x in moment.items()}
+            assert kinds == {"bias": "device", "scale": "device", "kernel": "pinned_host", "long": "pinned_host"}
+        _, state = jax.jit(tx.update, donate_argnums=1)(params, state, params)
+
+
 def test_a_rule_can_move_some_moments_to_host_memory_and_steps_keep_them_there():
     tx = fse.adamw8bit(1e-3, rules=(("embedding", fse.Rule(memory_kind="pinned_host")),))
     state = tx.update(GRADS, tx.init(PARAMS), PARAMS)[1]

@@ -50,7 +50,7 @@ class LeafStep(NamedTuple):
 
     def __call__(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail) -> tuple[Array, dict[str, Array]]:
         """Runs the step of one parameter: `(output, stored)`. Moments return to the memory that they came from."""
-        memory = {name: plan.rule.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
+        memory = {name: plan.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
         stored = {name: in_memory(x, "device") for name, x in leaf.stored.items()}
         if plan.bits in (8, "bf16"):
             floats = {name: x for name, x in stored.items() if jnp.issubdtype(x.dtype, jnp.floating)}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
 from ...ops.blockwise.blocks import Blocks
@@ -65,19 +65,23 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> Chec
         )
     want = format_code(rules.formats, plans)
     if right is True:
-        return CheckedFormat(None, vector if _read(vector).any() else jax.device_put(want, vector.sharding))
+        return CheckedFormat(None, vector if _read(vector)[_CHECKSUM].any() else jax.device_put(want, vector.sharding))
     return CheckedFormat(right, placed_like(jnp.where(right, want, vector), vector))
 
 
 def is_right(vector: Any, formats: Sequence[StateFormat], plans: Sequence[LeafPlan]) -> bool | Array:
-    """Returns whether a vector is the `format` of the same storage, or all zero. Traced for a traced vector."""
+    """Returns whether a vector is the `format` of the same storage, or its checksum is zero, as in a state of zeros.
+
+    The result for a traced vector is traced.
+    """
     want = format_code(formats, plans)
     if np.shape(vector) != want.shape:
         return False
+    checksum = int(want[_CHECKSUM].view(np.uint32)[0])
     if isinstance(vector, Tracer):
-        return jnp.all(vector[_CHECKSUM] == want[_CHECKSUM]) | jnp.all(vector == 0)
-    found = _read(vector)
-    return bool((found[_CHECKSUM] == want[_CHECKSUM]).all() or not found.any())
+        found = lax.bitcast_convert_type(vector[_CHECKSUM], jnp.uint32)
+        return (found == np.uint32(checksum)) | (found == 0)
+    return int(_read(vector)[_CHECKSUM].view(np.uint32)[0]) in (checksum, 0)
 
 
 def _read(vector: Any) -> np.ndarray:
@@ -138,7 +142,7 @@ def _layout(plan: LeafPlan, blocks: Blocks) -> str:
 
 
 def _checksum(layouts: Sequence[str]) -> int:
-    return zlib.crc32("; ".join([str(_VERSION), *sorted(layouts)]).encode())
+    return max(1, zlib.crc32("; ".join([str(_VERSION), *sorted(layouts)]).encode()))  # 0 is the checksum of zeros
 
 
 def _is_ambiguous(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]) -> bool:

@@ -84,7 +84,7 @@ class MomentSpec(NamedTuple):
 
 def initial(box: Any, moment: MomentSpec, plan: LeafPlan) -> tuple[Any, Any]:
     """Makes a moment before the first step: values and scales, in the parameter's wrapper and sharded like it."""
-    p, kind = unbox(box), plan.rule.memory_kind
+    p, kind = unbox(box), plan.memory_kind
     if plan.blocks is not None:
         pair = initial_codes(p, moment.stored(plan.state_format).code, plan.blocks, moment.initial)
         codes, scales = (in_memory(x, kind) for x in pair)

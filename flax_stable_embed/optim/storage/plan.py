@@ -65,6 +65,16 @@ class LeafPlan:
     implementation: str
 
     @property
+    def memory_kind(self) -> str | None:
+        """The memory that its rule names for its moments.
+
+        None for vectors and scalars whose moments are not in 8 bits. They are small, and JAX ends the process if such a
+        moment is in host memory and the state is donated alone.
+        """
+        stays = self.rule.memory_kind == "pinned_host" and self.bits != 8 and len(self.shape) < 2
+        return None if stays else self.rule.memory_kind
+
+    @property
     def blocks_text(self) -> str:
         """The blocks and the codec, for a reader; "" for moments that are not in 8 bits."""
         if self.blocks is None:

@@ -51,7 +51,8 @@ class Rule:
         eps: Small constant in the denominator, instead of the optimizer's.
         weight_decay: Strength of the weight decay, instead of the optimizer's. It also applies where the optimizer's
             mask is False.
-        memory_kind: The memory that holds the moments. If None, they stay in the memory that they are in.
+        memory_kind: The memory that holds the moments. If None, they stay in the memory that they are in. Moments of
+            vectors and scalars that are not in 8 bits stay on the device.
             "device": the memory of the device.
             "pinned_host": host memory, like bitsandbytes' paged optimizers. Each step copies the moments to the device
             and back; on TPU, XLA starts these copies early as far as device memory allows. Donate parameters and state
