@@ -72,7 +72,7 @@ def test_the_defaults_are_those_of_bitsandbytes():
         found = {key: p.default for key, p in parameters.items() if p.kind is not p.KEYWORD_ONLY}
         assert found == {"learning_rate": rate} | rest
         options = {key: p.default for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        assert options.pop("state_format") == fse.StateFormat("dynamic", block_size=256, block_axis=-1)
+        assert options.pop("state_format") == fse.StateFormat("dynamic", "nearest", block_size=256, block_axis=-1)
         assert options == {"rules": (), "implementation": None, "partition_specs": None, "skip_nonfinite": False}
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ..counter_random import linear_index_of_tile
 from ..lowering import Program, primitive
-from ..sharding import explicit_sharding, is_explicit
+from ..sharding import explicit_sharding, is_explicit, sharded_like
 from .capabilities import PLATFORMS, Name, Spec
 from .per_shard import has_whole_blocks, per_shard, sharding_of
 from .reference import plain
@@ -76,6 +76,7 @@ def partitioned(step: Step, operands: Operands, index: Any = None):
     and the user's `p + u` into one rounding, which a kernel's update cannot get. So bits do not depend on the mesh.
     """
     out, codes, absmax = plain(step, operands, index)
+    codes = tuple(sharded_like(new, old) for new, old in zip(codes, operands.codes))  # else XLA may gather them
     return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax
 
 

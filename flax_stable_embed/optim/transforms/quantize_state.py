@@ -9,6 +9,7 @@ refused. Storage: Dettmers et al. 2022, sec. 2 (arXiv:2110.02861).
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -309,7 +310,8 @@ class _Quantizer:
             value = jnp.where(finite[old.path], new[index], 0.0)
             results[index], scales[old.field][old.at] = old.encoded(value, key)
         absmax = {k: jax.tree.structure(x, is_leaf=is_hole).unflatten(scales[k]) for k, x in state.absmax.items()}
-        out = jax.tree.map(lambda u, p: _cast(_nan_if_wrong(checked, u), p), out, like, is_leaf=is_hole)
+        out = jax.tree.map(_cast, out, like, is_leaf=is_hole)
+        out = jax.tree.map(partial(_nan_if_wrong, checked), out, is_leaf=is_hole)
         return out, QuantizedState(tree.unflatten(results), absmax, checked.vector)
 
     def _stored_moments(
@@ -417,8 +419,9 @@ class _Stored(NamedTuple):
 
 
 def _nan_if_wrong(checked: CheckedFormat, update: Any) -> Any:
+    """Returns an update, or NaN for a wrong state. A sum with -0.0 changes no bit of it, and no later rounding."""
     is_float = is_array(update) and jnp.issubdtype(update.dtype, jnp.inexact)
-    return checked.nan_if_wrong(update) if is_float else update
+    return update + checked.nan_if_wrong(-0.0) if is_float and checked.right is not None else update
 
 
 def _check_paths(name: str, found: Any, like: Any) -> None:

@@ -14,7 +14,7 @@ from tests.golden.make_optimizers import FROZEN_STATE_DICTS, SAVED, STATE_DICTS,
 from tests.golden.test_optimizers_formulas import code_values, decode
 from tests.interop.bitsandbytes.tools import BLOCKS, clips_as_on_cpu
 
-AS_SAVED = fse.StateFormat("dynamic", block_size=256, block_axis=-1, min_size=256)
+AS_SAVED = fse.StateFormat("dynamic", "nearest", block_size=256, block_axis=-1, min_size=256)
 ADAM = next(case for case in STATE_DICTS if case.name == "adam8bit")
 GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 

@@ -13,7 +13,7 @@ import flax_stable_embed as fse
 from flax_stable_embed.interop import bitsandbytes as ours
 from tests.golden.make_optimizers import BLOCK
 
-BLOCKS = fse.StateFormat("dynamic", block_size=BLOCK, block_axis=-1, min_size=0)
+BLOCKS = fse.StateFormat("dynamic", "nearest", block_size=BLOCK, block_axis=-1, min_size=0)
 ALL_FP32 = ((".*", 32),)
 PER_STEP = 2e-5  # in learning rates
 

@@ -102,6 +102,7 @@ def test_the_table_shows_how_every_parameter_is_stored():
         2 * (32 * 64 + 4 * 32 * 4),
         2 * 4 * 32 * 64,
         "",
+        "mu nearest, nu dither",
         None,
         "",
     )

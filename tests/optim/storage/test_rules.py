@@ -338,7 +338,7 @@ def test_errors_show_the_bad_argument_and_its_value(arguments, message):
     ("arguments", "message"),
     [
         ({"codec": "Root"}, r"`codec` must be one of 'root', 'dynamic', 'linear', got 'Root'"),
-        ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'"),
+        ({"rounding": "up"}, r"`rounding` must be None, 'nearest', 'dither' or 'stochastic', got 'up'"),
         ({"block_size": 0}, r"`block_size` must be an integer of at least 1, got 0"),
         ({"block_size": True}, r"`block_size` must be an integer of at least 1, got True"),
         ({"block_size": 2.0}, r"`block_size` must be an integer of at least 1, got 2.0"),
