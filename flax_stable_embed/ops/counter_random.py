@@ -38,7 +38,7 @@ Rounding = Literal["nearest", "dither", "stochastic"]
 
 
 def rounding_key(rounding: Rounding, path: str, count: Array) -> Array:
-    """Returns what the numbers of one array at one step depend on, uint32, for dithered or stochastic rounding."""
+    """Returns the key of one array at one step for dithered or stochastic rounding, uint32."""
     if rounding == "stochastic":
         return array_key(path, count)
     return jnp.uint32(zlib.crc32(path.encode())) + count.astype(jnp.uint32) * DITHERED_STEP

@@ -28,7 +28,7 @@ _VERSION = 1  # of the bytes of a state. Another number makes every stored state
 _FORMAT_SIZE = 12  # bytes of one StateFormat in the state's `format`
 _CHECKSUM = slice(8, 12)  # the bytes of the first StateFormat that are compared; the others are for error messages
 _CODECS = list(CODECS)
-_COMPARED = ("codec", "block_size", "block_axis", "shards")  # what the codes of a `StateFormat` depend on
+_COMPARED = ("codec", "block_size", "block_axis", "shards")  # the fields that change how codes are read
 
 
 class CheckedFormat(NamedTuple):
