@@ -12,7 +12,7 @@ import optax
 
 from ...optim.engine.method import Method
 from ...optim.engine.records import trace_init
-from ...optim.storage.format_code import format_difference, is_right
+from ...optim.storage.format_code import format_code, format_difference, is_right
 from ...optim.storage.plan import LeafPlan
 from ...optim.storage.state_format import StateFormat
 from ...optim.trees import Params
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
         Raises:
             ValueError: Another optimizer made the state, or the same with other rules or another format.
         """
-        if not is_right(own.format, self.formats, list(self.plans.values())):
+        if not is_right(own.format, format_code(self.formats, list(self.plans.values()))):
             found = format_difference(own.format, self.formats) or "its `format` says so"
             raise ValueError(
                 f"`state` was not made by `tx`: {found}. Pass the optimizer that made the state. (A checkpoint loader "

@@ -100,13 +100,16 @@ def _store_once(step: Step, out: Array, new: tuple[Array, ...], numbers: Array |
     lows = [jnp.min(x, axis=inside) if moment.signed else None for x, moment in zip(new, step.moments)]
     finite = jnp.isfinite(sum(jnp.sum(jnp.sum(x, axis=inside)) for x in new))
 
-    of_moment = {"nearest": None, step.rounding: None if step.rounding == "nearest" else numbers}
-
     def of_finite():
         scales = [top if low is None else jnp.maximum(top, -low) for top, low in zip(tops, lows)]
         scales = [jnp.where(scale >= TINY, scale, 0.0) for scale in scales]
         return out, [
-            (codes_of(x, jnp.expand_dims(scale, inside), moment.code, of_moment[moment.rounding]), scale)
+            (
+                codes_of(
+                    x, jnp.expand_dims(scale, inside), moment.code, None if moment.rounding == "nearest" else numbers
+                ),
+                scale,
+            )
             for x, scale, moment in zip(new, scales, step.moments)
         ]
 

@@ -125,7 +125,7 @@ class NamedState:
         """
         arrays = dict(self.named(state))
         for name, record in self.formats.items():
-            if name in arrays and is_right(arrays[name], record.formats, list(record.plans.values())) is False:
+            if name in arrays and is_right(arrays[name], record.code) is False:
                 found = format_difference(arrays[name], record.formats) or "its `format` says so"
                 raise ValueError(
                     f"`state` was not made by `{self.argument}`: {found}. (A checkpoint loader that pads or truncates "
@@ -145,7 +145,7 @@ class NamedState:
         """Returns whether the formats of all 8-bit transforms are right: True, and traced under `jit`."""
         right = True
         for name, record in self.formats.items():
-            right &= is_right(arrays[name], record.formats, list(record.plans.values()))
+            right &= is_right(arrays[name], record.code)
         return right
 
 

@@ -56,25 +56,24 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> Chec
     Raises:
         ValueError: It is the format of another state.
     """
-    right = is_right(vector, rules.formats, plans)
+    want = format_code(rules.formats, plans)
+    right = is_right(vector, want)
     if right is False:
         raise ValueError(
             f"The state's `format` says that other rules or another `state_format` made it{differs(rules, vector)}, or "
             "that a checkpoint loader padded or truncated its arrays. Make the optimizer with those that made the "
             "state, restore the state with it, and then convert the state: fse.convert_state."
         )
-    want = format_code(rules.formats, plans)
     if right is True:
         return CheckedFormat(None, vector if _read(vector)[_CHECKSUM].any() else jax.device_put(want, vector.sharding))
     return CheckedFormat(right, placed_like(jnp.where(right, want, vector), vector))
 
 
-def is_right(vector: Any, formats: Sequence[StateFormat], plans: Sequence[LeafPlan]) -> bool | Array:
-    """Returns whether a vector is the `format` of the same storage, or its checksum is zero, as in a state of zeros.
+def is_right(vector: Any, want: np.ndarray) -> bool | Array:
+    """Returns whether a vector says the same as `want`, of `format_code`, or has the checksum zero of a state of zeros.
 
     The result for a traced vector is traced.
     """
-    want = format_code(formats, plans)
     if np.shape(vector) != want.shape:
         return False
     checksum = int(want[_CHECKSUM].view(np.uint32)[0])
