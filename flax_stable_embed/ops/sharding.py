@@ -56,6 +56,14 @@ def placed_like(x: Array, other: Array) -> Array:
     return x if sharding is None or jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
+def replicated(x: Array) -> Array:
+    """Returns `x` replicated over its mesh, if its type says how it is sharded."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
 def sharded_like(x: Array, other: Any) -> Array:
     """Returns `x` sharded like `other`, which has its shape.
 

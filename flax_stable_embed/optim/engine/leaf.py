@@ -6,8 +6,10 @@ Moments in 8 bits run in `ops/blockwise_step`, which decodes, applies the rule a
 with the formula of optax on arrays in float32 (or wider).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -70,18 +72,22 @@ class LeafStep(NamedTuple):
         decays_last = clip is not None and tail.weight_decay is not None and not tail.coupled
         if tail.weight_decay is not None and not decays_last:
             hyper = hyper | {"coupled_weight_decay" if tail.coupled else "weight_decay": tail.weight_decay}
-        if tail.gradient_hyper is not None:
+        if (ratio := tail.gradient_ratio) is not None:
             given = g.astype(compute)
             if tail.coupled and tail.weight_decay is not None:
                 given = given + tail.weight_decay * wide_p
-            hyper = hyper | tail.gradient_hyper(given, wide_p)
+            if plan.stacked:  # a ratio for each slice; a kernel takes only scalars
+                g = per_slice(lambda g, p: g * ratio(g, p), plan.stacked)(given, wide_p)
+                leaf, hyper = leaf._replace(g=g), {k: v for k, v in hyper.items() if k != "coupled_weight_decay"}
+            else:
+                hyper = hyper | {"ratio": ratio(given, wide_p)}
         rescale = tail.rescale if clip is None else clip
         if rescale is None:
             if tail.step_size is not None:
                 hyper = hyper | {"step_size": tail.step_size}
             return self._rule(plan, leaf, hyper, fused=self.fused, dtype=dtype, compute=compute)
         u, stored = self._rule(plan, leaf, hyper, fused=False, dtype=compute, compute=compute)
-        u = rescale(u, wide_p)
+        u = per_slice(rescale, plan.stacked)(u, wide_p)
         if decays_last:
             u = u + tail.weight_decay * wide_p
         if tail.step_size is not None:
@@ -134,6 +140,13 @@ class LeafStep(NamedTuple):
         if old.dtype != jnp.bfloat16:
             return new.astype(old.dtype)
         return stochastic_round(new.astype(jnp.float32), old.dtype, random_bits(name, self.count, old))
+
+
+def per_slice(function: Callable[..., Array], stacked: tuple[int, ...]) -> Callable[..., Array]:
+    """Returns a function that runs on every slice along the axes `stacked`, and stacks its results along them."""
+    for axis in stacked:  # in order, so that the last axis is removed first and the others keep their numbers
+        function = jax.vmap(function, in_axes=axis, out_axes=axis)
+    return function
 
 
 def _is_static(hyper: Any) -> bool:

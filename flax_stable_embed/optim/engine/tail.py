@@ -20,8 +20,9 @@ class Tail(NamedTuple):
         mask: Pytree of booleans with the structure of the parameters, or a prefix of it. Weights decay where it is
             True. None means everywhere.
         coupled: Whether the decay is added to the gradient, before the rule, instead of to the direction.
-        gradient_hyper: `(g, p) -> more hyper-parameters`, from the decayed gradient and the parameter in float32.
-        gradient_mask: Pytree of booleans that says where `gradient_hyper` applies.
+        gradient_ratio: `(g, p) -> ratio`, from the decayed gradient and the parameter in float32. The gradient is
+            multiplied by it.
+        gradient_mask: Pytree of booleans that says where `gradient_ratio` applies.
         rescale: `(u, p) -> u`, from the decayed direction and the parameter, before the step size.
         clip: `(u, p) -> u` as bitsandbytes clips: before a decoupled decay, and only where moments are not in 8 bits.
     """
@@ -30,7 +31,7 @@ class Tail(NamedTuple):
     weight_decay: Any = None
     mask: Mask = None
     coupled: bool = False
-    gradient_hyper: Callable[[Array, Array], dict[str, Any]] | None = None
+    gradient_ratio: Callable[[Array, Array], Array] | None = None
     gradient_mask: Mask = None
     rescale: Callable[[Array, Array], Array] | None = None
     clip: Callable[[Array, Array], Array] | None = None
@@ -42,7 +43,7 @@ class Tail(NamedTuple):
 
     @property
     def needs_params(self) -> bool:
-        hooks = self.gradient_hyper, self.rescale, self.clip
+        hooks = self.gradient_ratio, self.rescale, self.clip
         return self.weight_decay is not None or any(hook is not None for hook in hooks)
 
     def of_leaf(self, rule: Rule, *, decays: bool, in_gradient: bool) -> "Tail":
@@ -54,5 +55,5 @@ class Tail(NamedTuple):
             decay = rule.weight_decay
         if isinstance(decay, int | float) and decay == 0:
             decay = None
-        hook = self.gradient_hyper if in_gradient else None
-        return self._replace(step_size=step_size, weight_decay=decay, gradient_hyper=hook)
+        hook = self.gradient_ratio if in_gradient else None
+        return self._replace(step_size=step_size, weight_decay=decay, gradient_ratio=hook)

@@ -68,11 +68,11 @@ def _parts(
         method = sgd_engine(momentum, None, options, nesterov=nesterov, name="lars", sums="gradients")
         return method, decay._replace(rescale=rescale)
 
-    def gradient_hyper(g, p):
-        return {"ratio": trust_ratio(g, p, ratio.coefficient, ratio.eps)}
+    def gradient_ratio(g, p):
+        return trust_ratio(g, p, ratio.coefficient, ratio.eps)
 
     method = sgd_engine(momentum, None, options, nesterov=nesterov, rule=lars, name="lars", sums=sums)
-    return method, decay._replace(gradient_hyper=gradient_hyper, gradient_mask=ratio.mask)
+    return method, decay._replace(gradient_ratio=gradient_ratio, gradient_mask=ratio.mask)
 
 
 def scale_by_lars8bit(

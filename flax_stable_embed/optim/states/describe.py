@@ -40,7 +40,7 @@ class Row(NamedTuple):
         implementation: The code that runs its step, with the reason if it is not the platform's kernel.
         bytes: The bytes of its moments and scales.
         bytes_in_fp32: The bytes of the same moments in float32.
-        overrides: The hyper-parameters and the memory that a rule sets.
+        overrides: The hyper-parameters, the memory and the stacked axes that a rule sets.
         rounding: The rounding of each 8-bit moment, "mu nearest, nu dither".
         shards: Into how many shards each axis is split; None where no sharding is known.
         straddles: Which blocks are on more than one device, and the way out; "" if none are.

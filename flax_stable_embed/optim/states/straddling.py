@@ -39,7 +39,7 @@ def straddling(plan: LeafPlan, shards: tuple[int, ...]) -> str:
 def _fit(plan: LeafPlan, state_format: StateFormat, shards: tuple[int, ...]) -> bool:
     """Returns whether every device has complete blocks, of an axis that is stored in 8 bits."""
     shape = plan.shape
-    blocks = state_format.blocks(plan.path, shape)
+    blocks = state_format.blocks(plan.path, shape, plan.stacked)
     long = not shape or not state_format.min_size or shape[blocks.axis] >= SMALLEST
     return long and all(n == 1 or blocks.fit(axis, d, n) for axis, (d, n) in enumerate(zip(shape, shards)))
 
@@ -48,13 +48,14 @@ def _formats(plan: LeafPlan, shards: tuple[int, ...]) -> list[StateFormat]:
     """Lists formats that may fit instead, the best first."""
     own, (axis, _), shape = plan.state_format, plan.blocks or (0, 0), plan.shape
     free = replace(own, block_size=None)
+    within = [k for k in range(len(shape)) if k not in plan.stacked]  # `block_axis` is an index into them
     found = [replace(free, shards=max(shards, default=1))]
     if not EMBEDDING.search(plan.path):  # whose rows do not share scales
-        others = sorted(set(range(len(shape))) - {axis}, key=lambda k: (shards[k], -k))
-        found += [replace(free, block_axis=k, shards=shards[k]) for k in others]
+        others = sorted(set(within) - {axis}, key=lambda k: (shards[k], -k))
+        found += [replace(free, block_axis=within.index(k), shards=shards[k]) for k in others]
     length = shape[axis] // shards[axis]
-    sizes = [n for n in range(min(length, LARGEST), FEWEST - 1, -1) if length % n == 0]
-    return found + [replace(own, block_size=n, block_axis=axis) for n in sizes[:1]]
+    sizes = [n for n in range(min(length, LARGEST), FEWEST - 1, -1) if length % n == 0 and axis in within]
+    return found + [replace(own, block_size=n, block_axis=within.index(axis)) for n in sizes[:1]]
 
 
 def _text(state_format: StateFormat) -> str:

@@ -48,6 +48,7 @@ class LeafPlan:
         bits: How its moments are stored: 8, 32, "bf16" or "rowwise".
         state_format: The format of its 8-bit moments: the rule's, else the optimizer's.
         blocks: The axis and the size of the blocks that share a scale.
+        stacked: The axes that stack independent parameters, from its rule.
         reason: Why it has these bits, for a reader.
         placement: How it is sharded, as `partition_specs` says; None where nothing is known.
         implementation: The code that runs its step, with the reason if it is not the platform's kernel.
@@ -60,6 +61,7 @@ class LeafPlan:
     bits: Bits
     state_format: StateFormat
     blocks: Blocks | None
+    stacked: tuple[int, ...]
     reason: str
     placement: Spec | None
     implementation: str
@@ -159,7 +161,7 @@ class Planner:
         """Plans a parameter with 8-bit moments that gets no gradient, so that its format is known and nothing else."""
         like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
         plan = self._plan(list(islice(self.rules.matches(path, codes.shape), 1)), path, like)
-        return replace(plan, bits=8, blocks=plan.state_format.blocks(path, plan.shape))
+        return replace(plan, bits=8, blocks=plan.state_format.blocks(path, plan.shape, plan.stacked))
 
     def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: Any = None) -> LeafPlan:
         pattern, rule = self.rules.user[matches[0]] if matches else (None, Rule())
@@ -170,23 +172,25 @@ class Planner:
         if bits is None:
             bits, reason = default_bits(path)
         state_format = rule.state_format or self.rules.state_format
-        blocks = state_format.blocks(path, shape)
+        stacked = rule.stacked_axes(path, shape)
+        blocks = state_format.blocks(path, shape, stacked)
         obstacle = "" if self.keeps_moments else "no moments"
         if bits != 32:
             obstacle = obstacle or _cannot(shape, parameter.dtype)
         if bits == 8:
-            obstacle = obstacle or _too_small(shape, state_format, blocks)
-        if bits == "rowwise" and prod(shape[-1:]) == 1:
-            obstacle = obstacle or ("rows of one element" if shape else "a scalar has no rows")
+            obstacle = obstacle or _too_small(shape, state_format, blocks, stacked)
+        if bits == "rowwise":
+            obstacle = obstacle or _has_no_rows(shape, stacked)
         if obstacle:
             bits, reason = 32, obstacle
-        return LeafPlan(path, shape, parameter.dtype, rule, bits, state_format, blocks, reason, None, "")
+        return LeafPlan(path, shape, parameter.dtype, rule, bits, state_format, blocks, stacked, reason, None, "")
 
     def _finished(self, plan: LeafPlan, parameter: Any) -> LeafPlan:
         """Returns the plan with the implementation of its step, and without blocks if it is not in 8 bits."""
         if plan.bits != 8:
             return replace(plan, blocks=None, implementation="optax's formula")
-        blocks, placement = plan.state_format.blocks(plan.path, plan.shape), self.specs.of(plan.path, plan.shape)
+        blocks = plan.state_format.blocks(plan.path, plan.shape, plan.stacked)
+        placement = self.specs.of(plan.path, plan.shape)
         platform, devices = TARGET.get()
         runs = what_runs(
             self.implementation, plan.path, blocks, parameter, placement, platform=platform, devices=devices
@@ -200,9 +204,18 @@ def _cannot(shape: tuple[int, ...], dtype: Any) -> str:
     return "" if prod(shape) else "empty"
 
 
-def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks) -> str:
-    if prod(shape) < state_format.min_size:
-        return f"fewer than {state_format.min_size} elements"
+def _has_no_rows(shape: tuple[int, ...], stacked: tuple[int, ...]) -> str:
+    if len(stacked) == len(shape):
+        return "a scalar has no rows"
+    if len(shape) - 1 in stacked:
+        return "rows are along the last axis, which stacks parameters"
+    return "rows of one element" if shape[-1] == 1 else ""
+
+
+def _too_small(shape: tuple[int, ...], state_format: StateFormat, blocks: Blocks, stacked: tuple[int, ...]) -> str:
+    size = prod(d for axis, d in enumerate(shape) if axis not in stacked)
+    if size < state_format.min_size:
+        return f"fewer than {state_format.min_size} elements" + (" in a slice" if stacked else "")
     if state_format.min_size and shape and shape[blocks.axis] < SMALLEST:
         return f"blocked axis shorter than {SMALLEST}"
     return ""

@@ -59,16 +59,22 @@ class Rule:
             together, because JAX pairs donated arrays by shape and ignores their memory. A state that was restored to
             the device moves to host memory in its first step. That step cannot be inside `jax.lax.scan`, whose carry
             must keep its memory.
+        stacked: The axes along which independent parameters are stacked, as `nn.scan` and `nnx.vmap` stack the layers
+            of a model: a number n for the first n axes, or a tuple of axes, such as (1,) for MaxText's scanned layers.
+            Each slice is then treated as a parameter of its own: norms over a parameter (LAMB, LARS, `max_unorm`,
+            `percentile_clipping`), `min_size`, and the choice of blocks. `block_axis` is an axis of the slice.
 
     Raises:
-        ValueError: `bits` or `memory_kind` is unknown, or there is a `state_format` but `bits` is not 8. The optimizer
-            raises if a rule sets a hyper-parameter that it does not have.
+        ValueError: `bits` or `memory_kind` is unknown, or there is a `state_format` but `bits` is not 8, or `stacked`
+            is not a number of axes or a tuple of axes. The optimizer raises if a rule sets a hyper-parameter that it
+            does not have, or if a parameter does not have the axes in `stacked`.
         TypeError: A hyper-parameter is not a number. Schedules are only possible in the optimizer itself.
 
     >>> import flax_stable_embed as fse
     >>> rules = (("wte", fse.Rule("rowwise", lr_scale=0.1)), ("head", fse.Rule(32, weight_decay=0.0)))
     >>> tx = fse.adamw8bit(1e-3, rules=rules)
     >>> paged = fse.adamw8bit(1e-3, rules=((".*", fse.Rule(memory_kind="pinned_host")),))
+    >>> scanned = fse.lamb8bit(1e-3, rules=(("^layers/", fse.Rule(stacked=1)),))
     """
 
     bits: Bits | None = None
@@ -79,6 +85,7 @@ class Rule:
     eps: float | None = None
     weight_decay: float | None = None
     memory_kind: Literal["device", "pinned_host"] | None = None
+    stacked: int | tuple[int, ...] = 0
 
     def __post_init__(self):
         if self.memory_kind not in (None, "device", "pinned_host"):
@@ -103,6 +110,7 @@ class Rule:
                 raise ValueError(f"`{name}` of a Rule must be finite, got {value!r}.")
             if value is not None:
                 object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "stacked", _checked_stacked(self.stacked))
 
     @property
     def overrides(self) -> dict[str, float]:
@@ -112,10 +120,36 @@ class Rule:
 
     @property
     def settings_text(self) -> str:
-        """The settings that are not about storage, for a reader."""
+        """The settings except for `bits` and `state_format`, for a reader."""
         scale = {} if self.lr_scale == 1 else {"lr_scale": self.lr_scale}
         shown = [f"{name}={value:g}" for name, value in (scale | self.overrides).items()]
-        return ", ".join(shown + [f"memory_kind={self.memory_kind}"] * (self.memory_kind is not None))
+        shown += [f"memory_kind={self.memory_kind}"] * (self.memory_kind is not None)
+        return ", ".join(shown + [f"stacked={self.stacked}"] * bool(self.stacked))
+
+    def stacked_axes(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the axes in `stacked` of a parameter, in order.
+
+        Raises:
+            ValueError: The parameter does not have them.
+        """
+        axes = sorted(self.stacked) if isinstance(self.stacked, tuple) else range(self.stacked)
+        if axes and axes[-1] >= len(shape):
+            raise ValueError(
+                f"`rules` has stacked={self.stacked} for parameter {path!r}, but its shape {shape} has {len(shape)} "
+                "axes. Match only the parameters that a scan over layers has stacked."
+            )
+        return tuple(axes)
+
+
+def _checked_stacked(stacked: Any) -> int | tuple[int, ...]:
+    """Returns `stacked` with Python's integers."""
+    axes = stacked if isinstance(stacked, tuple) else (stacked,)
+    if not all(is_int(axis) and axis >= 0 for axis in axes) or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"`stacked` of a Rule must be the number of axes that stack parameters, or a tuple of axes, got "
+            f"{stacked!r}. Try 1, or (1,) for the second axis alone."
+        )
+    return tuple(map(int, stacked)) if isinstance(stacked, tuple) else int(stacked)
 
 
 @dataclass(frozen=True)

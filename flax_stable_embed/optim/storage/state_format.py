@@ -71,11 +71,18 @@ class StateFormat:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, int(value))
 
-    def blocks(self, path: str, shape: tuple[int, ...]) -> Blocks:
-        """Returns the blocks of a parameter. Rows of embedding tables do not share scales: their frequencies differ."""
+    def blocks(self, path: str, shape: tuple[int, ...], stacked: tuple[int, ...] = ()) -> Blocks:
+        """Returns the blocks of a parameter. Rows of embedding tables do not share scales: their frequencies differ.
+
+        Args:
+            path: The parameter's path.
+            shape: Its global shape.
+            stacked: The axes that stack independent parameters. The others decide.
+        """
+        within = [axis for axis in range(len(shape)) if axis not in stacked]
         try:
-            return choose_blocks(
-                shape,
+            blocks = choose_blocks(
+                tuple(shape[axis] for axis in within),
                 shards=self.shards,
                 block_size=self.block_size,
                 block_axis=self.block_axis,
@@ -83,3 +90,4 @@ class StateFormat:
             )
         except ValueError as error:
             raise ValueError(f"Parameter {path!r}: {error}") from None
+        return blocks._replace(axis=within[blocks.axis]) if within else Blocks(0, 1)

@@ -7,6 +7,7 @@ Source: `percentile_clipping` of bitsandbytes' optimizers, up to version 0.49 (t
 """
 
 import operator
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,13 @@ from jax import Array
 from jax.core import Tracer
 
 from ...ops.dtypes import at_least_float32
+from ...ops.embedding.rows import is_sparse_rows
+from ...ops.sharding import replicated
 from ..placement import device_of
 from ..rows.global_norm import Norm, norm_of, values_of, with_values
+from ..storage.rules import Rule, Rules, UserRules, show_pattern
+from ..storage.state_format import StateFormat
+from ..trees import path_name
 
 # As in bitsandbytes. It is a NumPy integer because `optax.inject_hyperparams` turns every Python number into an array,
 # which is traced under jit and then cannot be part of a shape.
@@ -32,7 +38,8 @@ class PercentileClippingState(NamedTuple):
     """
 
     count: Array  # shape=(), dtype=int32: number of steps
-    squared_norms: Array  # float32, (history,), or (history, number of parameters) with per_parameter=True
+    # float32, (history,). With per_parameter=True (history, number of parameters), where slices of stacked ones count.
+    squared_norms: Array
 
 
 def percentile_clipping(
@@ -40,6 +47,7 @@ def percentile_clipping(
     history: int | np.integer = _HISTORY,
     *,
     per_parameter: bool = False,
+    rules: UserRules = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips a gradient whose norm exceeds a percentile of the last n norms, its own included.
 
@@ -63,14 +71,17 @@ def percentile_clipping(
             not clip.
         history: Number n of norms that are kept.
         per_parameter: Whether every parameter is clipped by its own norms.
+        rules: The rules of the optimizer, if some of them say that parameters stack layers: `fse.Rule(stacked=1)`. With
+            `per_parameter`, each slice is then clipped by its own norms. Other settings of a rule change nothing here.
 
     Returns:
         An optax transform; place it before the optimizer. With `optax.inject_hyperparams`, `percentile` can be changed
         and scheduled. `history` cannot. If you set `history` and `init` runs under `jit`, name it in `static_args`.
 
     Raises:
-        ValueError: `percentile` is not between 0 and 100, or `history` is less than 1. In `update`: the state was made
-            for other parameters.
+        ValueError: `percentile` is not between 0 and 100, `history` is less than 1, or there are `rules` without
+            `per_parameter`. In `init`: a rule with `stacked` matches no parameter. In `update`: the state was made for
+            other parameters.
         TypeError: An argument is not a number. In `init`: `history` is traced.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
@@ -82,6 +93,12 @@ def percentile_clipping(
     [1.0, 1.0, 1.0, 1.0]
     """
     _check(percentile, history)
+    checked_rules = Rules(rules, StateFormat())
+    if checked_rules.user and not per_parameter:
+        raise ValueError(
+            "`rules` tell which slices of parameters have norms of their own, but without `per_parameter=True` there "
+            "is one norm of all gradients. Set it, or drop `rules`."
+        )
 
     def init(params):
         if isinstance(history, Tracer):
@@ -89,14 +106,17 @@ def percentile_clipping(
                 "`history` must be a concrete integer, because the state's shape depends on it, but it is traced. With "
                 'optax.inject_hyperparams, pass static_args=("history",).'
             )
-        n = (len(jax.tree.leaves(params)),) if per_parameter else ()
+        axes = _stacked_axes(checked_rules, params)
+        _check_matches(checked_rules, params, axes)
+        n = (sum(prod(_stack(x, own)) for x, own in zip(jax.tree.leaves(params), axes)),) if per_parameter else ()
         norms = jnp.zeros((operator.index(history), *n), jnp.float32, device=device_of(params))
         return PercentileClippingState(jnp.zeros([], jnp.int32), norms)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, tree = jax.tree.flatten(values_of(updates))
-        norm, squared, finite = _norms(leaves, per_parameter)
+        axes = _stacked_axes(checked_rules, updates)
+        norm, squared, finite = _norms(leaves, axes if per_parameter else None)
         if state.squared_norms.shape[1:] != squared.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
@@ -107,7 +127,7 @@ def percentile_clipping(
         limit = jnp.sqrt(_percentile(ring, percentile))
         clips = finite & (norm > limit) & (limit > 0)
         scale = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
-        scales = scale if per_parameter else [scale] * len(leaves)
+        scales = _of_leaves(scale, leaves, axes) if per_parameter else [scale] * len(leaves)
 
         def clip(g: Any, scale: Array) -> Array:
             g = jnp.asarray(g)
@@ -139,13 +159,72 @@ def _check(percentile: Any, history: Any) -> None:
         raise ValueError(f"`history` must be at least 1, got {history}; try 100.")
 
 
-def _norms(leaves: list, per_parameter: bool) -> Norm:
-    """Returns the norm of all gradients, or of each gradient, in float32."""
-    if per_parameter and not leaves:
+def _stacked_axes(rules: Rules, tree: Any) -> list[tuple[int, ...]]:
+    """Returns the axes of each leaf that stack independent parameters."""
+    found = []
+    for key_path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sparse_rows)[0]:
+        path, shape = path_name(key_path), np.shape(x)
+        rule = next((rules.user[i][1] for i in rules.matches(path, shape)), Rule())
+        if rule.stacked and is_sparse_rows(x):
+            raise ValueError(
+                f"`rules` has stacked={rule.stacked} for {path!r}, whose gradient is a fse.SparseRows. A table of rows "
+                "stacks no parameters. Match only those that a scan over layers has stacked."
+            )
+        found.append(rule.stacked_axes(path, shape))
+    return found
+
+
+def _check_matches(rules: Rules, params: Any, axes: list[tuple[int, ...]]) -> None:
+    """Raises if rules with `stacked` match no parameter."""
+    wanted = [show_pattern(pattern) for pattern, rule in rules.user if rule.stacked]
+    if wanted and axes and not any(axes):
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise ValueError(
+            f"`rules` has `stacked` for {', '.join(wanted)}, which match none of the parameters: "
+            f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}. Correct the pattern, or drop the rule."
+        )
+
+
+def _stack(x: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the lengths of the axes that stack parameters. Their product is the number of norms."""
+    return tuple(np.shape(x)[axis] for axis in axes)
+
+
+def _norms(leaves: list, axes: list[tuple[int, ...]] | None) -> Norm:
+    """Returns the norm of all gradients, or, given the axes that stack parameters, of each slice; in float32."""
+    if axes is None:
+        return _in_float32(norm_of(leaves))
+    if not leaves:
         return Norm(jnp.zeros(0), jnp.zeros(0), jnp.zeros(0, bool))
-    norms = [norm_of([g]) for g in leaves] if per_parameter else [norm_of(leaves)]
-    norms = [Norm(n.norm.astype(jnp.float32), n.squared.astype(jnp.float32), n.finite) for n in norms]
-    return jax.tree.map(lambda *x: jnp.stack(x), *norms) if per_parameter else norms[0]
+    norms = [_in_float32(_norms_of_slices(jnp.asarray(g), own)) for g, own in zip(leaves, axes)]
+    return jax.tree.map(lambda *x: jnp.concatenate([replicated(n).reshape(-1) for n in x]), *norms)
+
+
+def _norms_of_slices(g: Array, axes: tuple[int, ...]) -> Norm:
+    """Returns the norm of every slice; the results have the shape of the stack."""
+
+    def norms(g: Array) -> Norm:
+        return norm_of([g])
+
+    for _ in axes:
+        norms = jax.vmap(norms)
+    return norms(jnp.moveaxis(g, axes, range(len(axes))))
+
+
+def _in_float32(n: Norm) -> Norm:
+    return Norm(n.norm.astype(jnp.float32), n.squared.astype(jnp.float32), n.finite)
+
+
+def _of_leaves(scale: Array, leaves: list, axes: list[tuple[int, ...]]) -> list[Array]:
+    """Splits a vector of one number per slice into an array for each leaf that broadcasts with it."""
+    found, start = [], 0
+    for x, own in zip(leaves, axes):
+        stack = _stack(x, own)
+        numbers = scale[start : start + prod(stack)].reshape(stack)
+        others = [axis for axis in range(np.ndim(x)) if axis not in own] if own else ()
+        found.append(jnp.expand_dims(numbers, others))
+        start += prod(stack)
+    return found
 
 
 def _with_recorded(ring: Array, count: Array, squares: Array, finite: Array) -> Array:

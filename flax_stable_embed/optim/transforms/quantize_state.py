@@ -117,7 +117,8 @@ def quantize_state(
             None means the moments of optax's transforms. There AdEMAMix' slow average is "signed, dither", and second
             moments with a decay of 0.9 by default (RMSProp, AdaDelta) and maxima (AMSGrad) "unsigned, nearest".
             Names of optax's moments that `tx` does not have are ignored.
-        rules: As in `fse.adamw8bit`, but a rule can only set how moments are stored: 8, 32, "bf16" or a state format.
+        rules: As in `fse.adamw8bit`, but a rule can only set how moments are stored: 8, 32, "bf16", a state format, or
+            `stacked`, which decides `min_size` and blocks. Norms over a parameter are computed by `tx`.
         state_format: The codec, rounding and blocks of 8-bit moments. See `StateFormat`. The number of the step, which
             dithered and stochastic rounding need, is a field `count`, `step_count` or `t` in the state of `tx`. Without
             such a field, as in `optax.adagrad` with a constant learning rate, moments are rounded to nearest.
@@ -163,7 +164,7 @@ class _Quantizer:
             if kind not in _KINDS:
                 raise ValueError(f"`moments` must give one of {', '.join(map(repr, _KINDS))}, got {name!r}: {kind!r}.")
         for _, rule in rules.user:
-            if rule.bits == "rowwise" or rule.settings_text:
+            if rule.bits == "rowwise" or replace(rule, stacked=0).settings_text:
                 raise ValueError(
                     f"`rules` has {rule}, but for a wrapped transform a rule sets only the storage: 8, 32, 'bf16' or "
                     "Rule(8, state_format). Set hyper-parameters in the transform itself, with optax.partition if "
