@@ -5,7 +5,8 @@
     python -m benchmarks quality --seeds 5       more seeds than 3
     python -m benchmarks quality --only digits   the runs whose names match a regular expression
     python -m benchmarks quality --list          lists the names of the runs and marks the finished ones
-    python -m benchmarks quality --collect       results/quality.json and .png from the finished runs; trains nothing
+    python -m benchmarks quality --collect       results/quality.json and .png from the finished runs; trains nothing.
+                                                 Runs in quality.json with the same settings are kept
     python -m benchmarks quality --table         prints results/quality.json as Markdown
     python -m benchmarks quality --plot          draws results/quality.png from results/quality.json
 
@@ -65,7 +66,7 @@ class Cell(NamedTuple):
     task: Literal["language", "digits"]
     codec: Literal["fp32", "root", "dynamic", "linear"]
     blocks: Literal["default", "256", "tensor"] = "default"
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Literal["nearest", "dither", "stochastic"] = "nearest"
     embedding: Literal["stable", "embed"] = "stable"
     embedding_bits: Literal[32, 8] = 32
     nudged: bool = False  # the first parameters differ by NUDGE, which shows how far apart two equal runs drift
@@ -90,23 +91,21 @@ QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("dynamic, blocks, stable embedding", _lm("dynamic")),
         ("root, one scale per tensor, plain embedding", _paper("root", "tensor")),
         ("root, blocks, plain embedding", _paper("root")),
-        ("root, blocks, stable embedding: the default", _lm("root")),
+        ("root, blocks, stable embedding", _lm("root")),
+        ("root, blocks, stable embedding, dithered: the default", _lm("root", rounding="dither")),
         ("fp32, stable embedding", _lm("fp32")),
     ),
-    "Codecs": (
+    "Codecs and rounding": (
         ("fp32", _lm("fp32")),
         ("fp32, first parameters nudged", _lm("fp32", nudged=True)),
-        ("root", _lm("root")),
-        ("dynamic", _lm("dynamic")),
-        ("linear", _lm("linear")),
-    ),
-    "Rounding": (
-        ("fp32", _lm("fp32")),
         ("root, nearest", _lm("root")),
+        ("root, dither", _lm("root", rounding="dither")),
         ("root, stochastic", _lm("root", rounding="stochastic")),
         ("dynamic, nearest", _lm("dynamic")),
+        ("dynamic, dither", _lm("dynamic", rounding="dither")),
         ("dynamic, stochastic", _lm("dynamic", rounding="stochastic")),
         ("linear, nearest", _lm("linear")),
+        ("linear, dither", _lm("linear", rounding="dither")),
         ("linear, stochastic", _lm("linear", rounding="stochastic")),
     ),
     "Moments of a plain embedding": (
@@ -120,6 +119,7 @@ QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("fp32", _lm("fp32")),
         ("root, embedding in fp32", _lm("root")),
         ("root, embedding in 8 bits", _lm("root", embedding_bits=8)),
+        ("root, embedding in 8 bits, dither", _lm("root", rounding="dither", embedding_bits=8)),
         ("root, embedding in 8 bits, stochastic", _lm("root", rounding="stochastic", embedding_bits=8)),
         ("dynamic, embedding in fp32", _lm("dynamic")),
         ("dynamic, embedding in 8 bits", _lm("dynamic", embedding_bits=8)),
@@ -137,10 +137,13 @@ QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("fp32", _digits("fp32")),
         ("fp32, first parameters nudged", _digits("fp32", nudged=True)),
         ("root, nearest", _digits("root")),
+        ("root, dither", _digits("root", rounding="dither")),
         ("root, stochastic", _digits("root", rounding="stochastic")),
         ("dynamic, nearest", _digits("dynamic")),
+        ("dynamic, dither", _digits("dynamic", rounding="dither")),
         ("dynamic, stochastic", _digits("dynamic", rounding="stochastic")),
         ("linear, nearest", _digits("linear")),
+        ("linear, dither", _digits("linear", rounding="dither")),
         ("linear, stochastic", _digits("linear", rounding="stochastic")),
     ),
 }
@@ -436,22 +439,38 @@ def _seconds_left(names: list[str], seconds: dict[str, list[float]]) -> float:
     return sum(means.get(name, max(means.values())) for name in names)
 
 
-def collect(runs: list[Run], field: dict[str, Any], folder: Path, seeds: int) -> dict[str, Any]:
-    """Returns the finished runs as one record, without the losses of single batches."""
-    rows = []
+def collect(
+    runs: list[Run], field: dict[str, Any], folder: Path, seeds: int, earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the finished runs as one record, without the losses of single batches.
+
+    Args:
+        runs: The grid.
+        field: The tasks.
+        folder: Where finished runs are.
+        seeds: The number of seeds that was asked for.
+        earlier: An earlier record, perhaps of another machine. Its runs are kept where `folder` has no newer ones, if
+            its tasks have the same settings.
+    """
+    rows, described = [], {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()}
+    environment, kept = report.environment("quality", ["--seeds", str(seeds)]), {}
+    if earlier is not None and earlier["tasks"] == described:
+        old = {"device": earlier["environment"]["device"]}
+        kept = {(row["cell"], row["rate"], row["seed"]): old | row for row in earlier["runs"]}
     for run in runs:
         record = finished(folder, field[run.cell.task], run)
         if record is None:
+            rows += [row] if (row := kept.pop((run.cell.name, run.rate, run.seed), None)) else []
             continue
         losses, validation = record["losses"], record["validation"]
         row = {**run.cell._asdict(), "cell": run.cell.name, "rate": run.rate, "seed": run.seed}
         row |= {"validation": validation, "unstable": quality_report.unstable(losses, validation)}
         row |= {"highest_loss": max((x for x in losses if x is not None), default=None), "seconds": record["seconds"]}
-        rows.append(row)
+        rows.append(row | {"device": environment["device"]})
     return {
-        "environment": report.environment("quality", ["--seeds", str(seeds)]),
+        "environment": environment,
         "planned": len(runs),
-        "tasks": {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()},
+        "tasks": described,
         "questions": {title: [[label, cell.name] for label, cell in rows] for title, rows in QUESTIONS.items()},
         "runs": rows,
     }
@@ -484,7 +503,8 @@ def main(arguments: list[str], field: dict[str, Any] | None = None) -> None:
             return
         if not args.collect:
             train_all(runs, field, args.runs, args.hours)
-        results = collect(grid(field, args.seeds), field, args.runs, args.seeds)
+        earlier = json.loads(file.read_text()) if file.exists() else None
+        results = collect(grid(field, args.seeds), field, args.runs, args.seeds, earlier)
         report.save(results, file)
         print(f"{len(results['runs'])} of {results['planned']} runs collected")
     results = json.loads(file.read_text())

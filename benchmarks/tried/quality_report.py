@@ -10,6 +10,7 @@ A run that only learns little, because its rate is too high or too low, is stabl
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -77,8 +78,10 @@ def about(results: dict[str, Any]) -> list[str]:
     env, done = results["environment"], len(results["runs"])
     seeds = {name: len({run["seed"] for run in results["runs"] if run["task"] == name}) for name in results["tasks"]}
     counted = f"{done} runs" if done == results["planned"] else f"{done} of {results['planned']} runs"
+    devices = Counter(run["device"] for run in results["runs"])
+    where = ", ".join(devices) if len(devices) < 2 else ", ".join(f"{n} on {name}" for name, n in devices.items())
     return [
-        f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}, {env['device']}; "
+        f"{counted}; {_sizes(results, seeds)}; jax {env['versions']['jax']}; {where}; "
         f"`python -m benchmarks quality`, {env['date']}.",
         "For each learning rate: the last validation loss, median over seeds, and in brackets how many runs were "
         f"unstable. A run is unstable if a loss is not finite, or above {EXPLODED:g} times the first, or if more than "
@@ -147,7 +150,9 @@ STYLES = {
     "root": ("#0072B2", "s", "-"),
     "dynamic": ("#D55E00", "^", "-"),
     "linear": ("#CC79A7", "D", "-"),
+    "root, dither": ("#009E73", "s", "-."),
     "root, stochastic": ("#56B4E9", "s", "--"),
+    "dynamic, dither": ("#B8A200", "^", "-."),
     "dynamic, stochastic": ("#E69F00", "^", "--"),
 }
 TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold"}

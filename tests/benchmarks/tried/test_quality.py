@@ -69,13 +69,24 @@ def test_the_collected_file_is_complete(two_cells):
     assert str(quality.ROOT) not in json.dumps(results) and str(folder) not in json.dumps(results)
 
 
+def test_runs_of_an_earlier_record_are_kept_with_their_device(tmp_path):
+    field = {"language": Language(), "digits": DIGITS}
+    described = {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()}
+    row = {"cell": "digits-fp32", "rate": 1e-3, "seed": 0, "validation": [[0, 2.3]]}
+    earlier = {"tasks": described, "runs": [row], "environment": {"device": "another"}}
+    runs = quality.grid(field, 1)
+    assert quality.collect(runs, field, tmp_path, 1, earlier)["runs"] == [{"device": "another", **row}]
+    others = described | {"digits": described["digits"] | {"steps": 7}}
+    assert quality.collect(runs, field, tmp_path, 1, earlier | {"tasks": others})["runs"] == []
+
+
 @pytest.mark.slow
 def test_table_and_plot_show_the_finished_runs(two_cells, capsys):
     folder, options, _ = two_cells
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
     quality.main([*options, "--table"])
     table = capsys.readouterr().out
-    assert "5 of " in table and "| Codecs | 0.01 | unstable | against fp32 at 0.01 | at all rates |" in table
+    assert "5 of " in table and "| Codecs and rounding | 0.01 | unstable | against fp32 at 0.01 | at all rates |" in table
     assert not re.search("nan|inf|None", table)
 
 

@@ -29,7 +29,7 @@ def results_of(losses):
     """Results by hand: {cell: {rate: [(last validation loss, unstable) per seed]}}. The first loss is always 8."""
     runs = [
         {"cell": cell, "task": "language", "rate": rate, "seed": seed, "validation": [[0, 8.0], [9, loss]]}
-        | {"unstable": unstable}
+        | {"unstable": unstable, "device": "a device"}
         for cell, rates in losses.items()
         for rate, seeds in rates.items()
         for seed, (loss, unstable) in enumerate(seeds)
