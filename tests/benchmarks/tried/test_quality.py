@@ -86,7 +86,9 @@ def test_table_and_plot_show_the_finished_runs(two_cells, capsys):
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
     quality.main([*options, "--table"])
     table = capsys.readouterr().out
-    assert "5 of " in table and "| Codecs and rounding | 0.01 | unstable | against fp32 at 0.01 | at all rates |" in table
+    assert (
+        "5 of " in table and "| Codecs and rounding | 0.01 | unstable | against fp32 at 0.01 | at all rates |" in table
+    )
     assert not re.search("nan|inf|None", table)
 
 

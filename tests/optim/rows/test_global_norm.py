@@ -117,3 +117,21 @@ def test_the_derivative_of_the_norm_is_the_direction(size):
     grads = {"a": jnp.array([3.0, -4.0]) * size, "b": jnp.array([0.0, 12.0]) * size}
     found = jax.grad(fse.global_norm)(grads)
     jax.tree.map(lambda d, g: np.testing.assert_allclose(d, g / (13.0 * size), rtol=1e-5), found, grads)
+
+
+def norm_of_optax(name, grads):
+    if name == "global_norm":
+        return optax.global_norm(grads)
+    tx = getattr(optax, name)(1.0)
+    return tx.update(grads, tx.init(DENSE), DENSE)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*global_norm:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["global_norm", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "clip"]
+)
+def test_norms_of_optax_refuse_row_gradients_and_name_ours(name):
+    with pytest.raises(TypeError, match=r"fse\.global_norm and fse\.clip_by_global_norm"):
+        jax.jit(norm_of_optax, static_argnums=0)(name, GRADS)
+    with pytest.raises((TypeError, NotImplementedError)):  # JAX's own text: "Cannot call abstract method real"
+        norm_of_optax(name, GRADS)
