@@ -27,7 +27,7 @@ def test_kernel_codecs_agree_with_the_reference_on_all_codes_and_a_million_numbe
         jax.jit(lambda c: kernel.dequantize(c, jnp.ones(256)))(every),
         codecs.decode(jnp.asarray(every), code),
     )
-    np.testing.assert_allclose(decoded, want, rtol=6e-7)
+    np.testing.assert_allclose(decoded, want, rtol=8e-7)  # 6.2e-7 without fused multiply-adds
     np.testing.assert_array_equal(np.asarray(decoded) == 0, np.asarray(want) == 0)
 
     @jax.jit
