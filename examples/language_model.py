@@ -8,7 +8,8 @@ code of the running Python's standard library, so nothing is downloaded.
     python examples/language_model.py --resume                              continues an interrupted run
     python examples/language_model.py --compare                             fp32 and 8-bit, a table and a plot
     python examples/language_model.py --compare --seeds 3
-    python examples/language_model.py --compare --codec root linear --embedding-bits 8     shows that linear fails
+    python examples/language_model.py --compare --codec root linear --rounding nearest --embedding-bits 8
+                                                                            shows that linear fails
     python examples/language_model.py --text mine.txt                       learns from your own text
 
 All output is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and comparison.{md,png,json}.
@@ -107,7 +108,7 @@ def make_optimizer(args) -> optax.GradientTransformation:
     if args.optimizer == "adamw":
         return optax.chain(clip, optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed))
     rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
-    options = {"rules": rules, "state_format": fse.StateFormat(codec=args.codec[0])}
+    options = {"rules": rules, "state_format": fse.StateFormat(codec=args.codec[0], rounding=args.rounding)}
     return fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options))
 
 
@@ -192,11 +193,13 @@ def settings_of(args, text_key: str) -> dict:
     """Returns the name of the run and everything that its result depends on."""
     codec, embedding_bits = (args.codec[0], args.embedding_bits) if args.optimizer == "adamw8bit" else ("fp32", 32)
     embedding = args.embedding + ("" if embedding_bits == 32 else str(embedding_bits))
+    rounding = args.rounding if args.optimizer == "adamw8bit" else None
     same = ("embedding", "seed", "steps", "batch", "context", "vocab", "width", "layers", "learning_rate")
     return {
-        "name": f"{args.optimizer}-{codec}-{embedding}-seed{args.seed}",
+        "name": "-".join(filter(None, [args.optimizer, codec, rounding, embedding, f"seed{args.seed}"])),
         "optimizer": args.optimizer,
         "codec": codec,
+        "rounding": rounding,
         "embedding_bits": embedding_bits,
         "text": text_key,
         **{option: getattr(args, option) for option in same},
@@ -230,6 +233,7 @@ def arguments() -> argparse.ArgumentParser:
     option("--optimizer", choices=["adamw", "adamw8bit"], default="adamw8bit")
     option("--embedding", choices=EMBEDDINGS, default="stable")
     option("--codec", choices=CODECS, nargs="+", default=["root"], help="several with --compare")
+    option("--rounding", choices=["nearest", "dither", "stochastic"], help="of 8-bit moments, if not by their decay")
     option("--embedding-bits", type=int, choices=[8, 32], default=32, help="for moments of the embedding")
     option("--compare", action="store_true", help="compare fp32 AdamW with adamw8bit, for every codec")
     option("--resume", action="store_true", help="continue after the last checkpoint")

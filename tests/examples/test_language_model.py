@@ -64,9 +64,9 @@ def entries(folder):
 @pytest.mark.slow
 def test_a_comparison_writes_a_table_a_plot_and_a_summary_and_rejects_the_linear_codec(tmp_path):
     # The vocabulary has rare tokens, with moments in 8 bits too. `root` can train this and `linear` cannot.
-    control = "--compare --codec root linear --embedding-bits 8 --vocab 2048 --steps 60".split()
+    control = "--compare --codec root linear --rounding nearest --embedding-bits 8 --vocab 2048 --steps 60".split()
     printed = finish(command(tmp_path, *control))
-    for name in ("adamw-fp32-stable", "adamw8bit-root-stable8", "adamw8bit-linear-stable8"):
+    for name in ("adamw-fp32-stable", "adamw8bit-root-nearest-stable8", "adamw8bit-linear-nearest-stable8"):
         losses = losses_of(tmp_path / f"{name}-seed0")
         assert [step for step, _, _ in losses] == list(range(1, 61))
         assert [step for step, _, validation in losses if validation is not None] == [50, 60]

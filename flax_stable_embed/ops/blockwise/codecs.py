@@ -13,8 +13,9 @@ array of zero bytes is an array of zeros. A level stands for a magnitude, `value
 
 Nearest rounding: `root` rounds the level, half to even. `dynamic` and `linear` compare with the float32 midpoints of
 neighboring values, and a tie goes to the lower code (for negative numbers, to the larger magnitude).
-Unsigned `root` uses level 0 for zero only. If the second moment became 0 while the first did not, the update would blow
-up.
+Unsigned `root`, and every unsigned codec with dithered or stochastic rounding, uses level 0 for zero only. If the
+second moment became 0 while the first did not, the update would blow up. Unsigned `dynamic` and `linear` to nearest
+round small numbers to 0, as bitsandbytes does.
 All of it is arithmetic. There is no table, no gather and no search, so it vectorizes on every backend.
 
 Sources: `dynamic` is the map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, sec. 1.3), equal bit for bit in
@@ -44,7 +45,7 @@ class Code(NamedTuple):
     dtype: np.dtype
     bottom: int
     top: int
-    smallest_level: int  # of a number above zero
+    smallest_level: int  # of a number above zero, rounded to nearest
     value: Callable[[Array], Array]  # int32 level -> float32 magnitude
     nearest: Callable[[Array, Array], Array]  # float32 magnitude, is it negative -> int32 level
     below: Callable[[Array], Array]  # float32 magnitude -> the highest level whose value does not exceed it
@@ -183,8 +184,8 @@ def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
         level = jnp.minimum(code.below(magnitude), code.top - 1)
         lower, upper = code.value(level), code.value(level + 1)
         level = level + ((magnitude - lower) > uniform * (upper - lower)).astype(jnp.int32)
-    if code.smallest_level:
-        level = jnp.where(magnitude >= TINY, jnp.maximum(level, code.smallest_level), 0)
+    if code.smallest_level or (uniform is not None and not code.bottom):
+        level = jnp.where(magnitude >= TINY, jnp.maximum(level, 1), 0)
     if not code.bottom:
         return level.astype(code.dtype)
     below_zero = level if code.bottom == code.top else jnp.minimum(level, code.bottom)
