@@ -17,7 +17,6 @@ from flax_stable_embed.optim.engine.engine import Engine
 from tests.cases import OPTIMIZERS
 
 SMALL = fse.StateFormat(min_size=0)  # 8 bits for every size, because the parameters of tests are small
-FOR_FORMAT = 320 * 1024  # bytes that the TPU compiler reserves, once in a program, to compare the field `format`
 ALL_FP32 = ((".*", 32),)
 as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # `pure`: Flax 0.12.6 and earlier
 

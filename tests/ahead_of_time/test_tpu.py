@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
-from tests.tools import FOR_FORMAT
 
 COLLECTIVE = re.compile(r"= .*?\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
@@ -43,7 +42,7 @@ def test_the_state_is_updated_in_place_with_few_temporaries(topology):
     compiled = compile_step(topology("v5e:2x2"), (4096, 4096), ("data", "model"))
     memory, elements = compiled.memory_analysis(), 4096 * 4096 // 4
     assert memory.alias_size_in_bytes / elements == pytest.approx(6.03, abs=0.01)  # parameter, codes, scales
-    assert memory.temp_size_in_bytes < 0.05 * elements + FOR_FORMAT
+    assert memory.temp_size_in_bytes < 0.12 * elements  # rounded with dither, without a kernel
 
 
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])

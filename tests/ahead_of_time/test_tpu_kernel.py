@@ -13,7 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
 from tests import cases
-from tests.tools import FOR_FORMAT
 
 SMALL = fse.StateFormat(min_size=0)
 
@@ -37,13 +36,13 @@ def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(topology, chip, n
     assert compiled.memory_analysis().alias_size_in_bytes / n > wide + 2
 
 
-def test_the_kernel_is_limited_by_memory_not_by_instructions(topology):
+def test_the_kernel_issues_instructions_for_about_as_long_as_memory_moves_bytes(topology):
     """This counts one kernel on v5e. `python -m benchmarks compiled` counts all of them."""
     del topology  # skips without a compiler
     command = [sys.executable, "-m", "benchmarks", "compiled", "--quick"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     issued, by_memory = out.splitlines()[-1].split("|")[-2].replace("(", "").replace(")", "").split()
-    assert 10 < float(issued) <= 25 < float(by_memory)
+    assert 10 < float(issued) <= 31 and 30 < float(by_memory) < 31
 
 
 def on_one_chip(device, tx, params):
@@ -72,7 +71,7 @@ def test_the_kernel_compiles_for_blocks_along_every_axis(topology, shape):
     tx = fse.adamw8bit(1e-3, rules=((".*", 8),), state_format=SMALL, implementation="pallas_tpu")
     compiled = on_one_chip(topology("v5e:2x2")[0], tx, {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)})
     assert kernels(compiled) == 1
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * 4 * prod(shape) + FOR_FORMAT
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * 4 * prod(shape)
 
 
 @pytest.mark.parametrize("known", ["types", "specs", "nothing"])

@@ -273,3 +273,137 @@ def test_orbax_with_strict_false_cannot_change_a_codec_silently(tmp_path):
         restored = checkpointer.restore(tmp_path / "state", item=tx.init(params), restore_args=arguments)
     with pytest.raises(ValueError, match="`format` says that other rules or another `state_format` made it"):
         tx.update(gradients(3), restored, params)
+
+
+# --- what a loader or a user may make of single arrays ---------------------------------------------------------------
+
+BAD_DTYPES = [jnp.int32, jnp.uint32, jnp.int16, jnp.bool_, jnp.float8_e4m3fn, jnp.complex64]
+
+
+def changed(state, where, change, like=lambda x: True):
+    """Returns the state with `change` applied to the arrays at paths that end with `where`."""
+    found = []
+
+    def one(path, x):
+        if not jax.tree_util.keystr(path, simple=True, separator="/").endswith(where) or not like(x):
+            return x
+        found.append(path)
+        return change(x)
+
+    new = jax.tree_util.tree_map_with_path(one, state)
+    assert found
+    return new
+
+
+def is_wide(x):
+    return x.ndim == 2 and x.dtype == jnp.float32 and x.size > 1
+
+
+def assert_refused(tx, state, params, match, errors=ValueError):
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(errors, match=match):
+            update(gradients(5), state, params)
+
+
+@pytest.mark.parametrize("dtype", BAD_DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.one_in(6)
+def test_float32_moments_in_a_dtype_that_init_never_makes_are_an_error(name, dtype):
+    tx, params, state = trained(name)
+    bad = changed(state, "embedding", lambda x: x.astype(dtype), is_wide)
+    assert_refused(tx, bad, params, f"{np.dtype(dtype).name} .*in the state|state.* is {np.dtype(dtype).name}")
+
+
+@pytest.mark.parametrize("bits", ["rowwise", "bf16"])
+@pytest.mark.parametrize("dtype", BAD_DTYPES[:-1], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.one_in(3)
+def test_moments_of_a_rule_in_a_dtype_that_init_never_makes_are_an_error(bits, dtype):
+    tx = fse.adamw8bit(1e-3, rules=((".*", bits),))
+    params = parameters()
+    for field in ("mu", "nu"):
+        bad = changed(tx.init(params), f"{field}/kernel", lambda x: x.astype(dtype))
+        assert_refused(tx, bad, params, f"{np.dtype(dtype).name} in the state")
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(("made", "used"), [(32, "rowwise"), ("rowwise", 32)])
+def test_a_restore_between_rows_and_elements_is_an_error_or_nan(made, used, jitted):
+    """Orbax with strict=False pads and truncates. The shapes are then right, and the second moments are not."""
+    params = {"kernel": jnp.ones((64, 96))}
+    before, after = (fse.adamw8bit(1e-3, rules=((".*", bits),)) for bits in (made, used))
+    state, like = before.init(params), after.init(params)
+    for _ in range(2):
+        _, state = before.update(params, state, params)
+
+    def resized(x, want):
+        x = np.asarray(x)
+        if not x.ndim:
+            return x
+        cut = x[tuple(slice(n) for n in want.shape)]
+        return jnp.asarray(np.pad(cut, [(0, n - m) for n, m in zip(want.shape, cut.shape)]))
+
+    bad = jax.tree.map(resized, state, like)
+    if jitted:
+        assert jnp.isnan(jax.jit(after.update)(params, bad, params)[0]["kernel"]).all()
+    else:
+        with pytest.raises(ValueError, match="checkpoint loader padded or truncated"):
+            after.update(params, bad, params)
+
+
+def test_a_second_moment_that_lost_its_columns_is_not_taken_for_one_of_rows():
+    tx, params, state = trained("adamw8bit")
+    bad = changed(state, "nu/wte/embedding", lambda x: x[:, :1])
+    with pytest.raises(ValueError, match="checkpoint loader padded or truncated"):
+        tx.update(gradients(5), bad, params)
+    updates, _ = jax.jit(tx.update)(gradients(5), bad, params)
+    assert all(jnp.isnan(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_rows_without_a_gradient_are_still_in_the_format():
+    params = {"a": jnp.ones((64, 96)), "b": jnp.ones((64, 96))}
+    for make in (fse.adamw8bit, fse.rmsprop8bit, fse.adagrad8bit):
+        tx = make(1e-3, rules=((".*", "rowwise"),))
+        updates, _ = tx.update(params | {"b": None}, tx.init(params), params)
+        assert updates["b"] is None and jnp.isfinite(updates["a"]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (96, 1), (48, 64)], ids=str)
+def test_a_wrapped_state_with_arrays_of_other_shapes_is_an_error(shape):
+    tx = fse.quantize_state(optax.adam(1e-3))
+    params = {"a": jnp.ones((64, 64)), "embedding": jnp.ones((96, 64))}
+    bad = changed(tx.init(params), "nu/embedding", lambda x: jnp.ones(shape))
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"`inner\.0\.nu\.embedding` of the state is float32 of shape"):
+            update(params, bad, params)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "quantize_state(adamw)"])
+@pytest.mark.parametrize("value", [None, 0.0], ids=["None", "a_float"])
+@pytest.mark.parametrize("where", ["mu/kernel", "nu/norm/scale", "kernel", "format"])
+@pytest.mark.one_in(3)
+def test_a_state_in_which_an_array_is_missing_is_an_error(name, value, where):
+    tx, params, state = trained(name)
+    bad = changed(state, where, lambda x: value)
+    with pytest.raises((ValueError, TypeError)) as error:
+        tx.update(gradients(5), bad, params)
+    assert not isinstance(error.value, AttributeError) and "init" in str(error.value)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "change", [lambda x: x.astype(jnp.int8), lambda x: x.astype(jnp.float32), lambda x: x[None]], ids=["8", "f", "1d"]
+)
+@pytest.mark.one_in(5)
+def test_a_count_that_cannot_count_is_an_error(case, change):
+    tx, params, state = trained(case.name)
+    bad = tuple(x._replace(count=change(x.count)) if "mu_absmax" in str(x._fields) or hasattr(x, "format") else x
+                for x in state)  # fmt: skip
+    assert_refused(tx, bad, params, "where `init` makes an int32 scalar")
+
+
+def test_convert_state_refuses_moments_that_a_loader_made_integers():
+    params = parameters()
+    before, after = optax.adam(1e-3), fse.adam8bit(1e-3)
+    bad = changed(before.init(params), "mu/kernel", lambda x: x.astype(jnp.int32))
+    with pytest.raises(ValueError, match="mu/kernel is another kind of array of shape"):
+        fse.convert_state(before, after, params, bad)

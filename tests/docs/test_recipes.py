@@ -25,6 +25,6 @@ def test_the_script_compiles_a_step_in_place_without_collectives():
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for line in ("fused kernel: True", "collectives: False"):
+    for line in ("bytes of temporaries: 0", "fused kernel: True", "collectives: False"):
         assert line in run.stdout
     assert not run.stderr  # libtpu is quiet

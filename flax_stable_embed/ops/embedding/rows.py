@@ -44,6 +44,11 @@ def sealed(row_numbers: Array) -> Array:
 
 def unsealed(numbers: Array, num_rows: int) -> Array:
     """Returns sealed row numbers as int32, and padding as from `distinct` where the sealed number is zero."""
+    if not jnp.issubdtype(numbers.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"The row numbers of a SparseRows were cast to {numbers.dtype}. Cast its values alone: "
+            "rows.with_values(rows.values.astype(dtype))."
+        )
     found = jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
     return jnp.where(found == 0, num_rows + jnp.arange(found.shape[-1], dtype=jnp.int32), found - 1)
 

@@ -20,7 +20,7 @@ from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
 from ..boxes import optim_bits
 from ..placement import SpecsByPath
 from ..storage.format_code import format_vector
-from ..storage.moments import initial, is_codes
+from ..storage.moments import initial
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
 from ..storage.rules import Bits, Rules
 from ..trees import Params, Updates, is_none, nbytes, path_name
@@ -28,7 +28,14 @@ from .leaf import Leaf, LeafStep
 from .method import Method
 from .options import Options
 from .records import RECORDS, Record, StoredMoment
-from .state_checks import check_fields, check_same_paths, check_storage, stored_bits, with_checked_scales
+from .state_checks import (
+    check_fields,
+    check_same_paths,
+    check_storage,
+    stored_bits,
+    unstepped_bits,
+    with_checked_scales,
+)
 from .tail import Tail
 
 
@@ -54,6 +61,11 @@ class Engine:
             self._check_rowwise(rule.bits, str(rule))
 
     def _check_rowwise(self, bits: Bits | None, who: str) -> None:
+        if bits == "rowwise" and self.method.centered:
+            raise ValueError(
+                f"{who} asks for one second moment per row, but with centered=True {self.method.name} needs the "
+                "variance of every element. Use 'bf16' or 8."
+            )
         if bits == "rowwise" and not any(moment.second for moment in self.method.moments):
             raise ValueError(
                 f"{who} asks for one second moment per row, but {self.method.name} has no second moment. Use 'bf16' or "
@@ -173,6 +185,9 @@ class Engine:
             return self.planner.plan_stored(
                 path, leaf.g if leaf.p is None else leaf.p, stored_bits(self.method, path, leaf)
             )
-        codes = next((leaf.stored[m.name] for m in self.method.moments), None)
-        # Without a gradient a parameter takes no step. The format of its codes still counts for the length of `format`.
-        return None if codes is None or not is_codes(codes.dtype) else self.planner.plan_unstepped(path, codes)
+        # Without a gradient a parameter takes no step. How its moments are stored still counts for `format`.
+        if leaf.stored and not any(is_none(x) for x in leaf.stored.values()):
+            bits, shape = unstepped_bits(self.method, leaf)
+            if bits in (8, "rowwise"):
+                return self.planner.plan_unstepped(path, bits, shape)
+        return None

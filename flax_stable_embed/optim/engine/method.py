@@ -22,6 +22,7 @@ class Method:
         hyper: `hyper(before, after, **overridable)` returns the rule's keyword arguments at a step, from the state's
             count before and after it. Python numbers and functions become static, arrays are traced.
         overridable: The hyper-parameters that a `Rule` can set for one parameter, with the optimizer's own values.
+        centered: Whether the rule needs nu >= mu^2, because their difference is a variance.
         counts_steps: Whether `hyper` reads the count, so that a state without one cannot be continued.
     """
 
@@ -31,6 +32,7 @@ class Method:
     moments: tuple[MomentSpec, ...]
     hyper: Callable[..., dict[str, Any]]
     overridable: Mapping[str, Any] = field(default_factory=dict)
+    centered: bool = False
     counts_steps: bool = True
 
     def stored(self, plan: LeafPlan) -> tuple[Moment, ...]:

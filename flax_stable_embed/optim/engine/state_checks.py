@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..storage.format_code import CheckedFormat, check_format, differs
 from ..storage.moments import bits_of, checked_scales, is_codes
 from ..storage.plan import LeafPlan
 from ..storage.rules import Bits, Rules
-from ..trees import Updates, flatten, is_none, path_name
+from ..trees import Updates, flatten, is_hole, is_none, path_name
 from .leaf import Leaf
 from .method import Method
 
 
 def check_fields(method: Method, state: Any, grads: Updates) -> None:
-    """Raises unless the state has exactly the moments of this optimizer. Options decide which ones it keeps."""
+    """Raises unless the state has exactly the moments of this optimizer, and counts that can count.
+
+    Options decide which moments it keeps.
+    """
     kept = [m.name for m in method.moments]
     for name in [name for name in state._fields if f"{name}_absmax" in state._fields]:
         has = getattr(state, name) is not None
@@ -24,6 +29,14 @@ def check_fields(method: Method, state: Any, grads: Updates) -> None:
                 f"The state has {'a' if has else 'no'} `{name}`, but this optimizer keeps "
                 f"{', '.join(kept) or 'no moments'}: another one made the state, or this one with other options. "
                 "fse.convert_state converts it."
+            )
+    for name in method.counts:
+        count = getattr(state, name)
+        dtype = np.dtype(getattr(count, "dtype", type(count)))
+        if np.shape(count) != () or not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
+            raise ValueError(
+                f"`{name}` of the state is {dtype} of shape {np.shape(count)}, where `init` makes an int32 scalar. "
+                "Restore the state with the dtypes of fse.abstract_state, or of `init`."
             )
 
 
@@ -47,8 +60,8 @@ def with_checked_scales(method: Method, path: str, stored: dict[str, Any]) -> di
     checked = {}
     for m in method.moments:
         values, scales = stored[m.name], stored[f"{m.name}_absmax"]
-        if hasattr(values, "dtype") and hasattr(scales, "dtype"):
-            checked[f"{m.name}_absmax"] = checked_scales(path, m.name, values.dtype, scales)
+        if not (is_hole(values) and is_hole(scales)):
+            checked[f"{m.name}_absmax"] = checked_scales(path, m.name, values, scales)
     return stored | checked
 
 
@@ -70,12 +83,22 @@ def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:
     bits: Bits = "rowwise" if "rowwise" in kinds else (kinds[0] if kinds else 32)
     for m, kind in zip(method.moments, kinds):
         x, rows = stored[m.name], m.second and bits == "rowwise"
-        if x.shape != ((*g.shape[:-1], 1) if rows else g.shape) or kind not in (bits, 32):
+        complex_for_real = jnp.issubdtype(x.dtype, jnp.complexfloating) and jnp.isrealobj(g)
+        if x.shape != ((*g.shape[:-1], 1) if rows else g.shape) or kind not in (bits, 32) or complex_for_real:
             raise ValueError(
-                f"The gradient of parameter {path!r} has the shape {g.shape}, but its `{m.name}` in the state is "
-                f"{x.dtype} of shape {x.shape}: was the state made by `init` of the same parameters?"
+                f"The gradient of parameter {path!r} is {g.dtype} of shape {g.shape}, but its `{m.name}` in the state "
+                f"is {x.dtype} of shape {x.shape}: was the state made by `init` of the same parameters?"
             )
     return bits
+
+
+def unstepped_bits(method: Method, leaf: Leaf) -> tuple[Bits, tuple[int, ...]]:
+    """Reads how the moments of a parameter without a gradient are stored, and the parameter's shape."""
+    found = [(leaf.stored[m.name], m) for m in method.moments]
+    shapes = [x.shape for x, m in found if not m.second] + [x.shape for x, _ in found]
+    shape = shapes[0] if leaf.p is None else leaf.p.shape
+    kinds: list[Bits] = [bits_of(x, shape) for x, _ in found]
+    return "rowwise" if "rowwise" in kinds else kinds[0], shape
 
 
 def check_storage(

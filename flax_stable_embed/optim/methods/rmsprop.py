@@ -108,6 +108,7 @@ def engine(
         tuple(moments),
         hyper,
         overridable,
+        centered=centered,
         counts_steps=bias_correction,
     )
     return Engine(method, options)

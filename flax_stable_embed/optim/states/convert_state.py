@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
 from ..engine.records import StoredMoment
-from ..storage.moments import dequantize_moment, in_memory, memory_of, quantize_moment
+from ..storage.moments import dequantize_moment, in_memory, is_codes, memory_of, quantize_moment
 from ..trees import Params
 from .named_state import NamedState
 from .pairing import pair
@@ -39,7 +39,8 @@ def convert_state(
     Codes are copied if both optimizers store them in the same way. Otherwise a moment is decoded to float32 and stored
     with rounding to nearest. From 8 bits to float32 and back, every code stays the same, with one exception: with the
     `dynamic` codec, the largest element of a block loses 0.7% each time it is stored, if it is negative. "rowwise"
-    stores the mean of each row. Decoded, every element of the row has that mean.
+    stores the mean of each row. Decoded, every element of the row has that mean. The second moment of centered RMSprop
+    is raised to the square of the mean where rounding has made it smaller, because optax would compute NaN.
 
     A step count of moments is taken from the count of the same moments. Any other count, such as the count of a
     schedule, is taken from the nearest one of its kind. A count on which only random bits depend may start at 0. A
@@ -94,6 +95,10 @@ def convert_state(
         values = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(origin)]
         if not _same_codes(source.moments.get(origin), target.moments.get(name)):
             x = _decoded(values, source.moments.get(origin))
+            if (mean := source.means.get(origin)) is not None and not is_codes(target.expected[name].dtype):
+                # Rounded moments need not satisfy nu >= mu^2, and the root of a negative variance is NaN.
+                of_mean = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(mean)]
+                x = jnp.maximum(x, jnp.square(_decoded(of_mean, source.moments.get(mean))) * (1 + 2.0**-20))
             values = _encoded(x, target.moments.get(name), target.expected[name])
         for k, x in zip(target.array_names(name), values):
             dtype = target.expected[k].dtype

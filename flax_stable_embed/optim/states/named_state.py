@@ -44,6 +44,7 @@ class NamedState:
         formats: The record of each 8-bit transform, by the name of its array `format`.
         sums: The terms that each trace sums, where that is known.
         without_counts: The 8-bit optimizers whose rule does not depend on the count.
+        means: The name of the mean for each second moment of which a variance is computed.
         moment_fields: The fields of the moments: "mu", "nu".
         counts: The names of all step counts.
         shapes: The shape of every value, without scales and formats. A moment has the shape that it has decoded.
@@ -72,6 +73,7 @@ class NamedState:
         self.moments: dict[str, StoredMoment] = {}
         self.scales: dict[str, str] = {}
         self.formats, self.without_counts = {}, set()
+        self.means: dict[str, str] = {}
         self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
         for place, record in records:
             declared = record.method.moments if record.method else ()
@@ -79,6 +81,9 @@ class NamedState:
                 name = self.name((*place, *moment.codes))
                 self.moments[name], self.scales[name] = moment, self.name((*place, *moment.absmax))
                 self.sums.update((name, m.sums) for m in declared if m.name == moment.name and m.sums is not None)
+            if record.method is not None and record.method.centered:
+                names = {(m.path, m.name): self.name((*place, *m.codes)) for m in record.moments}
+                self.means |= {name: names[path, "mu"] for (path, field), name in names.items() if field == "nu"}
             self.formats[self.name((*place, GetAttrKey("format")))] = record
             if record.method is not None and not record.method.counts_steps:
                 self.without_counts.add(self.name(place))
@@ -134,9 +139,9 @@ class NamedState:
         wrong = [f"{name} is not in it" for name in self.expected if name not in arrays]
         wrong += [f"{name} is not in {self.argument}.init(params)" for name in arrays if name not in self.expected]
         for name, want in self.expected.items():
-            if name in arrays and _shape_and_codes(arrays[name]) != _shape_and_codes(want):
-                shape, codes = _shape_and_codes(arrays[name])
-                wrong.append(f"{name} has the shape {shape}{' and codes' if codes else ''}, and not {want.shape}")
+            if name in arrays and _shape_and_kind(arrays[name]) != _shape_and_kind(want):
+                shape, kind = _shape_and_kind(arrays[name])
+                wrong.append(f"{name} is {kind} of shape {shape}, and not {_shape_and_kind(want)[1]} of {want.shape}")
         if wrong:
             raise ValueError(f"`state` was not made by `{self.argument}` for these `params`: {listed(wrong)}.")
         return arrays
@@ -166,9 +171,11 @@ def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
                     yield (*path, *inner), sums
 
 
-def _shape_and_codes(x: Any) -> tuple[tuple[int, ...], bool]:
-    """Returns the shape of an array, and whether it holds codes. Other dtypes may differ, because loaders cast them."""
-    return np.shape(x), is_codes(getattr(x, "dtype", None))
+def _shape_and_kind(x: Any) -> tuple[tuple[int, ...], str]:
+    """Returns the shape of an array, and its kind of dtype. Within a kind, dtypes may differ: loaders cast them."""
+    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    kinds = {"codes": is_codes(dtype), "floating": jnp.issubdtype(dtype, jnp.floating), "complex": jnp.iscomplexobj(x)}
+    return np.shape(x), next((kind for kind, has in kinds.items() if has), "another kind of array")
 
 
 def last_part(name: str) -> str:

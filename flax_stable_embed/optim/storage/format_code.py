@@ -19,7 +19,7 @@ from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise.codecs import CODECS
 from ...ops.sharding import placed_like
 from ..placement import device_of
-from ..trees import Params
+from ..trees import Params, is_array
 from .plan import LeafPlan
 from .rules import Rules
 from .state_format import StateFormat
@@ -56,6 +56,11 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> Chec
     Raises:
         ValueError: It is the format of another state.
     """
+    if not is_array(vector):
+        raise ValueError(
+            f"`format` of the state is {vector!r:.40}, where `init` makes an array. Restore the state as `init` makes "
+            "it."
+        )
     want = format_code(rules.formats, plans)
     right = is_right(vector, want)
     if right is False:
@@ -78,10 +83,12 @@ def is_right(vector: Any, want: np.ndarray) -> bool | Array:
         return False
     checksum = int(want[_CHECKSUM].view(np.uint32)[0])
     if isinstance(vector, Tracer):
-        # For the TPU compiler, a sum of four bytes is one small array. A bitcast of them is five.
-        shifted = vector[_CHECKSUM].astype(jnp.uint32) << np.arange(0, 32, 8, dtype=np.uint32)
-        found = jnp.sum(shifted, dtype=jnp.uint32)
-        return (found == np.uint32(checksum)) | (found == 0)
+        # Every element becomes the checksum. The TPU compiler keeps such small vectors in scratch memory. For the
+        # scalar of a sum or a bitcast it would reserve main memory, and then also for every other scalar of the step.
+        word = vector[_CHECKSUM].astype(jnp.uint32) << np.arange(0, 32, 8, dtype=np.uint32)
+        word = word | word[::-1]
+        word = word | word.reshape(2, 2)[:, ::-1].reshape(4)
+        return ((word == np.uint32(checksum)) | (word == 0))[0]
     return int(_read(vector)[_CHECKSUM].view(np.uint32)[0]) in (checksum, 0)
 
 
@@ -107,7 +114,7 @@ def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) 
     """Writes the formats in use into one small uint8 vector, the `format` of a state.
 
     For each format 12 bytes: the codec, the axis, 3 bytes each for `block_size` and `shards`, and a checksum of the
-    version and of the codec and the blocks of every parameter in 8 bits.
+    version, of the codec and the blocks of every parameter in 8 bits, and of those with "rowwise" moments.
 
     Its length differs for every sequence of codecs. A checkpoint with another codec then fails on its shape, because
     orbax casts dtypes without asking. The length is 12 bytes times the sequence, read as a number in bijective base 3.
@@ -116,10 +123,12 @@ def format_code(formats: Sequence[StateFormat], plans: Sequence[LeafPlan] = ()) 
 
     Args:
         formats: The optimizer's format, then the formats of the rules in order.
-        plans: The plans of the parameters. Those without 8-bit moments do not matter.
+        plans: The plans of the parameters. Those with float32 or bfloat16 moments do not matter.
     """
     in_8_bits = [(x, x.blocks) for x in plans if x.blocks]
-    checksum = _checksum([_layout(x, blocks) for x, blocks in in_8_bits]).to_bytes(4, "little")
+    layouts = [_layout(x, blocks) for x, blocks in in_8_bits]
+    layouts += [f"{x.path} rowwise" for x in plans if x.bits == "rowwise"]
+    checksum = _checksum(layouts).to_bytes(4, "little")
     number, content = 0, []
     for f in formats:
         codec = _CODECS.index(f.codec) + 1

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
@@ -28,6 +29,7 @@ from ...ops.dtypes import at_least_float32
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
 from ..placement import device_of
+from ..trees import is_array
 from .plan import LeafPlan
 from .rules import Bits
 from .state_format import StateFormat
@@ -177,18 +179,27 @@ def bits_of(stored: Any, shape: tuple[int, ...]) -> Bits:
     return 32 if stored.shape == shape else "rowwise"
 
 
-def checked_scales(path: str, field: str, dtype: Any, scales: Any) -> Any:
-    """Returns the scales of a moment of a dtype in float32. Checks what a checkpoint loader may have cast.
+# The dtypes of moments: codes, "bf16", 32 bits or wider.
+_DTYPES = {np.dtype(x) for x in ("int8", "uint8", jnp.bfloat16, "float32", "float64", "complex64", "complex128")}
+
+
+def checked_scales(path: str, field: str, stored: Any, scales: Any) -> Any:
+    """Returns the scales of a moment in float32. Checks what a checkpoint loader may have cast.
 
     Raises:
-        ValueError: The moment or its scales are in float16, in which most of them are zero or infinite, or the scales
-            have another dtype than `init` gives them.
+        ValueError: The moment or its scales are not arrays, or have a dtype that `init` never gives them. In float16
+            most moments would be zero or infinite, and as integers all of them zero.
     """
-    if scales.dtype == jnp.bfloat16:
+    for name, x in ((field, stored), (f"{field}_absmax", scales)):
+        if not is_array(x):
+            raise ValueError(
+                f"`{name}` of parameter {path!r} is {x!r:.40} in the state, where `init` makes an array. Restore the "
+                "state as `init` makes it."
+            )
+    if scales.dtype == jnp.bfloat16 and stored.dtype in _DTYPES:
         return scales.astype(jnp.float32)
-    name = f"{field}_absmax" if scales.dtype != jnp.float32 else field if dtype == jnp.float16 else None
-    if name is not None:
-        dtype = dtype if name == field else scales.dtype
+    name, dtype = (f"{field}_absmax", scales.dtype) if stored.dtype in _DTYPES else (field, stored.dtype)
+    if dtype != jnp.float32:
         raise ValueError(
             f"`{name}` of parameter {path!r} is {dtype} in the state, where `init` makes float32. Restore the state "
             "with the dtypes of fse.abstract_state, or of `init`. (bfloat16 scales are widened; in float16 small "

@@ -157,11 +157,12 @@ class Planner:
             )
         return self._finished(replace(plan, bits=stored_bits, reason="as the state stores it"), parameter)
 
-    def plan_unstepped(self, path: str, codes: Any) -> LeafPlan:
-        """Plans a parameter with 8-bit moments that gets no gradient, so that its format is known and nothing else."""
-        like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
-        plan = self._plan(list(islice(self.rules.matches(path, codes.shape), 1)), path, like)
-        return replace(plan, bits=8, blocks=plan.state_format.blocks(path, plan.shape, plan.stacked))
+    def plan_unstepped(self, path: str, stored_bits: Bits, shape: tuple[int, ...]) -> LeafPlan:
+        """Plans a parameter that gets no gradient, so that the format of its moments is known and nothing else."""
+        like = jax.ShapeDtypeStruct(shape, jnp.float32)
+        plan = self._plan(list(islice(self.rules.matches(path, shape), 1)), path, like)
+        blocks = plan.state_format.blocks(path, plan.shape, plan.stacked) if stored_bits == 8 else None
+        return replace(plan, bits=stored_bits, blocks=blocks)
 
     def _plan(self, matches: list[int], path: str, parameter: Any, metadata_bits: Any = None) -> LeafPlan:
         pattern, rule = self.rules.user[matches[0]] if matches else (None, Rule())

@@ -45,7 +45,19 @@ from ..storage.moments import (
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
-from ..trees import Params, Updates, entry, flatten, is_array, is_hole, is_hole_or_box, nbytes, path_name, shapes_of
+from ..trees import (
+    Params,
+    Updates,
+    dotted,
+    entry,
+    flatten,
+    is_array,
+    is_hole,
+    is_hole_or_box,
+    nbytes,
+    path_name,
+    shapes_of,
+)
 from .first_state import FirstState
 from .state_fields import (
     COUNTS,
@@ -284,6 +296,7 @@ class _Quantizer:
         scales = {name: jax.tree.leaves(x, is_leaf=is_hole) for name, x in state.absmax.items()}
         slots = find_slots(state.inner, fields, is_hole)
         _check_paths("inner", state.inner, first)
+        _check_arrays(state.inner, first)
         for field in fields:
             _check_paths(f"absmax[{field.name!r}]", state.absmax[field.name], field.tree)
         stored = self._stored_moments(slots, before, scales, expected, shapes)
@@ -335,8 +348,9 @@ class _Quantizer:
             seen[field.name] += 1
             if is_array(leaves[index]):
                 x, want = leaves[index], expected[index]
-                cast_to = None if x.dtype == want.dtype else x.dtype
-                absmax = scales[field.name][at] = checked_scales(path, field.name, cast_to, scales[field.name][at])
+                # A transform may keep moments of its own in float16.
+                like = jax.ShapeDtypeStruct(x.shape, jnp.float32) if x.dtype == want.dtype else x
+                absmax = scales[field.name][at] = checked_scales(path, field.name, like, scales[field.name][at])
                 old = self._stored(plans, path, field, x, absmax, want, shapes)
                 if old is not None:
                     stored[index] = old._replace(at=at)
@@ -429,6 +443,21 @@ def _check_paths(name: str, found: Any, like: Any) -> None:
     """Raises unless a part of the state has its leaves where `init` makes them."""
     paths = [path_name(path) for path, _ in flatten(found, is_hole)]
     check_same_paths(paths, like, "`init` makes", given=f"`{name}` of the state has", is_leaf=is_hole)
+
+
+def _check_arrays(found: Any, like: Any) -> None:
+    """Raises unless the arrays in a part of the state have the shapes that `init` makes.
+
+    A moment of another shape could be broadcast, and complex numbers would lose their imaginary part.
+    """
+    for (path, x), (_, want) in zip(flatten(found, is_hole), flatten(like, is_hole)):
+        if not is_array(want) or (np.shape(x) == want.shape and jnp.iscomplexobj(x) <= jnp.iscomplexobj(want)):
+            continue
+        found_dtype = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(
+            f"`inner.{dotted(path)}` of the state is {found_dtype} of shape {np.shape(x)}, where `init` makes "
+            f"{want.dtype} of shape {want.shape}: was the state made by `init` of the same parameters?"
+        )
 
 
 def _first_number(first: FirstState, box: Any, plan: LeafPlan) -> float | None:

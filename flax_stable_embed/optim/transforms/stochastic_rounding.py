@@ -101,7 +101,9 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         updates, state = update(grads, state, params, **extra_args)
 
         def apply(p, u):  # as optax.apply_updates; a leaf may be without an update
-            return p if p is None or u is None else jnp.asarray(p + u).astype(jnp.asarray(p).dtype)
+            if p is None or u is None:
+                return p
+            return jnp.asarray(_to_float32(p) + u).astype(jnp.asarray(p).dtype)
 
         return jax.tree.map(apply, params, updates, is_leaf=is_none), state
 

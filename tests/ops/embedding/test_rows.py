@@ -152,6 +152,13 @@ def test_errors_of_jax_name_the_functions_that_support_row_gradients():
         jax.tree.map(lambda x: 0.5 * x, rows([1, 2]))
 
 
+def test_row_numbers_that_were_cast_raise():
+    rows = SparseRows.of_lookups(jnp.array([1, 2]), jnp.ones((2, 3)), 5)
+    bad = optax.tree.zeros_like(rows, dtype=jnp.float32)
+    with pytest.raises(TypeError, match="The row numbers of a SparseRows were cast to float32"):
+        bad.to_dense()
+
+
 def test_sparse_rows_work_in_jit_scan_cond_and_vmap():
     x = rows([1, 5, 5])
     twice = jax.jit(lambda x: x * 2)(x)

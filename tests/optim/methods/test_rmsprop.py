@@ -85,3 +85,30 @@ def test_the_dynamic_codec_stores_the_second_moment_with_signed_codes():
     tx = fse.rmsprop8bit(1e-3, initial_scale=1.0, state_format=fse.StateFormat("dynamic", min_size=0))
     state = tx.init({"kernel": jnp.zeros((64, 64))})[0]
     assert np.unique(state.nu["kernel"]).tolist() == [128]
+
+
+def test_a_centered_variance_cannot_be_one_per_row():
+    with pytest.raises(ValueError, match="with centered=True rmsprop needs the variance of every element"):
+        fse.rmsprop8bit(1e-2, centered=True, rules=((".*", "rowwise"),))
+
+
+@pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
+@pytest.mark.parametrize("target", ["optax", "fp32"])
+@pytest.mark.parametrize("storage", [8, "bf16"])
+def test_a_centered_variance_is_not_negative_after_a_conversion(codec, target, storage):
+    """With nearly constant gradients the variance is small, and rounding may make the second moment too small."""
+    params = {"kernel": jnp.ones((64, 96))}
+    before = fse.rmsprop8bit(
+        1e-3, centered=True, rules=((".*", storage),), state_format=fse.StateFormat(codec) if storage == 8 else SMALL
+    )
+    after = optax.rmsprop(1e-3, centered=True)
+    if target == "fp32":
+        after = fse.rmsprop8bit(1e-3, centered=True, rules=((".*", 32),))
+    mean = jax.random.normal(jax.random.key(0), (64, 96))
+    state = before.init(params)
+    for i in range(10):
+        grads = {"kernel": mean * (1 + 1e-3 * jax.random.normal(jax.random.key(i), (64, 96)))}
+        _, state = before.update(grads, state, params)
+    converted = fse.convert_state(before, after, params, state)
+    updates, _ = after.update({"kernel": mean}, converted, params)
+    assert jnp.isfinite(updates["kernel"]).all()

@@ -556,3 +556,12 @@ def test_every_mesh_gives_the_same_bits(kind, spec, inner):
     same = assert_same_bits if kind == AxisType.Explicit else assert_nearly
     same((new, after), (expected, expected_state))
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+def test_a_fused_step_runs_under_strict_promotion():
+    params = {"kernel": jnp.ones((64, 64), jnp.bfloat16), "scale": jnp.ones(8)}
+    tx = fse.stochastic_round_updates(fse.adamw8bit(1e-2))
+    want, _ = fse.fused_update(tx, params, tx.init(params), params)
+    with jax.numpy_dtype_promotion("strict"):
+        found, _ = fse.fused_update(tx, params, tx.init(params), params)
+    assert_same_bits(found, want)
