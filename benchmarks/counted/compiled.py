@@ -69,7 +69,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...] = (4096, 4096)
     codec: str | None = "root"  # None: optax.adamw
     implementation: str | None = None
-    rounding: str = "nearest"
+    rounding: str | None = None
     dtype: Any = jnp.float32
     along_rows: bool = False
 
@@ -94,6 +94,7 @@ CASES = {
     "`optax.adamw`, updates": Case(codec=None),
     "`adamw8bit`, `xla`": Case(implementation="xla"),
     "`adamw8bit`": Case(),
+    "`adamw8bit`, nearest": Case(rounding="nearest"),
     "`adamw8bit`, stochastic": Case(rounding="stochastic"),
     "`adamw8bit`, bfloat16 parameters and gradients": Case(dtype=jnp.bfloat16),
     "`adamw8bit`, blocks along rows": Case((32768, 1024), along_rows=True),

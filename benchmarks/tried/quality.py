@@ -92,7 +92,7 @@ QUESTIONS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("root, one scale per tensor, plain embedding", _paper("root", "tensor")),
         ("root, blocks, plain embedding", _paper("root")),
         ("root, blocks, stable embedding", _lm("root")),
-        ("root, blocks, stable embedding, dithered: the default", _lm("root", rounding="dither")),
+        ("root, blocks, dither, stable embedding: the default", _lm("root", rounding="dither")),
         ("fp32, stable embedding", _lm("fp32")),
     ),
     "Codecs and rounding": (

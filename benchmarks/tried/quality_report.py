@@ -10,6 +10,7 @@ A run that only learns little, because its rate is too high or too low, is stabl
 """
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -150,10 +151,9 @@ STYLES = {
     "root": ("#0072B2", "s", "-"),
     "dynamic": ("#D55E00", "^", "-"),
     "linear": ("#CC79A7", "D", "-"),
-    "root, dither": ("#009E73", "s", "-."),
-    "root, stochastic": ("#56B4E9", "s", "--"),
-    "dynamic, dither": ("#B8A200", "^", "-."),
-    "dynamic, stochastic": ("#E69F00", "^", "--"),
+    "root, dither": ("#56B4E9", "s", "--"),
+    "dynamic, dither": ("#E69F00", "^", "--"),
+    "linear, dither": ("#999999", "D", "--"),
 }
 TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold"}
 SHADES = ("#b5d4ea", "#6baed6", "#2f7fbc", "#08519c", "#062a5a", "#000000")  # learning rates, from low to high
@@ -165,7 +165,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 13), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.15, 1))
-    shown = ("fp32", "root", "dynamic", "linear")
+    shown = ("fp32", "root", "dynamic", "linear", "root, dither", "linear, dither")
     axes = [figure.add_subplot(grid[i, j]) for i in range(3) for j in range(2)]
     _losses(axes[0], results, "language", shown, "Language model, stable embedding")
     _differences(axes[1], results, "language", "Language model: difference from fp32")
@@ -187,7 +187,7 @@ def _offset(rate: float, i: int, n: int) -> float:
 def _losses(axes, results, task: str, labels, title: str) -> None:
     """Draws the median over seeds with the lowest and the highest. An arrow at the top stands for a run far above."""
     rates = results["tasks"][task]["rates"]
-    cells = {label: f"{task}-{label}" for label in labels}
+    cells = {label: f"{task}-{label.replace(', ', '-')}" for label in labels}
     first = [run["validation"][0][1] for run in results["runs"] if run["task"] == task]
     if not first:
         return
@@ -203,8 +203,8 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
         low = [m - min(min(g), top) for m, g in zip(middle, groups)]
         high = [min(max(g), top) - m for m, g in zip(middle, groups)]
         axes.errorbar(
-            x, middle, (low, high), color=color, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
-            linewidth=1.3,
+            x, middle, (low, high), color=color, marker=marker, linestyle=line, label=_shown(label), capsize=2,
+            markersize=5, linewidth=1.3,
         )  # fmt: skip
         gone = [a for a, g in zip(x, groups) if median(g) > top]
         if gone:  # not clipped; an empty line would change the layout
@@ -215,7 +215,7 @@ def _losses(axes, results, task: str, labels, title: str) -> None:
     _rate_axis(axes, rates)
     axes.set_ylabel("validation loss, nats")
     axes.set_title(title, **TITLE)
-    _legend(axes, 4)
+    _legend(axes, 2)
 
 
 def _differences(axes, results, task: str, title: str) -> None:
@@ -238,13 +238,18 @@ def _differences(axes, results, task: str, title: str) -> None:
             y = [mean(g) for g in groups]
             spread = [m - min(g) for m, g in zip(y, groups)], [max(g) - m for m, g in zip(y, groups)]
             axes.errorbar(
-                x, y, spread, color=color, marker=marker, linestyle=line, label=label, capsize=2, markersize=5,
-                linewidth=1.2,
+                x, y, spread, color=color, marker=marker, linestyle=line, label=_shown(label), capsize=2,
+                markersize=5, linewidth=1.2,
             )  # fmt: skip
     _rate_axis(axes, rates)
     axes.set_ylabel("validation loss, % from the\nfp32 run of the same seed")
     axes.set_title(title, **TITLE)
-    _legend(axes, 3)
+    _legend(axes, 2)
+
+
+def _shown(label: str) -> str:
+    """Returns a codec with its rounding."""
+    return label if label == "fp32" or ", " in label else f"{label}, nearest"
 
 
 def _legend(axes, ncols: int) -> None:
@@ -285,7 +290,7 @@ def _ladder(share, losses, results) -> None:
             losses.plot(inside, [height] * len(inside), "o", color=shade, markersize=5, alpha=0.85)
             if len(inside) < len(shown):
                 losses.plot([top], [height], ">", color=shade, markersize=7, clip_on=False)
-    labels = [label.replace(", plain", ",\nplain").replace(", stable", ",\nstable") for label, _ in rows]
+    labels = [re.sub(", (plain|stable)", r",\n\1", label) for label, _ in rows]
     share.set_yticks(range(len(rows)), labels, fontsize=9)
     losses.set_yticks(range(len(rows)), [])
     for axes in (share, losses):
@@ -295,7 +300,7 @@ def _ladder(share, losses, results) -> None:
     share.set_xlabel("unstable runs, % of all learning rates and seeds")
     share.set_title(f"{title}: language model", **TITLE)
     losses.set_xlim(right=top)
-    losses.set_xlabel(f"validation loss of every run, nats (arrow: above {top:.1f}, or not finite)")
+    losses.set_xlabel(f"loss of every run, nats (arrow: above {top:.1f} or not finite)")
     losses.set_title("Its losses", **TITLE)
     handles = [Line2D([], [], color=s, marker="o", linestyle="", label=f"{r:g}") for s, r in zip(SHADES, rates)]
     losses.legend(
