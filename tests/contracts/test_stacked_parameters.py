@@ -120,7 +120,9 @@ def test_without_the_rule_the_norm_of_a_stack_is_one_norm():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.name in ("adamw8bit", "lamb8bit", "lars8bit")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS if c.name in ("adamw8bit", "lamb8bit", "lars8bit")], ids=lambda case: case.name
+)
 @pytest.mark.one_in(3)
 def test_stacked_layers_step_alike_on_a_mesh(case, kind):
     """The stack is sharded over its layers, as in a pipeline, and over an axis of the layers."""
