@@ -50,6 +50,7 @@ from .optim.states.describe import describe as describe
 from .optim.storage.rules import Rule as Rule
 from .optim.storage.rules import where as where
 from .optim.storage.state_format import StateFormat as StateFormat
+from .optim.transforms.in_place import in_place as in_place
 from .optim.transforms.percentile_clipping import PercentileClippingState as PercentileClippingState
 from .optim.transforms.percentile_clipping import percentile_clipping as percentile_clipping
 from .optim.transforms.quantize_state import QuantizedState as QuantizedState
