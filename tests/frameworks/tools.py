@@ -14,6 +14,7 @@ from tests.tools import SMALL, is_codes, jitted
 
 OPTIMIZERS = {
     "adamw8bit": functools.partial(fse.adamw8bit, 0.01, weight_decay=0.1),
+    "in_place": lambda **options: fse.in_place(fse.adamw8bit(0.01, weight_decay=0.1, **options)),
     "lion8bit": functools.partial(fse.lion8bit, 0.01, weight_decay=0.1),
     "quantize_state": functools.partial(fse.quantize_state, optax.adamw(0.01, weight_decay=0.1)),
 }

@@ -77,7 +77,9 @@ def partitioned(step: Step, operands: Operands, index: Any = None):
     """
     out, codes, absmax = plain(step, operands, index)
     codes = tuple(sharded_like(new, old) for new, old in zip(codes, operands.codes))  # else XLA may gather them
-    return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax
+    if step.fused:
+        return sharded_like(out, operands.p), codes, absmax
+    return jnp.where(out == out, out, jnp.nan), codes, absmax
 
 
 def _run(module: str):

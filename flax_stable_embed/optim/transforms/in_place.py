@@ -3,7 +3,7 @@ r"""Updates parameters in place through `optax.apply_updates`, for code that has
     u = in_place(p');   p + u = p',   where p', m' = fused_update(tx, g, m, p)
 
 `optax.apply_updates` computes `p + u`. Here `u` is an object that holds the new parameter, and `p + u` returns it. So
-no array of updates exists, and nothing is added. The object is a pytree whose arrays are sealed: nothing but `p + u` can
+no array of updates exists, and nothing is added. The object is a pytree whose arrays are sealed: only `p + u` can
 compute with them.
 """
 
@@ -51,7 +51,7 @@ def _sealed(x: Array) -> Array:
     """Returns an array in a sealed dtype, bit for bit. XLA compiles this and `_unsealed` to nothing."""
     if jnp.iscomplexobj(x):
         parts = jnp.stack([x.real, x.imag], axis=-1)
-        words = lax.bitcast_convert_type(parts, jnp.uint32).reshape(*x.shape, -1)
+        words = lax.bitcast_convert_type(parts, jnp.uint32).reshape(*x.shape, x.dtype.itemsize // 4)
     elif x.dtype.itemsize == 8:
         words = lax.bitcast_convert_type(x, jnp.uint32)
     elif x.dtype == jnp.bool_:
@@ -92,7 +92,8 @@ class InPlaceUpdate:
 
     def __init__(self, old: Array, new: Array):
         self.dtype = np.dtype(new.dtype)
-        self._old, self._new, self._leaves = old, new, None
+        self._old, self._new = old, new
+        self._leaves: tuple[Any, ...] | None = None  # once it was flattened: the sealed arrays
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,7 +133,7 @@ class InPlaceUpdate:
                 )
             return self._new
         new, is_update = self._leaves
-        if not all(jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key) for x in self._leaves):
+        if not all(jnp.issubdtype(getattr(x, "dtype", np.object_), jax.dtypes.prng_key) for x in (new, is_update)):
             raise TypeError(_ADVICE)
         if (new.shape, self.dtype) != (np.shape(p), jnp.result_type(p)):
             raise ValueError(
