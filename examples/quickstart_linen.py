@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
 
 
 model = LanguageModel()
-tx = fse.adamw8bit(3e-3, b2=0.99)  # instead of optax.adamw
+tx = fse.in_place(fse.adamw8bit(3e-3, b2=0.99))  # instead of optax.adamw
 params = model.init(jax.random.key(0), TEXT[None, :CONTEXT])["params"]
 state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 

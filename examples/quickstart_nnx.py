@@ -48,7 +48,7 @@ class LanguageModel(nnx.Module):
 
 
 model = LanguageModel(rngs=nnx.Rngs(0))
-tx = fse.adamw8bit(3e-3, b2=0.99)  # instead of optax.adamw
+tx = fse.in_place(fse.adamw8bit(3e-3, b2=0.99))  # instead of optax.adamw
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 

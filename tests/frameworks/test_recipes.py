@@ -58,7 +58,7 @@ TABLE = {}
 def t5x(monkeypatch):
     rules = SimpleNamespace(_RULES=TABLE)
     module = ModuleType("t5x")
-    module.optimizers = SimpleNamespace(OptaxStatePartitionRules=rules, wrap_optax_optimizer=lambda factory: factory)
+    module.optimizers = SimpleNamespace(OptaxStatePartitionRules=rules, OptaxWrapper=lambda tx: tx)
     monkeypatch.setitem(sys.modules, "t5x", module)
 
 
