@@ -72,18 +72,18 @@ def make(request):
     return make
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_num_embeddings(make):
     assert make(7, 4).table.shape[0] == 7 and make(num_embeddings=9, features=4).table.shape[0] == 9
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_embedding_dim(make):
     """`embedding_dim` is `features` in Flax."""
     assert make(7, 4).table.shape[1] == 4 and make(7, features=6)(IDS).shape == (4, 6)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_padding_idx(make):
     module = make(7, 4, padding_idx=-3)
     assert not module.table[4].any() and module.table[3].any()
@@ -114,7 +114,7 @@ def test_scale_grad_by_freq(make):
     np.testing.assert_allclose(scaled[1], plain[1], rtol=1e-6)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_sparse(make):
     rows = make(7, 4, sparse=True).gradient(fse.row_value_and_grad)
     assert isinstance(rows, fse.SparseRows) and rows.indices[:3].tolist() == [1, 2, 4]
@@ -135,7 +135,7 @@ def test_weight(make):
         np.testing.assert_array_equal(module.embedding[...], table)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_device(make):
     """`device` is JAX's `default_device`. With bitsandbytes' own `device=`, the table silently does not train."""
     device = jax.devices()[1]
@@ -145,7 +145,7 @@ def test_device(make):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_dtype(make, dtype):
     """`dtype` is `param_dtype`. The dtype of the result, by default the same, can be set on its own."""
     module = make(7, 4, param_dtype=dtype)

@@ -44,7 +44,7 @@ ALLOWED = {"float32": (3e-8, 1e-5), "float16": (6e-5, 6e-4), "bfloat16": (1.7e-4
         pytest.param((1024, 32), "float16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(14)
 def test_optimizer8bit(case, shape, dtype):
     one_step_errors(case, shape, dtype, steps=50)
 
@@ -108,7 +108,7 @@ WITHIN_32BIT = {"float32": (1e-6, 1e-5), "float16": (1e-4, 1e-3), "bfloat16": (1
     "shape", [(1024, 1), *(pytest.param((1024, n), marks=pytest.mark.slow) for n in (32, 1024, 4097))]
 )
 @pytest.mark.parametrize("dtype", WITHIN_32BIT)
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
 def test_optimizer32bit(case, shape, dtype):
     """Takes 20 steps and checks each one; this includes test_lion32bit_weight_decay.
 

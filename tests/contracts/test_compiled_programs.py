@@ -56,7 +56,7 @@ def arrays(sizes, kind, spec, shape=(128, 128)):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_no_python_function_is_reachable_from_a_compiled_step(name, mesh):
     tx = TRANSFORMS[name]()
     set_mesh, params, grads = arrays(*MESHES[mesh])
@@ -75,7 +75,7 @@ def test_no_python_function_is_reachable_from_a_compiled_step(name, mesh):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("devices", [2, 8])
 @every_optimizer
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(16)
 def test_an_exported_step_gives_the_same_bits(case, devices, kind):
     tx = build(case)
     mesh, params, grads = arrays((devices,), kind, P("a"))
@@ -172,6 +172,7 @@ def in_a_process(call):
 
 
 @pytest.mark.parametrize("strip", ["strip", "keep"])
+@pytest.mark.one_in(4)
 def test_a_cache_on_disk_never_gives_the_program_of_another_hyper_parameter(strip, tmp_path):
     for which in ("first", "second"):
         in_a_process(f"run_with_a_cache({str(tmp_path)!r}, {strip!r}, {which!r})")

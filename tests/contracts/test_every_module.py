@@ -117,7 +117,7 @@ def test_both_apis_create_the_same_parameters(case):
 
 
 @every_module
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_linen_and_nnx_give_the_same_bits(case):
     params = parameters(case)
     in_linen = output_and_gradient(linen_forward(case), params)
@@ -161,7 +161,7 @@ def test_forward_and_reverse_mode_agree(case):
 
 
 @every_module
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(4, start=1)
 def test_vmap_works_over_ids_and_over_tables(case):
     params = parameters(case)
     forward = linen_forward(case)
@@ -172,7 +172,7 @@ def test_vmap_works_over_ids_and_over_tables(case):
 
 
 @every_module
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(4, start=1)
 def test_remat_does_not_change_the_gradient(case):
     params = parameters(case)
     forward = linen_forward(case)
@@ -195,7 +195,7 @@ def test_scan_over_ids_equals_one_call(case):
 
 
 @every_module
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_lifted_transforms_stack_modules(case):
     kind = getattr(linen, case.module)
     stacked = nn.vmap(kind, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
@@ -283,7 +283,7 @@ SHARDINGS = [P("a", "b"), P("a", None), P(None, "b"), P(("a", "b"), None), P("b"
         for spec in (SHARDINGS if case.name.endswith("everything") else SHARDINGS[:1])
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_a_sharded_table_gives_the_same_output_and_gradient(case, kind, spec):
     params = parameters(case)
     expected = reference(case.name)

@@ -109,7 +109,7 @@ def test_the_state_has_the_structure_of_the_optax_state(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_extra_arguments_are_ignored(case):
     params, grads = parameters(), gradients()
     tx = build(case)
@@ -128,7 +128,7 @@ def test_extra_arguments_are_ignored(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_a_second_call_compiles_nothing(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -148,7 +148,7 @@ def test_a_second_call_compiles_nothing(case, dtype):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_types_do_not_change(case, dtype):
     params = parameters(dtype)
     for tx in (build(case), halves(case)[0]):
@@ -180,7 +180,7 @@ def test_gradients_may_have_another_dtype_than_parameters(case):
 
 
 @pytest.mark.parametrize("case", [case for case in OPTIMIZERS if not case.sums], ids=lambda case: case.name)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_scale_by_transforms_work_without_params(case):
     ours, _ = halves(case)
     params, grads = parameters(), gradients()
@@ -192,7 +192,7 @@ def test_scale_by_transforms_work_without_params(case):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("which", ["whole", "half"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_hyperparameters_can_be_injected(case, which):
     """Static options are passed on unchanged, including a predicate in the rules. Numbers can be changed later."""
     rules = ((fse.where(lambda path, shape: shape == (64, 64)), fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)
@@ -222,6 +222,7 @@ def test_hyperparameters_can_be_injected(case, which):
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.one_in(7)
 def test_decay_rates_in_16_bits_are_refused_and_float32_is_the_way_out(case, dtype):
     params = parameters(dtype)
     sixteen = {name: jnp.asarray(0.9, dtype) for name in ("b1", "b2", "b3", "decay", "momentum") if takes(case, name)}
@@ -240,7 +241,7 @@ def test_decay_rates_in_16_bits_are_refused_and_float32_is_the_way_out(case, dty
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 def test_multi_steps_waits_and_then_takes_one_step(case, dtype):
     params = parameters(dtype)
     tx = build(case)
@@ -292,7 +293,7 @@ def test_a_scan_equals_a_loop(case, fused):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_float64_parameters_keep_float64_moments(case):
     with jax.enable_x64(True):
         params = parameters("float64")
@@ -355,7 +356,7 @@ def test_tree_map_params_finds_moments_and_scales(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_vmap_of_init_and_update_equals_a_loop_over_members(case):
     members = [parameters(seed=i) for i in range(2)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
@@ -374,7 +375,7 @@ def test_vmap_of_init_and_update_equals_a_loop_over_members(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_parameters_after_a_step_are_differentiable(case):
     """Differentiates by the learning rate and by the gradients, as in meta-learning, and through remat."""
     params, grads = parameters(), gradients()
@@ -461,7 +462,7 @@ def unrolled(tx_of, steps, w, rate):
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 @pytest.mark.parametrize("bits", [8, "bf16", 32])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(13)
 def test_a_derivative_through_moments_that_are_not_in_32_bits_raises(case, bits):
     w = parameters()["kernel"]
     hyper = {key: x for key, x in case.hyper.items() if key != "learning_rate"}
@@ -481,7 +482,7 @@ def test_a_derivative_through_moments_that_are_not_in_32_bits_raises(case, bits)
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_donated_buffers_are_used_in_place(case):
     """JAX warns if it cannot use a donated buffer, and warnings are errors in these tests."""
     for fused in (False, True):
@@ -504,7 +505,7 @@ def test_donated_buffers_are_used_in_place(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_fp32_moments_equal_optax_bit_for_bit(case):
     params = parameters()
     ours, theirs = build(case, rules=ALL_FP32), build_theirs(case)
@@ -517,7 +518,7 @@ def test_fp32_moments_equal_optax_bit_for_bit(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(8, start=1)
+@pytest.mark.one_in(13, start=1)
 def test_fp32_moments_next_to_8bit_ones_equal_optax_bit_for_bit_with_and_without_jit(case):
     params, grads = parameters(), gradients()
     ours, theirs = build(case), build_theirs(case)
@@ -536,7 +537,7 @@ def test_fp32_moments_next_to_8bit_ones_equal_optax_bit_for_bit_with_and_without
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(13)
 def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
     params = parameters(dtype)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
@@ -556,7 +557,7 @@ def test_half_precision_parameters_equal_optax_on_float32_copies(case, dtype):
 
 
 @every_optimizer
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_complex_parameters_keep_the_state_of_optax(case):
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(64, 64)) + 1j * rng.normal(size=(64, 64)), jnp.complex64)}
@@ -575,7 +576,7 @@ def test_complex_parameters_keep_the_state_of_optax(case):
 
 
 @every_optimizer_and_storage
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_the_first_step_equals_optax_in_every_storage(case, codec, rounding):
     """The update uses the new moments before they are rounded. Only the next step uses their codes."""
     params, grads = parameters(), gradients()
@@ -587,7 +588,7 @@ def test_the_first_step_equals_optax_in_every_storage(case, codec, rounding):
 
 
 @every_optimizer_and_storage
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 def test_a_zero_gradient_changes_nothing(case, codec, rounding):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -680,7 +681,7 @@ def test_a_nonfinite_gradient_element_changes_no_other_element(case, codec, roun
 
 @with_every_storage([case for case in OPTIMIZERS if case.bounded])
 @pytest.mark.parametrize("spike", [1e20, 1e30])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_gradient_whose_square_overflows_does_not_move_its_parameter_far(case, codec, rounding, spike):
     tx = without_decay(case, state_format=fse.StateFormat(codec, rounding, min_size=0))
     params = parameters()
@@ -704,7 +705,7 @@ def test_a_state_of_renamed_parameters_is_refused(case):
 
 @every_optimizer
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(13)
 def test_skip_nonfinite_does_not_update_elements_with_a_nonfinite_gradient(case, fused):
     tx = build(case, skip_nonfinite=True)
     params = parameters()
@@ -740,7 +741,7 @@ def kernel_moment(state, name):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
 def test_fused_update_equals_update_and_apply_updates(case, dtype):
     tx, params = build(case), parameters(dtype)
     _, state, _ = jitted(tx)(gradients(0, params), tx.init(params), params)
@@ -757,7 +758,7 @@ def test_fused_update_equals_update_and_apply_updates(case, dtype):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_chain_keeps_the_fused_path(case):
     params, grads = parameters(), gradients()
     tx = fse.chain(optax.clip_by_global_norm(0.5), build(case))
@@ -822,7 +823,7 @@ def test_every_kind_of_tree_keeps_its_structure_and_types(case, kind):
 
 
 @every_optimizer
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(19)
 def test_every_kind_of_tree_gets_its_first_step_as_in_optax(case):
     params = {kind: TREES[kind]() for kind in ("tuple", "none", "empty", "scalar", "vector", "deep")}
     grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
@@ -893,7 +894,7 @@ def test_a_state_of_fewer_parameters_or_of_another_block_size_is_refused(case):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_learning_rates_can_follow_a_schedule(case):
     schedule = optax.linear_schedule(0.1, 0.0, 4)  # a power of two, because count / 3 * 3 can differ from count
     hyper = case.hyper | {"learning_rate": schedule}
@@ -925,7 +926,7 @@ MASKS = {
 @with_weight_decay
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.one_in(11)
+@pytest.mark.one_in(17)
 def test_weights_decay_as_in_optax(case, mask, scheduled):
     decay = optax.linear_schedule(0.5, 0.0, 4) if scheduled else 0.5
     hyper = case.hyper | {"weight_decay": decay, case.mask: MASKS[mask]}
@@ -955,7 +956,7 @@ def test_the_error_for_missing_params_names_the_argument(case):
 
 
 @every_optimizer
-@pytest.mark.one_in(4, start=1)
+@pytest.mark.one_in(7, start=1)
 def test_8bit_follows_fp32_on_a_small_regression(case):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 32)), jnp.float32)

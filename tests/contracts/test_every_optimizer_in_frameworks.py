@@ -49,7 +49,7 @@ X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_masked_works_around_the_optimizer(case):
     params, grads = parameters(), gradients()
     tx = optax.masked(build(case), {"kernel": True, "norm": {"scale": False}, "wte": {"embedding": True}})
@@ -133,7 +133,7 @@ class LinenModel(nn.Module):
 
 
 @every_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_train_state_trains(case):
     model = LinenModel(boxed=None)
     params = model.init(jax.random.key(0), X)["params"]
@@ -170,7 +170,7 @@ BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partiti
 @pytest.mark.parametrize(
     "names", [(None, "model"), ("model", None), ("data", "model"), (("data", "model"), None)], ids=str
 )
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 def test_linen_boxes_give_specs_that_divide(case, box, names):
     """The flow of MaxText: an abstract boxed train state, its specs, and a jitted init with these as out_shardings."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -268,7 +268,7 @@ def assert_nnx_8bit(case, optimizer):
 
 
 @every_optimizer
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(19)
 def test_an_nnx_optimizer_trains(case):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, build(case), wrt=nnx.Param)
@@ -318,7 +318,7 @@ NNX_SHARDINGS = [
         *(pytest.param(AxisType.Explicit, *sharding, marks=pytest.mark.slow) for sharding in NNX_SHARDINGS[2:]),
     ],
 )
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(13)
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
@@ -364,7 +364,7 @@ class ShardedModel(nnx.Module):
 
 
 @every_kind_of_optimizer
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_sharded_model_trains_under_an_explicit_mesh_as_with_optax(case):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
 
@@ -400,7 +400,7 @@ def moment_arrays(case, optimizer):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("wrap", ["masked", "partition", "multi_steps", "inject"])
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(14)
 def test_an_nnx_optimizer_trains_with_optax_wrappers(case, wrap):
     tx = {
         "masked": lambda: optax.masked(build(case), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 0, tree)),

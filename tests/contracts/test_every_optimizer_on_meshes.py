@@ -69,7 +69,7 @@ def cut(x):
 @every_kind_of_optimizer
 @every_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.one_in(10)
+@pytest.mark.one_in(16)
 def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
     mesh, tx = mesh_of(kind), build(case)
     with jax.set_mesh(mesh):
@@ -101,7 +101,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
 
 @every_kind_of_optimizer
 @every_kind
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_blocks_that_straddle_devices_still_give_the_same_bits(case, kind):
     """`shards` is wrong here: an axis with two blocks of 32 is sharded over four devices."""
     tx, plain = build(case), parameters(kernel=(64, 64))
@@ -144,7 +144,7 @@ MESHES = [
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
     expected, expected_state = on_one_device(case, rounding)
     tx = build(case, state_format=fse.StateFormat(rounding=rounding, min_size=0))
@@ -161,7 +161,7 @@ def test_every_mesh_gives_the_same_bits(case, rounding, kind, shape, spec):
 
 @every_kind_of_optimizer
 @pytest.mark.parametrize("made", ["eager", "jit", "elsewhere", "numpy"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_parameters_on_a_mesh_work_with_states_from_anywhere(case, made):
     """The Auto mesh is not set. The state comes from `init` with and without jit, from one device, or from NumPy."""
     mesh, tx, plain = mesh_of(AxisType.Auto), build(case), parameters(kernel=KERNEL)
@@ -194,7 +194,7 @@ def test_one_step_moves_no_data_between_devices(case, kind):
 
 @every_kind_of_optimizer
 @every_kind
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_checkpoint_opens_on_another_mesh(case, kind, tmp_path):
     tx = build(case)
     mesh = mesh_of(kind, (2, 2))
@@ -295,7 +295,7 @@ def test_init_under_jit_accepts_the_shardings_of_the_abstract_state(case, kind):
 
 @every_kind_of_optimizer
 @every_kind
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_multi_steps_and_clipping_work_on_a_mesh(case, kind):
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), build(case)), 2)
     plain = parameters(kernel=KERNEL)

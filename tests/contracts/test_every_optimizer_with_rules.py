@@ -41,7 +41,7 @@ THEIR_NAMES = {("rmsprop8bit", "b2"): "decay", ("sgd8bit", "b1"): "momentum", ("
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("fused", [False, True], ids=["update", "fused_update"])
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(13)
 def test_a_rule_sets_hyperparameters_of_the_parameters_that_it_matches(name, fused):
     """These parameters step as with an optimizer that has the values for all, the others as without the rule."""
     make, overrides = EVERY[name]

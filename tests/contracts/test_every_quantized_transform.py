@@ -68,7 +68,7 @@ def assert_in_bytes(case, state):
 
 
 @every_transform
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
 def test_a_quantized_transform_trains_like_the_transform_in_fp32(case):
     ((params, state), losses), expected = trained(case.name)
     assert_in_bytes(case, state)
@@ -82,7 +82,7 @@ def test_a_quantized_transform_trains_like_the_transform_in_fp32(case):
 
 
 @every_transform
-@pytest.mark.one_in(3, start=2)
+@pytest.mark.one_in(5, start=2)
 def test_optax_wrappers_and_control_flow_keep_types(case):
     params = jax.tree.map(jnp.asarray, PARAMS)
     options = {"state_format": SMALL}
@@ -112,7 +112,7 @@ def test_optax_wrappers_and_control_flow_keep_types(case):
 
 
 @every_transform
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 def test_half_precision_parameters_keep_their_types_and_fp32_moments(case):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     tx = wrapped(case)
@@ -126,7 +126,7 @@ def test_half_precision_parameters_keep_their_types_and_fp32_moments(case):
 
 
 @every_transform
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_tree_map_params_finds_moments_and_scales(case):
     state = trained(case.name)[0][0][1]
     tx = wrapped(case)
@@ -144,7 +144,7 @@ def test_tree_map_params_finds_moments_and_scales(case):
 
 
 @every_transform
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_flax_serialization_restores_every_bit(case):
     state = trained(case.name)[0][0][1]
     like = jax.tree.map(jnp.zeros_like, state)
@@ -153,7 +153,7 @@ def test_flax_serialization_restores_every_bit(case):
 
 
 @every_transform
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_the_report_counts_every_byte(case):
     tx = wrapped(case)
     report = fse.describe(tx, PARAMS)

@@ -128,6 +128,7 @@ def test_equal_numbers_in_a_block_are_right_on_average():
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 8, 13, 16, 64])
+@pytest.mark.one_in(7)
 def test_periodic_gradients_do_not_resonate_with_the_dither(period):
     """The error of second moments is at most twice that with constant sizes."""
 

@@ -43,7 +43,7 @@ def cast(state, dtype, where):
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("where", ["absmax", "embedding"])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_float16_in_a_state_is_an_error(name, where, jitted):
     tx, params, state = trained(name)
     update = jax.jit(tx.update) if jitted else tx.update
@@ -52,7 +52,7 @@ def test_float16_in_a_state_is_an_error(name, where, jitted):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 def test_scales_in_bfloat16_are_widened(name):
     tx, params, state = trained(name)
     want, _ = tx.update(gradients(5), state, params)
@@ -63,7 +63,7 @@ def test_scales_in_bfloat16_are_widened(name):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_convert_state_returns_the_dtypes_of_its_target(name, dtype):
     tx, params, state = trained(name)
     found = fse.convert_state(tx, tx, params, cast(state, dtype, ""))
@@ -71,7 +71,7 @@ def test_convert_state_returns_the_dtypes_of_its_target(name, dtype):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.one_in(3, start=2)
+@pytest.mark.one_in(5, start=2)
 def test_codes_that_became_floats_are_an_error(name):
     tx, params, state = trained(name)
     floats = jax.tree.map(lambda x: x * 1.0 if is_codes(x) and x.ndim == 2 else x, state)
@@ -99,7 +99,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_every_field_is_compared_by_its_paths(name, field):
     tx, params, state = trained(name)
     with pytest.raises(ValueError, match=f"gradients have a leaf .* where `{field}` of the optimizer state has"):
@@ -176,7 +176,7 @@ SWEPT = [(name, made_with) for name in (*TRANSFORMS, *INNER) for made_with in MA
 
 
 @pytest.mark.parametrize(("name", "made_with"), SWEPT)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(16)
 def test_a_padded_or_truncated_state_is_an_error_and_under_jit_gives_nan(name, made_with):
     tx, params, state, other = wrong_state(name, made_with)
     if jax.tree.map(np.shape, tx.init(params)) == jax.tree.map(np.shape, other.init(params)):
@@ -194,7 +194,7 @@ def test_a_padded_or_truncated_state_is_an_error_and_under_jit_gives_nan(name, m
 
 
 @pytest.mark.parametrize(("name", "made_with"), SWEPT)
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(23)
 def test_convert_state_refuses_a_padded_or_truncated_state(name, made_with):
     tx, params, state, other = wrong_state(name, made_with)
     if jax.tree.map(np.shape, tx.init(params)) == jax.tree.map(np.shape, other.init(params)):
@@ -207,7 +207,7 @@ def test_convert_state_refuses_a_padded_or_truncated_state(name, made_with):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_state_of_zeros_is_a_new_state(name):
     tx, params, state = trained(name)
     if "adagrad" in name:
@@ -307,7 +307,7 @@ def assert_refused(tx, state, params, match, errors=ValueError):
 
 @pytest.mark.parametrize("dtype", BAD_DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
 def test_float32_moments_in_a_dtype_that_init_never_makes_are_an_error(name, dtype):
     tx, params, state = trained(name)
     bad = changed(state, "embedding", lambda x: x.astype(dtype), is_wide)
@@ -316,7 +316,7 @@ def test_float32_moments_in_a_dtype_that_init_never_makes_are_an_error(name, dty
 
 @pytest.mark.parametrize("bits", ["rowwise", "bf16"])
 @pytest.mark.parametrize("dtype", BAD_DTYPES[:-1], ids=lambda dtype: np.dtype(dtype).name)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_moments_of_a_rule_in_a_dtype_that_init_never_makes_are_an_error(bits, dtype):
     tx = fse.adamw8bit(1e-3, rules=((".*", bits),))
     params = parameters()
@@ -380,7 +380,7 @@ def test_a_wrapped_state_with_arrays_of_other_shapes_is_an_error(shape):
 @pytest.mark.parametrize("name", ["adamw8bit", "quantize_state(adamw)"])
 @pytest.mark.parametrize("value", [None, 0.0], ids=["None", "a_float"])
 @pytest.mark.parametrize("where", ["mu/kernel", "nu/norm/scale", "kernel", "format"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_state_in_which_an_array_is_missing_is_an_error(name, value, where):
     tx, params, state = trained(name)
     bad = changed(state, where, lambda x: value)
@@ -393,7 +393,7 @@ def test_a_state_in_which_an_array_is_missing_is_an_error(name, value, where):
 @pytest.mark.parametrize(
     "change", [lambda x: x.astype(jnp.int8), lambda x: x.astype(jnp.float32), lambda x: x[None]], ids=["8", "f", "1d"]
 )
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 def test_a_count_that_cannot_count_is_an_error(case, change):
     tx, params, state = trained(case.name)
     bad = tuple(x._replace(count=change(x.count)) if "mu_absmax" in str(x._fields) or hasattr(x, "format") else x

@@ -52,7 +52,7 @@ def shardings(mesh, tree):
 
 @every_optimizer
 @every_format
-@pytest.mark.one_in(4, start=1)
+@pytest.mark.one_in(7, start=1)
 def test_codes_are_sharded_like_parameters(name, state_format):
     tx, mesh = build(name, state_format), jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     graph = nnx.state(Model(nnx.Rngs(0)), nnx.Param)

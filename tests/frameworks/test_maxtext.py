@@ -132,7 +132,7 @@ def mu_of(opt_state):
 
 @every_optimizer
 @every_format
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_codes_are_sharded_like_parameters_in_the_linen_flow(name, state_format):
     tx = build(name, state_format)
     state = linen_flow(tx)
@@ -142,7 +142,7 @@ def test_codes_are_sharded_like_parameters_in_the_linen_flow(name, state_format)
 
 @every_optimizer
 @every_format
-@pytest.mark.one_in(4, start=1)
+@pytest.mark.one_in(7, start=1)
 def test_the_linen_flow_with_zero1_shards_the_state_over_data(name, state_format):
     tx = build(name, state_format)
     state = linen_flow(tx, zero1=True)
@@ -152,7 +152,7 @@ def test_the_linen_flow_with_zero1_shards_the_state_over_data(name, state_format
 
 
 @every_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.recent_compiler
 def test_the_linen_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)
@@ -240,7 +240,7 @@ def find_mu(tree):
 
 @every_optimizer
 @every_format
-@pytest.mark.one_in(4, start=1)
+@pytest.mark.one_in(7, start=1)
 def test_codes_are_sharded_like_parameters_in_the_nnx_flow(name, state_format):
     tx = build(name, state_format)
     params, state = nnx_flow(tx)
@@ -250,7 +250,7 @@ def test_codes_are_sharded_like_parameters_in_the_nnx_flow(name, state_format):
 
 @every_format
 @pytest.mark.parametrize("name", ["adamw8bit", "quantize_state"])  # MaxText has ZeRO-1 for Adam alone
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_the_nnx_flow_with_zero1_shards_the_state_over_data(name, state_format):
     tx = build(name, state_format)
     params, state = nnx_flow(tx, zero1=True)
@@ -260,7 +260,7 @@ def test_the_nnx_flow_with_zero1_shards_the_state_over_data(name, state_format):
 
 
 @every_optimizer
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 @pytest.mark.recent_compiler
 def test_the_nnx_flow_keeps_the_state_in_host_memory(name):
     tx = build(name)

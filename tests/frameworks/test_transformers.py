@@ -49,7 +49,7 @@ def trained(tx, params, loss, batches, apply_fn=None):
 
 
 @every_optimizer
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_replicated_train_state_trains_under_pmap(name):
     mask = {} if name == "quantize_state" else {"mask": decay_mask}
     tx = OPTIMIZERS[name](state_format=SMALL, **mask)

@@ -121,7 +121,7 @@ def made(tx, shape):
 
 @every_optimizer
 @every_format
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_the_helpers_accept_the_state_and_a_checkpoint_opens_on_another_mesh(name, state_format, tmp_path):
     tx = build(name, state_format)
     model, optimizer = made(tx, (2, 4))

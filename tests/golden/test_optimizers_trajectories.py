@@ -68,7 +68,7 @@ def near_midpoints(case, step, p, fields, scales):
 
 
 @every_8bit_case
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_twenty_steps_equal_those_of_bitsandbytes(case, frozen):
     kept, wrong, seen = kept_steps(case, frozen), 0, 0
     for step, p, state, before in run(case, our_optimizer(case, state_format=BLOCKS)):

@@ -70,7 +70,7 @@ def test_the_collected_file_is_complete(two_cells):
 
 
 def test_runs_of_an_earlier_record_are_kept_with_their_device(tmp_path):
-    field = {"language": Language(), "digits": DIGITS}
+    field = {"language": Language(vocab=512, text=TINY_TEXT, cache=tmp_path), "digits": DIGITS}
     described = {name: {"rates": list(task.rates), **task.settings} for name, task in field.items()}
     row = {"cell": "digits-fp32", "rate": 1e-3, "seed": 0, "validation": [[0, 2.3]]}
     earlier = {"tasks": described, "runs": [row], "environment": {"device": "another"}}
@@ -125,7 +125,7 @@ def params_of(cell):
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.task == "language" and not cell.nudged])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_every_cell_stores_its_moments_as_described(cell):
     params, grads = params_of(cell)
     tx = quality.optimizer(cell, lambda count: 1e-3, params)

@@ -10,6 +10,7 @@ def measured():
     return rounding.measure(shorter=30)
 
 
+@pytest.mark.slow
 def test_rounding_changes_updates_and_the_table_shows_by_how_much(measured):
     exact, *stored = measured["rows"]
     assert (exact["size"], exact["error"], exact["second_moment_after"]) == (1, 0, 1)

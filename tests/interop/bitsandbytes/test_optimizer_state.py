@@ -52,7 +52,7 @@ every_case = pytest.mark.parametrize("case", STATE_DICTS, ids=lambda case: case.
 
 @every_case
 @pytest.mark.parametrize("layout", ["nested", "flat"])
-@pytest.mark.one_in(16)
+@pytest.mark.one_in(25)
 def test_codes_are_loaded_bit_for_bit_and_training_continues(case, layout, frozen):
     saved, params = saved_of(case, frozen)
     given = flattened(saved) if layout == "nested" else as_before_050(flattened(saved))
@@ -164,7 +164,7 @@ QUICK = ("adamw8bit", "lamb8bit", "ademamix8bit_schedules", "sgd32bit")
     "case",
     [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in STATE_DICTS],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_saving_and_loading_during_training_changes_nothing(case):
     """As test_optimizer8bit and test_ademamix_state_dict_no_nan there: every ten steps, codes and maps are the same."""
     tx, params = our_optimizer(case, state_format=BLOCKS), {"kernel": normal(0, (9, 512), 0.1)}

@@ -93,7 +93,7 @@ def test_unsigned_root_uses_code_zero_for_zero_only():
 
 @ALL
 @SIGNS
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_encoding_a_decoded_number_gives_its_code_again(codec, signed):
     values, codes = values_and_codes(codec, signed)
     code = CODECS[codec](signed)
@@ -105,7 +105,7 @@ def test_encoding_a_decoded_number_gives_its_code_again(codec, signed):
 
 @ALL
 @SIGNS
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_stochastic_rounding_picks_a_neighbor_and_is_unbiased(codec, signed):
     code, n = CODECS[codec](signed), 1 << 17
     values, _ = values_and_codes(codec, signed)
@@ -125,7 +125,7 @@ def test_stochastic_rounding_picks_a_neighbor_and_is_unbiased(codec, signed):
 
 @ALL
 @SIGNS
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_compiled_codecs_are_arithmetic_only(codec, signed):
     code = CODECS[codec](signed)
     x, uniform = jnp.zeros(4096), jnp.zeros(4096)
@@ -138,7 +138,7 @@ def test_compiled_codecs_are_arithmetic_only(codec, signed):
 
 @ALL
 @SIGNS
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_dithered_errors_of_an_element_cancel_within_a_few_steps(codec, signed):
     """After n steps the mean of what is stored is off by at most a few n-th parts of the distance of two codes."""
     code = CODECS[codec](signed)

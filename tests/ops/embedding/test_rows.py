@@ -20,7 +20,7 @@ def rows(ids, num_rows=9, features=3, seed=0, dtype=jnp.float32):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 30])
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 1000])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_distinct_equals_numpys_unique(size, num_rows):
     for seed in range(5):
         numbers = np.random.default_rng([seed, size]).integers(0, num_rows + 1, size)  # num_rows: outside
@@ -38,7 +38,7 @@ def test_find_rows_gives_the_place_of_a_number_and_past_the_end_for_missing_ones
 
 
 @pytest.mark.parametrize("ids", [[3, 1, 3, -1, 9, -10, 8], [[2, 2], [2, 2]], [], 5], ids=str)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_terms_are_summed_over_equal_ids(ids):
     terms = np.random.default_rng(0).standard_normal((*np.shape(ids), 4)).astype(np.float32)
     dense = np.zeros((9, 4), np.float32)
@@ -122,7 +122,7 @@ UNAWARE = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", UNAWARE)
 def test_optax_transforms_raise_instead_of_computing_with_row_numbers(name, jitted):
@@ -205,7 +205,7 @@ def test_zeros_of_rows_are_no_rows(how, tmp_path):
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")], ids=str)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_adding_rows_to_a_table_on_an_explicit_mesh_keeps_its_sharding(spec):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):

@@ -120,7 +120,7 @@ WRONG_CALLS = {
     ),
     "a state of another shape": (
         lambda tx, p, s: tx.update(p | {"kernel": p["kernel"][:32]}, s, p | {"kernel": p["kernel"][:32]}),
-        "'kernel' has",
+        "'kernel' is float32 of shape .32, 64., but its `mu` in the state is int8 of shape .64, 64.",
     ),
 }
 

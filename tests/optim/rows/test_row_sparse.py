@@ -112,7 +112,7 @@ ROW_BY_ROW = {
 }
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize("name", ROW_BY_ROW)
 def test_touched_rows_make_the_dense_step_and_others_make_none(name, monkeypatch):
     monkeypatch.setattr(row_step, "CHUNK_BYTES", 4 * D * 16)  # chunks of 16 rows: 40 rows are 8 + 16 + 16
@@ -133,7 +133,7 @@ def as_dense(tx):
 FUSED = ["fse.adamw8bit", "fse.sgd8bit", "fse.lion8bit"]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", FUSED)
 def test_parameters_can_be_written_in_place(name, monkeypatch):
     monkeypatch.setattr(row_step, "CHUNK_BYTES", 4 * D * 16)
@@ -143,7 +143,7 @@ def test_parameters_can_be_written_in_place(name, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found[1], want[1])
 
 
-@pytest.mark.one_in(3, start=1)
+@pytest.mark.one_in(5, start=1)
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 39, 40, 41, 1000])
 def test_the_chunk_size_does_not_change_the_result(rows_per_chunk, monkeypatch):
     want = trained(fse.row_sparse(optax.adamw(0.01)), 2, params_of())
@@ -172,7 +172,7 @@ COUPLED = {
 }
 
 
-@pytest.mark.one_in(8, start=2)
+@pytest.mark.one_in(13, start=2)
 @pytest.mark.parametrize("name", COUPLED)
 def test_an_optimizer_that_couples_rows_is_refused(name):
     tx = fse.row_sparse(COUPLED[name])
@@ -368,7 +368,7 @@ def test_a_gradient_without_rows_changes_nothing():
         np.testing.assert_array_equal(optax.apply_updates(params, updates)["embedding"], params["embedding"])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_tables_make_the_dense_step(dtype):
     of_step = partial(gradients, dtype=dtype)
@@ -409,7 +409,7 @@ def rare_then_all(step):
     return gradients(step) | {"embedding": rows}
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", WITHOUT_MOMENTUM)
 def test_catching_up_gives_the_dense_trajectory_if_there_is_no_momentum(name):
     inner, params = WITHOUT_MOMENTUM[name], params_of()
@@ -425,7 +425,7 @@ def test_catching_up_gives_the_dense_trajectory_if_there_is_no_momentum(name):
         assert np.abs(lazy["embedding"] - want["embedding"]).max() > 1e-3
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", ["amsgrad", "nadamw", "lion", "adamax"])
 def test_catching_up_decays_the_moments_of_the_dense_optimizer(name):
     """Only the parameters differ, by momentum. The moments follow from the gradients, so they are the same."""
@@ -525,7 +525,7 @@ def test_small_decays_add_up_over_a_long_run():
     np.testing.assert_allclose(new / params["embedding"][5], (1 - 1e-7) ** 20_001, rtol=3e-7)
 
 
-@pytest.mark.one_in(2, start=1)
+@pytest.mark.one_in(4, start=1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.slow
 def test_an_nnx_table_with_sharding_metadata_catches_up(kind):
@@ -612,7 +612,7 @@ def compiled_step(num_rows, tokens, features, tx):
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, ids).compile()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("tokens", "features"), [(4096, 1024), (256, 512), (100, 64)])
 def test_temporary_memory_grows_with_the_tokens_and_not_with_the_table(tokens, features):
     small, large = (
@@ -640,7 +640,7 @@ def test_the_loop_over_chunks_keeps_no_arrays_of_other_parameters():
     assert memory.temp_size_in_bytes < 4e6 and memory.alias_size_in_bytes > 0.99 * (3 * 4 * (5000 * 64 + 2048 * 2048))
 
 
-@pytest.mark.one_in(6, start=1)
+@pytest.mark.one_in(10, start=1)
 @pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")], ids=str)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_sharded_table_makes_the_same_step_and_keeps_its_sharding(kind, spec):

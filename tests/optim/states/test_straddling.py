@@ -47,7 +47,7 @@ def moves_data(tx, params) -> bool:
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_a_step_moves_data_if_blocks_straddle_and_the_suggested_format_avoids_it(name, kind):
     shape, spec, state_format = CASES[name]
     mesh = mesh_of(kind)
