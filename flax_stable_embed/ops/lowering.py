@@ -30,11 +30,15 @@ class Program(NamedTuple):
     kernel_platform: platform of the kernel that could run, by JAX's name; None on platforms without a kernel.
     platforms: all platforms that the program is compiled for.
     one_device: True if it computes on one device, or is the body of a `jax.shard_map` over all mesh axes.
+    num_devices: The number of devices whose program XLA partitions; 1 otherwise.
+    devices: These devices, where they are known.
     """
 
     kernel_platform: str | None
     platforms: Sequence[str]
     one_device: bool
+    num_devices: int = 1
+    devices: tuple[Any, ...] | None = None
 
 
 def on_one_device(program: Program, **static: Any) -> bool:
@@ -98,7 +102,9 @@ def rule(
 
     def lower(context: Any, *args: Any, **static: Any) -> Any:
         module = context.module_context
-        program = Program(platform, module.platforms, is_for_one_device(module.axis_context))
+        axes = module.axis_context
+        devices = getattr(axes, "num_devices", 1), getattr(axes, "device_assignment", None)
+        program = Program(platform, module.platforms, is_for_one_device(axes), *devices)
         runs = may_run(program, **static)
         function = kernel if runs and kernel is not None else reference
         return mlir.lower_fun(function, multiple_results=True)(context, *args, **static)

@@ -1,12 +1,15 @@
 """The sharding of each parameter, by path: from the parameter itself, or as the user gives it."""
 
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from ..ops.blockwise_step.capabilities import Spec
+from ..ops.blockwise_step.capabilities import Seen, Spec
 from .boxes import is_box, unbox
 from .trees import Params, Specs, path_name
 
@@ -119,10 +122,17 @@ def device_of(tree: Any) -> SingleDeviceSharding | None:
     return SingleDeviceSharding(*devices) if len(devices) == 1 else None
 
 
+# Shardings by path while `describe` or `abstract_state` traces `init`, whose arrays then have none. `describe` reports
+# what they lead to. `abstract_state`, which prepares a run, lets the transform remember them.
+REPORTED: ContextVar[Mapping[str, Any]] = ContextVar("reported", default=MappingProxyType({}))
+REMEMBERED: ContextVar[Mapping[str, Any]] = ContextVar("remembered", default=MappingProxyType({}))
+
+
 class SpecsByPath:
-    """The argument `partition_specs`, by path."""
+    """The argument `partition_specs`, by path, and the shardings that `init` saw."""
 
     def __init__(self, partition_specs: Specs = None):
+        self.seen: dict[str, NamedSharding | None] = {}  # None where `init` saw two for one path
         pairs = jax.tree_util.tree_flatten_with_path(partition_specs, is_leaf=_is_spec)[0]
         self.by_path: dict[str, Any] = {path_name(path): spec for path, spec in pairs}
         self.given = partition_specs is not None
@@ -141,7 +151,8 @@ class SpecsByPath:
                 axis that the mesh in the context does not have, or is on another mesh.
         """
         if not self.given:
-            return None
+            seen = REPORTED.get().get(path) or self.seen.get(path)
+            return None if seen is None else Seen(seen)
         if path not in self.by_path:
             raise ValueError(
                 f"`partition_specs` has no entry for parameter {path!r}. It has {', '.join(list(self.by_path)[:8])}. "
@@ -166,6 +177,14 @@ class SpecsByPath:
                     "that has it with jax.set_mesh(mesh)."
                 )
         return spec
+
+    def remember(self, path: str, parameter: Any) -> None:
+        """Remembers how a parameter is sharded, if it is an array or a shape with a sharding over several devices."""
+        own = None if isinstance(parameter, Tracer) else getattr(parameter, "sharding", None)
+        sharding = REMEMBERED.get().get(path, own)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+            same = self.seen.setdefault(path, sharding) == sharding
+            self.seen[path] = sharding if same else None
 
     def check_mesh(self, path: str) -> None:
         """Raises where a step would have to ignore the spec of a parameter because no mesh is set.

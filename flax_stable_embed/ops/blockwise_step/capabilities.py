@@ -6,7 +6,7 @@ quote them.
 """
 
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,7 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..blockwise.blocks import Blocks
 
 Name = Literal["pallas_tpu", "pallas_gpu"]
-Spec = PartitionSpec | NamedSharding
+
+
+class Seen(NamedTuple):
+    """A sharding that a parameter once had, and may have now. It decides how fast a step is, and nothing else."""
+
+    sharding: NamedSharding
+
+
+Spec = PartitionSpec | NamedSharding | Seen
 PLATFORMS: dict[str, Name] = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 LANES, ROWS = 128, 32  # of a register of 8-bit numbers on TPU
 DTYPES: dict[Name, set[str]] = {

@@ -3,6 +3,7 @@
     one device, or inside of a `jax.shard_map` over all axes   the kernel runs as it is
     Explicit axes only                                         array types say the sharding: a `shard_map` of our own
     other axes, and `partition_specs` is given                 it says the sharding: a `shard_map` of our own
+    other axes, and `init` saw the sharding                    the same, in a program for the devices of that sharding
     neither, or blocks that straddle devices                   the reference, which XLA partitions
 
 On CPU the loop of `cpu.py` is the kernel. Platform and number of devices are known when a program is lowered, so the
@@ -16,11 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
 
 from ..counter_random import linear_index_of_tile
 from ..lowering import Program, primitive
 from ..sharding import explicit_sharding, is_explicit, sharded_like
-from .capabilities import PLATFORMS, Name, Spec
+from .capabilities import PLATFORMS, Name, Seen, Spec
 from .per_shard import has_whole_blocks, per_shard, sharding_of
 from .reference import plain
 from .step import Operands, Step
@@ -139,6 +141,47 @@ _local_step = primitive(
 )
 
 
+@dataclass(frozen=True)
+class SeenStep:
+    """The step of a parameter that had this sharding when `init` saw it.
+
+    Whether a program is for the devices of that sharding is known when it is lowered.
+    """
+
+    local: LocalStep
+    sharding: NamedSharding
+
+    def __call__(self, operands: Operands):
+        """Returns output, codes and scales."""
+        out, *stored = _seen_step.bind(*jax.tree.leaves(operands), seen=self)
+        n = len(self.local.step.moments)
+        return out, tuple(stored[:n]), tuple(stored[n:])
+
+
+def _seen_reference(*flat: Any, seen: SeenStep):
+    return jax.tree.leaves(seen.local(seen.local.tree.unflatten(flat)))
+
+
+def _seen_per_shard(*flat: Any, seen: SeenStep):
+    return jax.tree.leaves(per_shard(seen.local, seen.local.tree.unflatten(flat), seen.sharding))
+
+
+def _is_for_the_seen_devices(program: Program, *, seen: SeenStep) -> bool:
+    mesh = seen.sharding.mesh
+    if program.num_devices != mesh.size or program.one_device:
+        return False
+    return program.devices is None or isinstance(mesh, AbstractMesh) or set(program.devices) == set(mesh.devices.flat)
+
+
+_seen_step = primitive(
+    "seen_step",
+    _seen_reference,
+    dict.fromkeys(MODULES, _seen_per_shard),
+    may_run=_is_for_the_seen_devices,
+    types=lambda *avals, seen: _types(*avals, local=seen.local),
+)
+
+
 def run_sharded(local: LocalStep, operands: Operands, spec: Spec | None):
     """Runs a step on every device that has a shard of the parameter, and returns `(output, codes, absmax)`.
 
@@ -154,6 +197,9 @@ def run_sharded(local: LocalStep, operands: Operands, spec: Spec | None):
     if sharding is None:
         in_kernel = local.required or not _is_partly_explicit(operands)
         return local(operands) if in_kernel else partitioned(local.step, operands)
+    if isinstance(spec, Seen) and explicit_sharding(operands.codes[0]) is None:
+        fits = has_whole_blocks(sharding, local.step.blocks, local.shape)
+        return SeenStep(local, sharding)(operands) if fits else local(operands)
     if has_whole_blocks(sharding, local.step.blocks, local.shape):
         return per_shard(local, operands, sharding)
     if local.required:

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ..blockwise.blocks import Blocks
 from ..sharding import explicit_sharding, is_explicit, placed_like
-from .capabilities import Spec
+from .capabilities import Seen, Spec
 from .step import Operands
 
 
@@ -54,13 +54,13 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
         return None
     sharding = explicit_sharding(x)
     if sharding is None and spec is not None:
-        sharding = _named(spec, context, x.ndim)
+        sharding = _named(spec.sharding if isinstance(spec, Seen) else spec, context, x.ndim)
     elif sharding is not None and not is_explicit(sharding.mesh):
         sharding = None
     return None if sharding is None or sharding.mesh.size == 1 else sharding
 
 
-def _named(spec: Spec, context: Any, ndim: int) -> NamedSharding | None:
+def _named(spec: PartitionSpec | NamedSharding, context: Any, ndim: int) -> NamedSharding | None:
     """Returns a spec on the mesh of the context, or on its own; None if it does not fit the mesh or the array."""
     mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
     if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):

@@ -17,7 +17,7 @@ from jax.tree_util import GetAttrKey
 
 from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
-from ..boxes import optim_bits
+from ..boxes import optim_bits, unbox
 from ..placement import SpecsByPath
 from ..storage.format_code import format_vector
 from ..storage.moments import initial
@@ -76,6 +76,8 @@ class Engine:
         """Makes a state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = self.planner.plans(params)
         for x in leaves:
+            if x.plan:
+                self.planner.specs.remember(x.path, unbox(x.box))
             if x.plan and x.plan.rule.bits is None:  # else the rule decides, and metadata is not used
                 self._check_rowwise(optim_bits(x.box), f"The metadata of parameter {x.path!r}")
         fields, sizes = {}, dict.fromkeys((x.path for x in leaves if x.plan), 0)

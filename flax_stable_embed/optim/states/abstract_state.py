@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ...ops.sharding import where_it_divides
 from ..arguments import check_params, check_transform
 from ..boxes import is_box, rebox, unbox
-from ..placement import placed_by_path
+from ..placement import REMEMBERED, placed_by_path
 from ..trees import Params, Specs, path_name
 
 
@@ -63,6 +63,15 @@ def abstract_state(tx: optax.GradientTransformation, params: Params, *, sharding
     """
     check_transform(tx)
     check_params(params)
+    token = REMEMBERED.set({path: x.sharding for path, x in placed_by_path(shardings, params).items()})
+    try:
+        return state_shapes(tx, params, shardings)
+    finally:
+        REMEMBERED.reset(token)
+
+
+def state_shapes(tx: optax.GradientTransformation, params: Params, shardings: Specs) -> Any:
+    """Does what `abstract_state` does, without telling the transform how parameters are sharded."""
     by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
     if not by_path:
         return jax.eval_shape(tx.init, params)

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding
 
 from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
-from ..placement import Placed, num_devices, placed_by_path
+from ..placement import REPORTED, Placed, num_devices, placed_by_path
 from ..storage.plan import TARGET, LeafPlan
 from ..trees import Params, Specs
-from .abstract_state import abstract_state
+from .abstract_state import state_shapes
 from .straddling import straddling
 
 Platform = Literal["cpu", "gpu", "cuda", "tpu"]
@@ -177,11 +177,13 @@ def describe(
     if platform not in (None, "cpu", "gpu", "cuda", "tpu"):
         raise ValueError(f"`platform` must be 'cpu', 'gpu', 'tpu' or None, got {platform!r}.")
     placed = placed_by_path(shardings, params)
-    token = TARGET.set((platform, num_devices(placed, params)))
+    own = {path: x.sharding for path, x in placed_by_path(None, params).items() if x.sharding.num_devices > 1}
+    tokens = TARGET.set((platform, num_devices(placed, params))), REPORTED.set(own)
     try:
         state, records = trace_init(tx, params)
     finally:
-        TARGET.reset(token)
+        TARGET.reset(tokens[0])
+        REPORTED.reset(tokens[1])
     rows = tuple(_row(record, plan, placed.get(plan.path)) for _, record in records for plan in record.plans.values())
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -215,7 +217,7 @@ def _bytes_per_device(tx: optax.GradientTransformation, params: Params, sharding
     on_device = in_host = 0
     with catch_warnings():
         simplefilter("ignore")  # this is the second trace of `init`, and the first has warned
-        state = abstract_state(tx, params, shardings=shardings)
+        state = state_shapes(tx, params, shardings)
     for x in jax.tree.leaves(state):
         if x.sharding.memory_kind == "pinned_host":
             in_host += prod(x.shape) * x.dtype.itemsize

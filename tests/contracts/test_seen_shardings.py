@@ -1,0 +1,182 @@
+"""Tests that a step runs the kernels on a mesh with Auto axes if `init` saw how parameters are sharded.
+
+What `init` saw decides how fast a step is. It never decides the result, on whatever devices the step then runs.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_stable_embed as fse
+from tests.cases import OPTIMIZERS
+from tests.tools import assert_same_bits, build
+
+SPECS = {"fsdp": P("a"), "tensor": P(None, "b"), "both": P("a", "b"), "swapped": P("b", "a"), "joint": P(("a", "b"))}
+SHAPES = {"kernel": (1024, 1024), "other": (1024, 2048), "scale": (64,)}
+COLLECTIVES = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute)\b[\w-]*\(")
+
+
+def mesh_of(shape=(4, 2), devices=None):
+    devices = jax.devices() if devices is None else devices
+    n = int(np.prod(shape))
+    return Mesh(np.array(devices[:n]).reshape(shape), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def numbers(seed):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+
+
+def place(tree, mesh, spec):
+    return {name: jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else P())) for name, x in tree.items()}
+
+
+def fused(tx):
+    return lambda params, state, grads: fse.fused_update(tx, grads, state, params)
+
+
+def updates(tx):
+    def step(params, state, grads):
+        u, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, u), state
+
+    return step
+
+
+STEPS = {"fused_update": fused, "update": updates, "in_place": lambda tx: updates(fse.in_place(tx))}
+
+
+def kernels_for_tpu(step, *args):
+    text = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    return text.count("tpu_custom_call")
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.one_in(2)
+def test_a_program_for_tpu_has_a_kernel_for_every_array(spec, how):
+    mesh, tx = mesh_of(), fse.adamw8bit(1e-3)
+    params = place(numbers(0), mesh, spec)
+    step = STEPS[how](tx)
+    assert kernels_for_tpu(step, params, jax.eval_shape(tx.init, params), params) == 0  # `init` saw no array
+    assert kernels_for_tpu(step, params, tx.init(params), params) == 2
+
+
+@pytest.mark.parametrize("how", ["shapes", "abstract_state", "nnx", "chain"])
+def test_init_sees_shardings_of_every_kind(how):
+    mesh = mesh_of()
+    params = place(numbers(0), mesh, SPECS["both"])
+    tx = fse.chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-3)) if how == "chain" else fse.adamw8bit(1e-3)
+    if how == "shapes":
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        tx.init(shapes)
+    elif how == "abstract_state":
+        fse.abstract_state(tx, params)
+    elif how == "nnx":
+        tx.init(nnx.State({name: nnx.Param(x) for name, x in params.items()}))
+    else:
+        tx.init(params)
+    assert kernels_for_tpu(fused(tx), params, jax.eval_shape(tx.init, params), params) == 2
+
+
+def test_describe_reports_the_kernel_and_changes_nothing():
+    mesh, tx = mesh_of(), fse.adamw8bit(1e-3)
+    params = place(numbers(0), mesh, SPECS["both"])
+    rows = {row.path: row.implementation for row in fse.describe(tx, params, platform="tpu").rows}
+    assert rows["kernel"] == rows["other"] == "pallas_tpu"
+    assert kernels_for_tpu(fused(tx), params, jax.eval_shape(tx.init, params), params) == 0
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.one_in(9)
+def test_a_sharded_step_has_the_bits_of_one_device_and_moves_no_data(case, spec):
+    tx = case.ours(**case.hyper)
+    params, grads = numbers(0), numbers(1)
+    want = jax.jit(fused(tx))(params, tx.init(params), grads)
+    mesh = mesh_of()
+    placed, sharded = place(params, mesh, spec), place(grads, mesh, spec)
+    args = placed, tx.init(placed), sharded
+    compiled = jax.jit(fused(tx)).lower(*args).compile()
+    found = jax.device_get(compiled(*args))
+    if case.sums:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[0], want[0])
+    else:
+        assert_same_bits(found, jax.device_get(want))
+        assert not COLLECTIVES.findall(compiled.as_text())
+
+
+def test_a_step_on_other_devices_than_init_saw_is_right():
+    """The same transform goes on with fewer devices, with one, with others, and with another mesh of the same."""
+    tx = fse.adamw8bit(1e-2)
+    params, grads = numbers(0), numbers(1)
+    want = jax.device_get(jax.jit(fused(fse.adamw8bit(1e-2)))(params, tx.init(params), grads))
+    first = place(params, mesh_of(), SPECS["both"])
+    state = jax.device_get(tx.init(first))
+    step = jax.jit(fused(tx))
+    for devices in (jax.devices()[:4], jax.devices()[4:], jax.devices()[:1], jax.devices()[::-1]):
+        shape = (len(devices) // 2, 2) if len(devices) > 1 else (1, 1)
+        mesh = mesh_of(shape, devices)
+        everywhere = NamedSharding(mesh, P())
+        args = place(params, mesh, P("b")), jax.device_put(state, everywhere), place(grads, mesh, P("b"))
+        assert_same_bits(jax.device_get(step(*args)), want)
+    assert_same_bits(jax.device_get(step(params, tx.init(params), grads)), want)
+
+
+def test_two_shardings_of_one_path_are_forgotten():
+    tx, params = fse.adamw8bit(1e-3), numbers(0)
+    first, second = (place(params, mesh_of(), SPECS[name]) for name in ("fsdp", "tensor"))
+    tx.init(first)
+    assert kernels_for_tpu(fused(tx), first, jax.eval_shape(tx.init, first), first) == 2
+    tx.init(second)
+    for placed in (first, second):
+        assert kernels_for_tpu(fused(tx), placed, jax.eval_shape(tx.init, placed), placed) == 0
+    tx.init(first)
+    assert kernels_for_tpu(fused(tx), first, jax.eval_shape(tx.init, first), first) == 0
+
+
+def test_blocks_that_straddle_devices_are_left_to_the_compiler():
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(96, 304)), jnp.float32)}
+    tx = fse.adamw8bit(1e-2)
+    want = jax.device_get(jax.jit(fused(tx))(params, tx.init(params), params))
+    placed = place(params, mesh_of((2, 4)), P(None, "b"))
+    assert_same_bits(jax.device_get(jax.jit(fused(tx))(placed, tx.init(placed), placed)), want)
+
+
+def test_a_seen_step_works_in_scan_vmap_and_shard_map():
+    tx = fse.adamw8bit(1e-2)
+    mesh, params = mesh_of(), numbers(0)
+    placed = place(params, mesh, SPECS["fsdp"])
+    state = tx.init(placed)
+
+    def two(params, state):
+        def step(carry, _):
+            return fse.fused_update(tx, carry[0], carry[1], carry[0]), None
+
+        return jax.lax.scan(step, (params, state), None, length=2)[0]
+
+    found = jax.device_get(jax.jit(two)(placed, state))
+    alone = fse.adamw8bit(1e-2)
+    want = params, alone.init(params)
+    for _ in range(2):
+        want = jax.jit(fused(alone))(want[0], want[1], want[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found[0], want[0])
+
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    both, _ = jax.jit(jax.vmap(fused(tx)))(stacked, jax.vmap(alone.init)(stacked), stacked)
+    one, _ = jax.jit(fused(alone))(params, alone.init(params), params)
+    np.testing.assert_allclose(both["kernel"][1], one["kernel"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_kernel_runs_where_init_saw_the_sharding():
+    tx = build(OPTIMIZERS[0], implementation="pallas_tpu", state_format=fse.StateFormat())
+    params = place(numbers(0), mesh_of(), SPECS["both"])
+    state = tx.init(params)
+    assert kernels_for_tpu(fused(tx), params, state, params) == 2
