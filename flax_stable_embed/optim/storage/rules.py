@@ -39,13 +39,13 @@ class Rule:
             8: one byte per element, unless the parameter is too small (see `StateFormat.min_size`).
             32: float32.
             "bf16": bfloat16, rounded up or down at random (no PRNG key is needed), because rounding to nearest would
-            stop slow averages. `quantize_state` rounds to nearest.
+            stop slow averages. (In `quantize_state` they are rounded to nearest, so slow averages may stop.)
             "rowwise": a float32 first moment, and one float32 second moment per row (along the last axis), which
             averages the squares over the row. Large embedding tables are often trained this way.
         state_format: How 8-bit moments are stored, instead of the optimizer's `state_format`.
         lr_scale: Factor by which the learning rate is multiplied.
         b1: Decay rate of the first moment, instead of the optimizer's. For SGD, LARS and RMSprop: of the momentum.
-            For Lion: the weight of the moment in the direction.
+            For Lion: the weight of the moment where the sign is taken.
         b2: Decay rate of the second moment, instead of the optimizer's. RMSprop calls it `decay`. For Lion:
             the decay rate of its only moment.
         eps: Small constant in the denominator, instead of the optimizer's.

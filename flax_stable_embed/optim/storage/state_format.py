@@ -19,11 +19,12 @@ class StateFormat:
         codec: The map between codes and numbers: "root" (the default), "dynamic" (the map of bitsandbytes) or "linear".
             `ops/blockwise/README.md` compares their errors.
         rounding: If a step changes a moment by less than the distance between two codes, rounding to nearest discards
-            the change. "dither" and "stochastic" round up or down, so that changes are kept on average. None dithers
-            slow moments and rounds the others to nearest. Slow are second moments with a decay of at least 0.99, other
-            moments with at least 0.999 (AdEMAMix' slow average), and sums (Adagrad). "dither" and "stochastic" apply to
-            all second moments and to slow ones, "nearest" to all moments. Where a decay is not a Python number, second
-            moments count as slow.
+            the change. "dither" and "stochastic" round up or down, so that changes are kept on average.
+            None: slow moments are dithered, the others rounded to nearest.
+            "dither", "stochastic": all second moments and all slow moments, the others to nearest.
+            "nearest": all moments.
+            Slow moments are second moments with a decay of at least 0.99, other moments with at least 0.999 (AdEMAMix'
+            slow average), and sums (Adagrad). If a decay is not a Python number, second moments count as slow.
         block_size: The number of elements that share a scale. None chooses 32 to 256 for each parameter, such that no
             block is split by `shards` shards.
         block_axis: The axis along which elements share a scale. None chooses an axis for each parameter. Vectors always

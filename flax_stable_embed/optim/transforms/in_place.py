@@ -1,6 +1,6 @@
 r"""Updates parameters in place through `optax.apply_updates`, for code that has no other way to apply updates.
 
-    u = in_place(p');   p + u = p',   where p', m' = fused_update(tx, g, m, p)
+    p', m' = fused_update(tx, g, m, p);   u holds p';   p + u = p'
 
 `optax.apply_updates` computes `p + u`. Here `u` is an object that holds the new parameter, and `p + u` returns it. So
 no array of updates exists, and nothing is added. The object is a pytree whose arrays are sealed: only `p + u` can
@@ -153,7 +153,7 @@ class InPlaceUpdate:
 def in_place(tx: optax.GradientTransformation) -> FusedTransformation:
     r"""Wraps an optimizer so that `optax.apply_updates` writes its parameters in place, as `fse.fused_update` does.
 
-    $$p', m' = \mathrm{fused\_update}(\mathrm{tx}, g, m, p), \quad u = \mathrm{in\_place}(p'), \quad p + u = p'$$
+    $$p', m' = \mathrm{fused\_update}(\mathrm{tx}, g, m, p), \quad p + u = p' \text{ for the update } u$$
 
     Use it where you cannot call `fse.fused_update` yourself: `TrainState`, `nnx.Optimizer`, and frameworks that call
     `tx.update` and `optax.apply_updates`. The compiled step then reads and writes each parameter once, and no update is
@@ -163,7 +163,8 @@ def in_place(tx: optax.GradientTransformation) -> FusedTransformation:
     `optax.masked`, `optax.partition` and `optax.inject_hyperparams` may be around it:
     `optax.inject_hyperparams(lambda learning_rate: fse.in_place(fse.adamw8bit(learning_rate)))`. Transforms that
     compute with updates, such as `optax.scale`, `optax.global_norm` of updates or `optax.MultiSteps`, may not.
-    `jax.tree.map(jnp.zeros_like, updates)` is no update, also in `jnp.where` and `jax.lax.cond`.
+    Zeros made from updates, `jax.tree.map(jnp.zeros_like, updates)`, are allowed, also in `jnp.where` and
+    `jax.lax.cond`. They leave parameters as they are, bit for bit.
 
     Args:
         tx: A transform with `fused_update`: an `*8bit` optimizer, `fse.chain`, `fse.stochastic_round_updates`,
