@@ -102,6 +102,7 @@ CASES = {
     "`adamw8bit`, `linear`": Case(codec="linear"),
 }
 QUICK = ("`adamw8bit`",)
+COUNTS = "bytes", "temporaries"
 
 
 def compiled_step(case: Case, device: Any) -> Any:
@@ -260,13 +261,13 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         by_step.setdefault(row["step"], {})[row["chip"]] = row
     issue = [chip for chip in chips if chip in TOPOLOGIES]
-    columns = [f"{chip}: {what}" for what in ("bytes", "temporaries") for chip in chips]
+    columns = [f"{chip}: {what}" for what in COUNTS for chip in chips]
     columns += [f"{chip}: bundles" for chip in issue]
     lines = [["step", "array", *columns], ["---", "---", *["--:" for _ in columns]]]
     for name, rows in by_step.items():
         shape = " x ".join(f"{n:,}" for n in next(iter(rows.values()))["shape"])
-        counted = [f"{rows[chip][what]:.2f}" for what in ("bytes", "temporaries") for chip in chips]
-        issued = ["" if rows[chip]["bundles"] is None else _with_bound(rows[chip]) for chip in issue]
+        counted = [f"{rows[chip][what]:.2f}" if chip in rows else "" for what in COUNTS for chip in chips]
+        issued = [_with_bound(rows[chip]) if chip in rows and rows[chip]["bundles"] else "" for chip in issue]
         lines.append([name, shape, *counted, *issued])
     env = results["environment"]
     compilers = ", ".join(f"{chip}: {row['compiler']}" for chip, row in next(iter(by_step.values())).items())
