@@ -8,9 +8,9 @@ from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .jax_compat import as_varying, varying_axes
@@ -70,10 +70,8 @@ def sharded_like(x: Array, other: Any) -> Array:
     The sharding comes from the type of `other`, from `other` as a concrete array, or under jit from the compiler.
     """
     if isinstance(other, Tracer):
-        # The compiler shards both operands of an elementwise operation alike. The condition is never true, but the
-        # compiler does not know it, so it keeps the operation.
-        wide, x = other.astype(jnp.float32), placed_like(x, other)
-        return jnp.where((wide > 256) & (wide < -256), jnp.zeros_like(x), x)
+        x, known = placed_like(x, other), explicit_sharding(other)
+        return x if known is not None and is_explicit(known.mesh) else shard_alike(x, other)[0]
     placed = isinstance(other, Array) and other.committed  # JAX moves uncommitted arrays, and must be free to move `x`
     return jax.device_put(x, other.sharding) if placed else x
 
