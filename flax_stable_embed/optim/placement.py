@@ -179,10 +179,16 @@ class SpecsByPath:
         return spec
 
     def remember(self, path: str, parameter: Any) -> None:
-        """Remembers how a parameter is sharded, if it is an array or a shape with a sharding over several devices."""
+        """Remembers how a parameter is sharded, if it is an array or a shape with a sharding over several devices.
+
+        Not if it is replicated, because the state of replicated parameters may be sharded later (ZeRO-1), and a step
+        in `jax.shard_map` would gather it.
+        """
         own = None if isinstance(parameter, Tracer) else getattr(parameter, "sharding", None)
         sharding = REMEMBERED.get().get(path, own)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            return
+        if not sharding.is_fully_replicated:
             same = self.seen.setdefault(path, sharding) == sharding
             self.seen[path] = sharding if same else None
 

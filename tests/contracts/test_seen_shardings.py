@@ -142,6 +142,23 @@ def test_two_shardings_of_one_path_are_forgotten():
     assert kernels_for_tpu(fused(tx), first, jax.eval_shape(tx.init, first), first) == 0
 
 
+def test_the_sharded_state_of_replicated_parameters_is_not_gathered():
+    """As in ZeRO-1: parameters are replicated, codes and scales are sharded."""
+    tx, mesh, params = fse.adamw8bit(1e-2), mesh_of((8, 1)), {"kernel": numbers(0)["kernel"]}
+    want = jax.device_get(jax.jit(fused(tx))(params, tx.init(params), params))
+    placed = place(params, mesh, P())
+    state = tx.init(placed)
+    sharded = NamedSharding(mesh, P("a"))
+    fields = {name: {"kernel": jax.device_put(getattr(state[0], name)["kernel"], sharded)} for name in ("mu", "nu")}
+    fields |= {f"{name}_absmax": {"kernel": jax.device_put(getattr(state[0], f"{name}_absmax")["kernel"], sharded)}
+               for name in ("mu", "nu")}  # fmt: skip
+    state = (state[0]._replace(**fields), *state[1:])
+    compiled = jax.jit(fused(tx)).lower(placed, state, placed).compile()
+    gathered = [line for line in compiled.as_text().splitlines() if "all-gather(" in line]
+    assert not [line for line in gathered if "s8[1024" in line or "u8[1024" in line]
+    assert_same_bits(jax.device_get(compiled(placed, state, placed)), want)
+
+
 def test_blocks_that_straddle_devices_are_left_to_the_compiler():
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(96, 304)), jnp.float32)}
     tx = fse.adamw8bit(1e-2)
