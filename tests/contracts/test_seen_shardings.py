@@ -54,7 +54,9 @@ STEPS = {"fused_update": fused, "update": updates, "in_place": lambda tx: update
 
 
 def kernels_for_tpu(step, *args):
-    text = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    """Counts kernels, under the mesh of the parameters, which are the first argument."""
+    with jax.set_mesh(args[0]["kernel"].sharding.mesh):
+        text = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     return text.count("tpu_custom_call")
 
 
@@ -89,7 +91,8 @@ def test_init_sees_shardings_of_every_kind(how):
 def test_describe_reports_the_kernel_and_changes_nothing():
     mesh, tx = mesh_of(), fse.adamw8bit(1e-3)
     params = place(numbers(0), mesh, SPECS["both"])
-    rows = {row.path: row.implementation for row in fse.describe(tx, params, platform="tpu").rows}
+    with jax.set_mesh(mesh):
+        rows = {row.path: row.implementation for row in fse.describe(tx, params, platform="tpu").rows}
     assert rows["kernel"] == rows["other"] == "pallas_tpu"
     assert kernels_for_tpu(fused(tx), params, jax.eval_shape(tx.init, params), params) == 0
 
@@ -104,8 +107,9 @@ def test_a_sharded_step_has_the_bits_of_one_device_and_moves_no_data(case, spec)
     mesh = mesh_of()
     placed, sharded = place(params, mesh, spec), place(grads, mesh, spec)
     args = placed, tx.init(placed), sharded
-    compiled = jax.jit(fused(tx)).lower(*args).compile()
-    found = jax.device_get(compiled(*args))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(fused(tx)).lower(*args).compile()
+        found = jax.device_get(compiled(*args))
     if case.sums:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[0], want[0])
     else:
@@ -114,19 +118,28 @@ def test_a_sharded_step_has_the_bits_of_one_device_and_moves_no_data(case, spec)
 
 
 def test_a_step_on_other_devices_than_init_saw_is_right():
-    """The same transform goes on with fewer devices, with one, with others, and with another mesh of the same."""
+    """The same transform goes on with fewer devices, with one, with others, and with other meshes of the same."""
     tx = fse.adamw8bit(1e-2)
     params, grads = numbers(0), numbers(1)
     want = jax.device_get(jax.jit(fused(fse.adamw8bit(1e-2)))(params, tx.init(params), grads))
     first = place(params, mesh_of(), SPECS["both"])
     state = jax.device_get(tx.init(first))
     step = jax.jit(fused(tx))
-    for devices in (jax.devices()[:4], jax.devices()[4:], jax.devices()[:1], jax.devices()[::-1]):
-        shape = (len(devices) // 2, 2) if len(devices) > 1 else (1, 1)
-        mesh = mesh_of(shape, devices)
+    all_devices = jax.devices()
+    meshes = [
+        mesh_of((2, 2), all_devices[:4]),
+        mesh_of((2, 2), all_devices[4:]),
+        mesh_of((1, 1), all_devices[:1]),
+        mesh_of((4, 2), all_devices[::-1]),
+        mesh_of((8, 1)),
+        mesh_of((1, 8)),
+    ]
+    for mesh in meshes:
         everywhere = NamedSharding(mesh, P())
         args = place(params, mesh, P("b")), jax.device_put(state, everywhere), place(grads, mesh, P("b"))
         assert_same_bits(jax.device_get(step(*args)), want)
+        with jax.set_mesh(mesh):
+            assert_same_bits(jax.device_get(step(*args)), want)
     assert_same_bits(jax.device_get(step(params, tx.init(params), grads)), want)
 
 
@@ -164,7 +177,8 @@ def test_blocks_that_straddle_devices_are_left_to_the_compiler():
     tx = fse.adamw8bit(1e-2)
     want = jax.device_get(jax.jit(fused(tx))(params, tx.init(params), params))
     placed = place(params, mesh_of((2, 4)), P(None, "b"))
-    assert_same_bits(jax.device_get(jax.jit(fused(tx))(placed, tx.init(placed), placed)), want)
+    with jax.set_mesh(placed["kernel"].sharding.mesh):
+        assert_same_bits(jax.device_get(jax.jit(fused(tx))(placed, tx.init(placed), placed)), want)
 
 
 def test_a_seen_step_works_in_scan_vmap_and_shard_map():
@@ -179,7 +193,8 @@ def test_a_seen_step_works_in_scan_vmap_and_shard_map():
 
         return jax.lax.scan(step, (params, state), None, length=2)[0]
 
-    found = jax.device_get(jax.jit(two)(placed, state))
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(two)(placed, state))
     alone = fse.adamw8bit(1e-2)
     want = params, alone.init(params)
     for _ in range(2):

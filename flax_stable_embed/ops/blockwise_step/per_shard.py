@@ -53,8 +53,10 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
     if AxisType.Manual in context.axis_types:
         return None
     sharding = explicit_sharding(x)
+    if isinstance(spec, Seen):  # only the mesh in the context tells that it is still the same
+        spec = None if context.empty else spec.sharding
     if sharding is None and spec is not None:
-        sharding = _named(spec.sharding if isinstance(spec, Seen) else spec, context, x.ndim)
+        sharding = _named(spec, context, x.ndim)
     elif sharding is not None and not is_explicit(sharding.mesh):
         sharding = None
     return None if sharding is None or sharding.mesh.size == 1 else sharding
