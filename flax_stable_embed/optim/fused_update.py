@@ -43,6 +43,11 @@ def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
     return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")
 
 
+def name_of(tx: Any) -> str:
+    """Returns the name of the function that made a transform, for an error message."""
+    return getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
+
+
 def fused_update(
     tx: optax.GradientTransformation, grads: Updates, state: Any, params: Params, **extra_args
 ) -> tuple[Any, Any]:
@@ -81,11 +86,10 @@ def fused_update(
     0.5
     """
     if not is_fused(tx):
-        name = getattr(getattr(tx, "update", tx), "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
-            f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name!r} hides what is in it, and only the "
-            "optimizer itself can update parameters in place. Use fse.chain instead of optax.chain, or tx.update and "
-            "optax.apply_updates."
+            f"`tx` must be an 8-bit optimizer or `fse.chain(..., one)`, but {name_of(tx)!r} hides what is in it, and "
+            "only the optimizer itself can update parameters in place. Use fse.chain instead of optax.chain, or "
+            "tx.update and optax.apply_updates."
         )
     return tx.fused_update(grads, state, params, **extra_args)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from ..counter_random import linear_index_of_tile
 from ..lowering import Program, primitive
@@ -52,7 +52,11 @@ class LocalStep:
 
     def __call__(self, operands: Operands, origin: tuple = ()):
         """Returns output, codes and scales."""
-        out, *stored = _local_step.bind(*jax.tree.leaves(operands), *map(jnp.int32, origin), local=self)
+        return self.join(_local_step.bind(*jax.tree.leaves(operands), *map(jnp.int32, origin), local=self))
+
+    def join(self, results: Any):
+        """Returns flat results of the primitive as output, codes and scales."""
+        out, *stored = results
         n = len(self.step.moments)
         return out, tuple(stored[:n]), tuple(stored[n:])
 
@@ -153,9 +157,7 @@ class SeenStep:
 
     def __call__(self, operands: Operands):
         """Returns output, codes and scales."""
-        out, *stored = _seen_step.bind(*jax.tree.leaves(operands), seen=self)
-        n = len(self.local.step.moments)
-        return out, tuple(stored[:n]), tuple(stored[n:])
+        return self.local.join(_seen_step.bind(*jax.tree.leaves(operands), seen=self))
 
 
 def _seen_reference(*flat: Any, seen: SeenStep):
@@ -167,10 +169,10 @@ def _seen_per_shard(*flat: Any, seen: SeenStep):
 
 
 def _is_for_the_seen_devices(program: Program, *, seen: SeenStep) -> bool:
-    mesh = seen.sharding.mesh
-    if program.num_devices != mesh.size or program.one_device:
+    mesh: Any = seen.sharding.mesh  # of devices, because `init` sees only those
+    if program.num_devices != mesh.size:
         return False
-    return program.devices is None or isinstance(mesh, AbstractMesh) or set(program.devices) == set(mesh.devices.flat)
+    return program.devices is None or set(program.devices) == set(mesh.devices.flat)
 
 
 _seen_step = primitive(

@@ -10,12 +10,11 @@ from typing import Any
 import jax.extend.random
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from ..dtypes import at_least_float32
 from ..jax_compat import register_key_type
-from ..sharding import explicit_sharding, placed_like
+from ..sharding import explicit_sharding, placed_like, replicated
 from .gather import row_numbers_of, row_sharding, take
 
 
@@ -61,25 +60,17 @@ def distinct(row_numbers: Array, num_rows: int) -> Array:
     >>> distinct(jnp.array([[3, 1], [3, 5]]), num_rows=5)
     Array([1, 3, 7, 8], dtype=int32)
     """
-    ordered = jnp.sort(_everywhere(row_numbers).ravel())
+    ordered = jnp.sort(replicated(row_numbers).ravel())
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])[: ordered.size]
     found = jnp.sort(jnp.where(first, ordered, num_rows))[:num_rows]
     return jnp.where(found < num_rows, found, num_rows + jnp.arange(found.size, dtype=jnp.int32))
-
-
-def _everywhere(x: Array) -> Array:
-    """Returns the array, replicated if its mesh has Explicit axes."""
-    sharding = explicit_sharding(x)
-    if sharding is None:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def find_rows(indices: Array, row_numbers: Array, num_rows: int) -> Array:
     """Returns the place of each row number among `indices` (from `distinct`), or `len(indices)` if it is not there."""
     if indices.size == 0:
         return jnp.zeros_like(row_numbers)
-    numbers = _everywhere(row_numbers)
+    numbers = replicated(row_numbers)
     at = jnp.searchsorted(indices, numbers).astype(jnp.int32)
     found = indices.at[at].get(mode="fill", fill_value=-1) == numbers
     return placed_like(jnp.where(found & (numbers < num_rows), at, indices.size), row_numbers)

@@ -4,14 +4,12 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax import Array
 
 from ...ops.blockwise.blocks import Blocks
 from ...ops.blockwise_step.step import Moment
 from ..arguments import check_params, check_transform
-from ..storage.format_code import format_code
 from ..storage.plan import LeafPlan
 from ..storage.state_format import StateFormat
 from ..trees import Params
@@ -68,11 +66,6 @@ class Record(NamedTuple):
     moments: list[StoredMoment]
     method: Method | None = None
     stayed: tuple[StayedField, ...] = ()
-
-    @property
-    def code(self) -> np.ndarray:
-        """The values that `format` must have."""
-        return format_code(self.formats, list(self.plans.values()))
 
 
 # Where `trace_init` collects records; None at all other times.

@@ -6,7 +6,7 @@ JAX's types infer the shardings: `init` is traced with parameters whose mesh axe
 the program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ...ops.sharding import where_it_divides
 from ..arguments import check_params, check_transform
 from ..boxes import is_box, rebox, unbox
-from ..placement import REMEMBERED, placed_by_path
+from ..placement import REMEMBERED, Placed, placed_by_path
 from ..trees import Params, Specs, path_name
 
 
@@ -63,16 +63,17 @@ def abstract_state(tx: optax.GradientTransformation, params: Params, *, sharding
     """
     check_transform(tx)
     check_params(params)
-    token = REMEMBERED.set({path: x.sharding for path, x in placed_by_path(shardings, params).items()})
+    placed = placed_by_path(shardings, params)
+    token = REMEMBERED.set({path: x.sharding for path, x in placed.items()})
     try:
-        return state_shapes(tx, params, shardings)
+        return state_shapes(tx, params, placed)
     finally:
         REMEMBERED.reset(token)
 
 
-def state_shapes(tx: optax.GradientTransformation, params: Params, shardings: Specs) -> Any:
+def state_shapes(tx: optax.GradientTransformation, params: Params, placed: Mapping[str, Placed]) -> Any:
     """Does what `abstract_state` does, without telling the transform how parameters are sharded."""
-    by_path = {path: placed.sharding for path, placed in placed_by_path(shardings, params).items()}
+    by_path = {path: x.sharding for path, x in placed.items()}
     if not by_path:
         return jax.eval_shape(tx.init, params)
     common = _common_placement(list(by_path.values()))

@@ -91,14 +91,17 @@ def convert_state(
         for replaced in target.array_names(name):
             made.pop(replaced)
     right = source.is_right(arrays)
+
+    def stored(name: str) -> list[Array]:
+        return [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(name)]
+
     for name, origin in pairs.items():
-        values = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(origin)]
+        values = stored(origin)
         if not _same_codes(source.moments.get(origin), target.moments.get(name)):
             x = _decoded(values, source.moments.get(origin))
             if (mean := source.means.get(origin)) is not None and not is_codes(target.expected[name].dtype):
                 # Rounded moments need not satisfy nu >= mu^2, and the root of a negative variance is NaN.
-                of_mean = [in_memory(jnp.asarray(arrays[k]), "device") for k in source.array_names(mean)]
-                x = jnp.maximum(x, jnp.square(_decoded(of_mean, source.moments.get(mean))) * (1 + 2.0**-20))
+                x = jnp.maximum(x, jnp.square(_decoded(stored(mean), source.moments.get(mean))) * (1 + 2.0**-20))
             values = _encoded(x, target.moments.get(name), target.expected[name])
         for k, x in zip(target.array_names(name), values):
             dtype = target.expected[k].dtype

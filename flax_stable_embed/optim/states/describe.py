@@ -188,7 +188,7 @@ def describe(
     stayed = tuple(field for _, record in records for field in record.stayed)
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     meshes = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in placed.values()}
-    on_device = (None, 0) if None in meshes or len(meshes) != 1 else _bytes_per_device(tx, params, shardings)
+    on_device = (None, 0) if None in meshes or len(meshes) != 1 else _bytes_per_device(tx, params, placed)
     return StateReport(rows, size - sum(row.bytes for row in rows), stayed, *on_device)
 
 
@@ -212,12 +212,12 @@ def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
     return row._replace(shards=known.shards, straddles=straddling(plan, known.shards))
 
 
-def _bytes_per_device(tx: optax.GradientTransformation, params: Params, shardings: Specs) -> tuple[int, int]:
+def _bytes_per_device(tx: optax.GradientTransformation, params: Params, placed: dict[str, Placed]) -> tuple[int, int]:
     """Counts the bytes of the state on one device, and those in host memory."""
     on_device = in_host = 0
     with catch_warnings():
         simplefilter("ignore")  # this is the second trace of `init`, and the first has warned
-        state = state_shapes(tx, params, shardings)
+        state = state_shapes(tx, params, placed)
     for x in jax.tree.leaves(state):
         if x.sharding.memory_kind == "pinned_host":
             in_host += prod(x.shape) * x.dtype.itemsize

@@ -16,7 +16,7 @@ from jax import Array
 from jax.tree_util import GetAttrKey
 
 from ..engine.records import StoredMoment, trace_init
-from ..storage.format_code import format_difference, is_right
+from ..storage.format_code import format_code, format_difference, is_right
 from ..storage.moments import Sums, is_codes
 from ..trees import Params, path_name
 
@@ -44,6 +44,7 @@ class NamedState:
         formats: The record of each 8-bit transform, by the name of its array `format`.
         sums: The terms that each trace sums, where that is known.
         without_counts: The 8-bit optimizers whose rule does not depend on the count.
+        codes: The values that each array `format` must have.
         means: The name of the mean for each second moment of which a variance is computed.
         moment_fields: The fields of the moments: "mu", "nu".
         counts: The names of all step counts.
@@ -73,6 +74,7 @@ class NamedState:
         self.moments: dict[str, StoredMoment] = {}
         self.scales: dict[str, str] = {}
         self.formats, self.without_counts = {}, set()
+        self.codes: dict[str, np.ndarray] = {}
         self.means: dict[str, str] = {}
         self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
         for place, record in records:
@@ -84,7 +86,9 @@ class NamedState:
             if record.method is not None and record.method.centered:
                 names = {(m.path, m.name): self.name((*place, *m.codes)) for m in record.moments}
                 self.means |= {name: names[path, "mu"] for (path, field), name in names.items() if field == "nu"}
-            self.formats[self.name((*place, GetAttrKey("format")))] = record
+            vector = self.name((*place, GetAttrKey("format")))
+            self.formats[vector] = record
+            self.codes[vector] = format_code(record.formats, list(record.plans.values()))
             if record.method is not None and not record.method.counts_steps:
                 self.without_counts.add(self.name(place))
         self.moment_fields = {moment.name for moment in self.moments.values()}
@@ -130,7 +134,7 @@ class NamedState:
         """
         arrays = dict(self.named(state))
         for name, record in self.formats.items():
-            if name in arrays and is_right(arrays[name], record.code) is False:
+            if name in arrays and is_right(arrays[name], self.codes[name]) is False:
                 found = format_difference(arrays[name], record.formats) or "its `format` says so"
                 raise ValueError(
                     f"`state` was not made by `{self.argument}`: {found}. (A checkpoint loader that pads or truncates "
@@ -149,8 +153,8 @@ class NamedState:
     def is_right(self, arrays: dict[str, Any]) -> bool | Array:
         """Returns whether the formats of all 8-bit transforms are right: True, and traced under `jit`."""
         right = True
-        for name, record in self.formats.items():
-            right &= is_right(arrays[name], record.code)
+        for name, code in self.codes.items():
+            right &= is_right(arrays[name], code)
         return right
 
 

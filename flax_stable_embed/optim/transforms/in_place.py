@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
 from ..arguments import check_transform
-from ..fused_update import FusedTransformation, fused_update, is_fused
+from ..fused_update import FusedTransformation, fused_update, is_fused, name_of
 from ..trees import is_none
 
 _ADVICE = (
@@ -190,11 +190,10 @@ def in_place(tx: optax.GradientTransformation) -> FusedTransformation:
     """
     check_transform(tx)
     if not is_fused(tx):
-        name = getattr(tx.update, "__qualname__", repr(tx)).split(".<locals>")[0]
         raise TypeError(
             f"`tx` must be an 8-bit optimizer, fse.chain(..., one), or a wrapper of this library around one, but "
-            f"{name!r} hides what is in it. Put fse.in_place inside of optax's wrappers, and use fse.chain instead of "
-            "optax.chain."
+            f"{name_of(tx)!r} hides what is in it. Put fse.in_place inside of optax's wrappers, and use fse.chain "
+            "instead of optax.chain."
         )
 
     def update(updates, state, params=None, **extra_args):

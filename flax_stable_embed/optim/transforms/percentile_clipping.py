@@ -106,17 +106,19 @@ def percentile_clipping(
                 "`history` must be a concrete integer, because the state's shape depends on it, but it is traced. With "
                 'optax.inject_hyperparams, pass static_args=("history",).'
             )
-        axes = _stacked_axes(checked_rules, params)
-        _check_matches(checked_rules, params, axes)
-        n = (sum(prod(_stack(x, own)) for x, own in zip(jax.tree.leaves(params), axes)),) if per_parameter else ()
+        n = ()
+        if per_parameter:
+            axes = _stacked_axes(checked_rules, params)
+            _check_matches(checked_rules, params, axes)
+            n = (sum(prod(_stack(x, own)) for x, own in zip(jax.tree.leaves(params), axes)),)
         norms = jnp.zeros((operator.index(history), *n), jnp.float32, device=device_of(params))
         return PercentileClippingState(jnp.zeros([], jnp.int32), norms)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, tree = jax.tree.flatten(values_of(updates))
-        axes = _stacked_axes(checked_rules, updates)
-        norm, squared, finite = _norms(leaves, axes if per_parameter else None)
+        axes = _stacked_axes(checked_rules, updates) if per_parameter else None
+        norm, squared, finite = _norms(leaves, axes)
         if state.squared_norms.shape[1:] != squared.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
@@ -127,7 +129,7 @@ def percentile_clipping(
         limit = jnp.sqrt(_percentile(ring, percentile))
         clips = finite & (norm > limit) & (limit > 0)
         scale = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
-        scales = _of_leaves(scale, leaves, axes) if per_parameter else [scale] * len(leaves)
+        scales = [scale] * len(leaves) if axes is None else _of_leaves(scale, leaves, axes)
 
         def clip(g: Any, scale: Array) -> Array:
             g = jnp.asarray(g)
