@@ -31,7 +31,7 @@ LEVELS = {
     "ops": [
         {"dtypes", "jax_compat", "rounding"},
         {"sharding"},
-        {"counter_random", "lowering"},
+        {"counter_random", "lowering", "sharded_like"},
         {"blockwise", "embedding"},
         {"blockwise_step"},
     ],

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .jax_compat import as_varying, varying_axes
@@ -62,18 +60,6 @@ def replicated(x: Array) -> Array:
     if sharding is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
-
-
-def sharded_like(x: Array, other: Any) -> Array:
-    """Returns `x` sharded like `other`, which has its shape.
-
-    The sharding comes from the type of `other`, from `other` as a concrete array, or under jit from the compiler.
-    """
-    if isinstance(other, Tracer):
-        x, known = placed_like(x, other), explicit_sharding(other)
-        return x if known is not None and is_explicit(known.mesh) else shard_alike(x, other)[0]
-    placed = isinstance(other, Array) and other.committed  # JAX moves uncommitted arrays, and must be free to move `x`
-    return jax.device_put(x, other.sharding) if placed else x
 
 
 def varying_like(x: Array, *others: Array) -> Array:

@@ -143,6 +143,25 @@ def test_a_step_on_other_devices_than_init_saw_is_right():
     assert_same_bits(jax.device_get(step(params, tx.init(params), grads)), want)
 
 
+@pytest.mark.parametrize("how", [*STEPS, "quantize_state"])
+def test_parameters_of_one_shape_keep_their_own_shardings(how):
+    """As `q_proj` and `o_proj` of a transformer, whose kernels are sharded over swapped axes. Nothing is known."""
+    mesh, some = mesh_of(), numbers(0)["kernel"]
+    shardings = {"q_proj": NamedSharding(mesh, P("a", "b")), "o_proj": NamedSharding(mesh, P("b", "a"))}
+    params = jax.device_put({"q_proj": some, "o_proj": some}, shardings)
+    tx = fse.adamw8bit(1e-3) if how != "quantize_state" else fse.quantize_state(optax.adamw(1e-3))
+    step = updates(tx) if how == "quantize_state" else STEPS[how](tx)
+    state = jax.jit(tx.init)(params)
+    compiled = jax.jit(step).lower(params, state, params).compile()
+    assert not COLLECTIVES.findall(compiled.as_text())
+    moments = jax.tree.leaves(compiled.output_shardings[1], is_leaf=lambda x: isinstance(x, dict))
+    assert [x for x in moments if isinstance(x, dict)][:2] == [
+        shardings
+    ] * 2  # codes of the first moment, and of the other
+    if how != "update":  # the compiler chooses how `p + u` is sharded
+        assert compiled.output_shardings[0] == shardings
+
+
 def test_two_shardings_of_one_path_are_forgotten():
     tx, params = fse.adamw8bit(1e-3), numbers(0)
     first, second = (place(params, mesh_of(), SPECS[name]) for name in ("fsdp", "tensor"))

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 
 from ..blockwise.blocks import Blocks
+from ..sharded_like import sharded_like
 from ..sharding import varying_like
 from . import capabilities, lowering
 from .capabilities import PLATFORMS, Name, Spec
@@ -40,7 +41,9 @@ def step_blockwise(
     """
     check_implementation(implementation)
     if operands.g.shape:
-        return _step(step, operands, implementation, spec)
+        out, codes, absmax = _step(step, operands, implementation, spec)
+        codes = tuple(map(sharded_like, codes, operands.codes))  # the compiler may gather them otherwise
+        return sharded_like(out, operands.p) if step.fused else out, codes, absmax
     g, p, codes, absmax = jax.tree.map(lambda x: x.reshape(1), operands[:4])
     operands = operands._replace(g=g, p=p, codes=codes, absmax=absmax)
     return jax.tree.map(lambda x: x.reshape(()), _step(step, operands, implementation, None))

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from ..counter_random import linear_index_of_tile
 from ..lowering import Program, primitive
-from ..sharding import explicit_sharding, is_explicit, sharded_like
+from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Seen, Spec
 from .per_shard import has_whole_blocks, per_shard, sharding_of
 from .reference import plain
@@ -82,10 +82,7 @@ def partitioned(step: Step, operands: Operands, index: Any = None):
     and the user's `p + u` into one rounding, which a kernel's update cannot get. So bits do not depend on the mesh.
     """
     out, codes, absmax = plain(step, operands, index)
-    codes = tuple(sharded_like(new, old) for new, old in zip(codes, operands.codes))  # else XLA may gather them
-    if step.fused:
-        return sharded_like(out, operands.p), codes, absmax
-    return jnp.where(out == out, out, jnp.nan), codes, absmax
+    return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax
 
 
 def _run(module: str):

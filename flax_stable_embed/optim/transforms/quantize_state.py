@@ -25,7 +25,8 @@ from ...ops.blockwise.quantize import merge, split
 from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import rounding_key
 from ...ops.dtypes import at_least_float32
-from ...ops.sharding import placed_like, sharded_like
+from ...ops.sharded_like import sharded_like
+from ...ops.sharding import placed_like
 from ..arguments import check_transform, refuse_sparse_rows
 from ..boxes import rebox, rebox_scales, unbox
 from ..engine.records import RECORDS, Record, StayedField, StoredMoment
