@@ -9,17 +9,14 @@ install = $(if $(UV),uv pip install --quiet --python $(1),$(1) -m pip install --
 pip_with_groups = $(if $(UV),,$(1) -m pip install --quiet "pip>=25.1")
 WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
-# Halves the time of compiling for CPU, which is half the time of `make test`. With these emitters the last bits of a
-# step depend on the CPU, but not without fused multiply-adds (AVX). `make test-all` compiles as users do.
-QUICK_FLAGS = --xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX
-QUICK = XLA_FLAGS="$(QUICK_FLAGS)"
+quick = XLA_FLAGS="$$($(1) .ci/quick_flags.py)"
 
 .PHONY: train test test-all test-oldest check docs dist bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
 test: .venv/test$(EXTRAS)
-	$(QUICK) $(PYTEST) -m "not slow" $(ARGS)
+	$(call quick,$(BIN)/python) $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/test$(EXTRAS)
 	$(PYTEST) $(ARGS)
@@ -27,7 +24,7 @@ test-all: .venv/test$(EXTRAS)
 # `make test` with the lowest versions that pyproject.toml allows, on the lowest Python. The libraries of that time use
 # names that JAX has deprecated since, so that a DeprecationWarning is not an error here.
 test-oldest: .venv/oldest/installed
-	$(QUICK) JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
+	$(call quick,.venv/oldest/bin/python) JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
 		-W ignore::DeprecationWarning $(ARGS)
 
 check: .venv/dev
