@@ -47,6 +47,17 @@ def on_one_device(program: Program, **static: Any) -> bool:
     return program.one_device
 
 
+def kernels_compile_here() -> bool:
+    """Returns whether Triton compiles kernels for all GPUs of this process.
+
+    It does so for compute capability 8.0 or higher. The result is True in a process without a GPU, which may compile
+    for one ahead of time.
+    """
+    local = jax.local_devices() if jax.default_backend() == "gpu" else []
+    versions = [str(getattr(device, "compute_capability", "8.0")) for device in local]
+    return all(version[:1].isdigit() and float(version) >= 8 for version in versions)  # AMD's are like "gfx90a"
+
+
 def primitive(
     name: str,
     reference: Function,

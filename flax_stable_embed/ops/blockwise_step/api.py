@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 
 from ..blockwise.blocks import Blocks
+from ..lowering import kernels_compile_here
 from ..sharded_like import sharded_like
 from ..sharding import varying_like
 from . import capabilities, lowering
@@ -116,6 +117,8 @@ def what_runs(
         raise ValueError(f"Parameter {path!r}: {refused(name, parameter.shape, why)}")
     if implementation or name == "xla":
         return name
+    if not why and name == "pallas_gpu" and not kernels_compile_here():
+        why = "the kernel needs a GPU with compute capability 8.0"
     if not why and (devices or jax.device_count()) > 1:
         sharding = sharding_of(parameter, spec)
         if sharding is None:

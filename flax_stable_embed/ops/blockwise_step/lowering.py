@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ..counter_random import linear_index_of_tile
-from ..lowering import Program, primitive
+from ..lowering import Program, kernels_compile_here, primitive
 from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Seen, Spec
 from .per_shard import has_whole_blocks, per_shard, sharding_of
@@ -106,7 +106,7 @@ def _may_run(program: Program, *, local: LocalStep) -> bool:
         _check_that_it_runs(local.kernels[0], name, program)
     if program.kernel_platform == "cpu":
         return program.one_device
-    if name == "pallas_gpu" and not local.required and not _is_ampere_or_newer():
+    if name == "pallas_gpu" and not local.required and not kernels_compile_here():
         return False
     return name in local.kernels and program.one_device
 
@@ -124,12 +124,6 @@ def _check_that_it_runs(name: Name, found: Name | None, program: Program) -> Non
             "Use a mesh with Explicit axes, or pass `partition_specs` (PartitionSpecs under jax.set_mesh, or "
             "NamedShardings), or use None, which takes 'xla' here."
         )
-
-
-def _is_ampere_or_newer() -> bool:
-    """Returns whether Triton compiles for the GPUs of this process."""
-    local = jax.local_devices() if jax.default_backend() == "gpu" else []
-    return all(float(getattr(d, "compute_capability", 8.0)) >= 8 for d in local)
 
 
 MODULES = {"cpu": "cpu"} | PLATFORMS

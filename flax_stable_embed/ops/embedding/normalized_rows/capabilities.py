@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from ...dtypes import INT32_MAX
+from ...lowering import kernels_compile_here
 from .reference import Options
 
 LEAST_FEATURES = 768  # on an H200 the gradient takes 0.75 of XLA's time at 768 features, and twice its time at 256
@@ -33,4 +34,4 @@ def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: A
     known = {x.dtype for x in (table, scale, bias)} | {options.dtype} <= DTYPES
     # On TPU single rows are copied. They must fill lanes, and rows of a 16-bit table are stored in pairs.
     on_tpu = table.dtype == jnp.float32 and options.dtype != jnp.float16 and table.shape[1] % 128 == 0
-    return bool(fits and addressed and known and (platform == "gpu" or on_tpu))
+    return bool(fits and addressed and known and (kernels_compile_here() if platform == "gpu" else on_tpu))
