@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..ops.embedding.rows import is_sparse_rows
-from .boxes import is_nnx_optimizer, unbox
+from .boxes import is_never_trained, is_nnx_optimizer, unbox
 from .trees import Mask, Params, Updates, flatten, is_none, path_name
 
 
@@ -127,8 +127,13 @@ def check_transform(tx: Any) -> None:
 
 
 def check_params(params: Params) -> None:
-    """Raises if parameters have random keys, as a model with dropout has."""
+    """Raises if parameters have variables that are not trained, as a model has."""
     for path, box in flatten(params):
+        if is_never_trained(box):
+            raise TypeError(
+                f"The parameters have an nnx.{type(box).__name__} at {path_name(path)!r}, as a model or an "
+                "nnx.Optimizer has. Pass the parameters of the model only: nnx.state(model, nnx.Param)."
+            )
         if jnp.issubdtype(getattr(unbox(box), "dtype", np.float32), jax.dtypes.prng_key):
             raise TypeError(
                 f"The parameters have a random key at {path_name(path)!r}, as a model has. Pass the parameters of the "

@@ -31,6 +31,11 @@ def is_nnx_optimizer(x: Any) -> bool:
     return isinstance(x, nnx.Optimizer)
 
 
+def is_never_trained(x: Any) -> bool:
+    """Returns whether `x` is an NNX variable of a kind that no optimizer trains, such as batch statistics."""
+    return isinstance(x, nnx.BatchStat | nnx.Cache | nnx.Intermediate | nnx.RngState | nnx.OptState)
+
+
 def unbox(x: Any) -> Any:
     """Returns the array inside all wrappers of `x`, or `x` itself if it has none."""
     while is_box(x):

@@ -1,5 +1,7 @@
 """Tests that a model in place of its parameters, or an `nnx.Optimizer` in place of its transform, is a clear error."""
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
@@ -33,8 +35,23 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_model_with_dropout_is_not_parameters(name, call):
     for model in (MODEL, nnx.state(MODEL)):
-        with pytest.raises(TypeError, match=r"a random key at 'dropout/.*nnx\.state\(model, nnx\.Param\)"):
+        with pytest.raises(TypeError, match=r"RngCount at 'dropout/.*nnx\.state\(model, nnx\.Param\)"):
             CALLS[call](TX[name](), model)
+    keys = {"dropout": jax.random.key(0), "kernel": jnp.ones((64, 64))}
+    with pytest.raises(TypeError, match=r"a random key at 'dropout'.*nnx\.state\(model, nnx\.Param\)"):
+        CALLS[call](TX[name](), keys)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", TX)
+@pytest.mark.one_in(5)
+def test_variables_that_are_not_trained_are_not_parameters(name, call):
+    normalized = nnx.BatchNorm(64, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(normalized, optax.adam(1e-3), wrt=nnx.Param)
+    for wrong, kind in ((normalized, "BatchStat"), (nnx.state(normalized), "BatchStat"), (optimizer, "Opt")):
+        with pytest.raises(TypeError, match=rf"have an nnx\.{kind}\w* at .*nnx\.state\(model, nnx\.Param\)"):
+            CALLS[call](TX[name](), wrong)
+    CALLS["describe"](TX[name](), nnx.state(normalized, nnx.Param))
 
 
 @pytest.mark.parametrize("call", ["describe", "abstract_state", "convert_state"])

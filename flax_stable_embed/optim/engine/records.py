@@ -80,7 +80,7 @@ def trace_init(tx: optax.GradientTransformation, params: Params) -> tuple[Any, l
         is None where a wrapper made another array of `format`.
 
     Raises:
-        TypeError: `tx` is not a transform, or the parameters have random keys, as a model has.
+        TypeError: `tx` is not a transform, or the parameters have variables that are not trained.
     """
     check_transform(tx)
     check_params(params)

@@ -109,7 +109,7 @@ class Planner:
             The leaves with their plans, and the structure of the pytree.
 
         Raises:
-            TypeError: The parameters have random keys, as a model has.
+            TypeError: The parameters have variables that are not trained, as a model has.
             ValueError: Two parameters have one path, a user rule matches no parameter or never applies, or a named
                 `implementation` cannot run the step of a parameter.
         """
