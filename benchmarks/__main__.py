@@ -25,11 +25,12 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "steps": Benchmark("measured", "AdamW on one array, next to optax, torchao, bitsandbytes: time, memory", "10 min"),
+    "steps": Benchmark("measured", "AdamW on one array, next to other libraries: time, memory", "10 min"),
     "embedding": Benchmark("measured", "steps of embedding tables and of StableEmbed: time, memory", "5 min"),
     "models": Benchmark("measured", "whole models: compile times, a training step, many small arrays", "10 min"),
     "gpu": Benchmark("measured", "kernels on a GPU, next to XLA and other libraries: time, answers", "6 min, a GPU"),
     "compiled": Benchmark("counted", "AdamW compiled for TPU and GPU: bytes, instructions", "5 min, extra tpu or cuda"),
+    "instructions": Benchmark("counted", "the GPU kernels: instructions, registers", "2 min, extra cuda"),
     "collectives": Benchmark("counted", "a sharded training step compiled for TPU: communication", "1 h, extra tpu"),
     "lookups": Benchmark("counted", "StableEmbed compiled for TPU: bytes moved, temporaries", "5 min, extra tpu"),
     "chips": Benchmark("counted", "Llama 2 and its optimizer state on every chip of a slice: bytes", "1 min"),

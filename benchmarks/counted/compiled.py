@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh
 
 import flax_stable_embed as fse
 from flax_stable_embed.ops.blockwise.blocks import Blocks
@@ -112,13 +114,23 @@ def compiled_step(case: Case, device: Any) -> Any:
     args = params, jax.eval_shape(tx.init, params), params
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
 
-    def step(grads, state, params):
+    # JAX pairs donated arguments and results of one type in their order, so the parameters come first.
+    def step(params, state, grads):
         if case.codec is not None:
             return fse.fused_update(tx, grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()
+    with compiling_for(device):
+        return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+
+
+def compiling_for(device: Any) -> Any:
+    """Returns a context in which kernels are compiled for a device that this process does not have.
+
+    From JAX 0.11 on, Pallas asks which GPU a kernel is for, and would find the default device.
+    """
+    return jax.set_mesh(Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,)))
 
 
 SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8, "f64": 8}

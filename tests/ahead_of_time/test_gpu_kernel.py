@@ -12,6 +12,8 @@ import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
 from tests import cases
 
+# From JAX 0.11 on. Mosaic GPU, which is to replace it, has another interface.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 SMALL = fse.StateFormat(min_size=0)
 
 
@@ -25,7 +27,7 @@ def gpus():
 
 def compiled_on(devices, tx, params, place):
     args = jax.tree.map(place, (params, jax.eval_shape(tx.init, params), params))
-    return jax.jit(lambda g, s, p: fse.fused_update(tx, g, s, p), donate_argnums=(1, 2)).lower(*args).compile()
+    return jax.jit(lambda p, s, g: fse.fused_update(tx, g, s, p), donate_argnums=(0, 1)).lower(*args).compile()
 
 
 @pytest.mark.parametrize("name", [name for name in counted.CASES if "optax" not in name and "xla" not in name])
@@ -44,7 +46,8 @@ def test_every_optimizer_is_one_kernel_per_array(gpus, case):
     tx = case.ours(**case.hyper, state_format=SMALL, implementation="pallas_gpu")
     here = jax.sharding.SingleDeviceSharding(gpus[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-    assert counted.kernels(compiled_on(gpus, tx, params, place).as_text()) == 2
+    with counted.compiling_for(gpus[0]):
+        assert counted.kernels(compiled_on(gpus, tx, params, place).as_text()) == 2
 
 
 def test_stable_embed_writes_no_looked_up_rows_to_memory(gpus):
@@ -53,7 +56,8 @@ def test_stable_embed_writes_no_looked_up_rows_to_memory(gpus):
     args = jax.eval_shape(embed.init, jax.random.key(0), ids), ids
     here = jax.sharding.SingleDeviceSharding(gpus[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
-    compiled = jax.jit(embed.apply).lower(*args).compile()
+    with counted.compiling_for(gpus[0]):
+        compiled = jax.jit(embed.apply).lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 8192 * 512
 
 
@@ -70,7 +74,8 @@ def test_on_one_gpu_a_stable_embedding_is_one_kernel_and_its_gradient_another(gp
         y, pullback = jax.vjp(lambda params: embed.apply(params, ids), params)
         return y, pullback(dy)[0]
 
-    compiled = jax.jit(step).lower(*args).compile()
+    with counted.compiling_for(gpus[0]):
+        compiled = jax.jit(step).lower(*args).compile()
     assert counted.kernels(compiled.as_text()) == 2
     # Temporaries are the sorted ids, and each program's share of the gradients of scale and bias.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * (2 * features * tokens / 32 + 8 * tokens)

@@ -25,7 +25,8 @@ def has_kernel(options: Options, table: Array, scale: Array, bias: Array, ids: A
     With several devices XLA partitions the program, and it cannot partition a kernel.
     """
     platform = jax.default_backend()
-    alone = platform in ("gpu", "tpu") and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = platform in ("gpu", "tpu") and jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
     sizes = (*table.shape, *ids.shape)
     if not alone or not all(isinstance(n, int) for n in sizes):  # jax.export can have symbols for sizes
         return False
