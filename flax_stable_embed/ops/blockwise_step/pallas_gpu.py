@@ -26,12 +26,12 @@ from .kernel_codecs import by_square_roots, kernel_codec, magnitude_of, without_
 from .kernel_scalars import scalars_of, uniform_of
 from .step import Operands, Step, apply_rule
 
-# Elements of a tile of columns, and its largest number of columns. With 16 elements per thread, two tiles fit into the
-# registers of a processor.
-ELEMENTS, COLUMNS = 8192, 64
+# Elements of a tile of columns, and its largest number of columns. With 16 elements per thread, at least three tiles of
+# any shape fit into the registers of a processor. Of tiles of 8192 elements one fits, if widths are not powers of two.
+ELEMENTS, COLUMNS = 4096, 64
 PER_WARP = 32 * 16
-# A tile of ELEMENTS, computed in parts, needs 64 registers per thread for Adam with `root`. At once it needs 85.
-PART = 4096
+# A tile is computed in parts. At once it would need more registers.
+PART = 1024
 # A tile of rows is one warp if blocks are that short, so that the largest magnitude of a block needs no results of
 # another warp.
 ELEMENTS_OF_ROWS, PER_WARP_OF_ROWS = 256, 32 * 8
