@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 try:
@@ -19,6 +20,11 @@ def varying_axes(x: Array) -> frozenset[str]:
     """Returns the mesh axes of a `jax.shard_map` that the type of `x` varies over."""
     aval = jax.typeof(x)
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # `vma`: JAX 0.9 and earlier
+
+
+def literal_value(x: Any) -> Any:
+    """Returns the value of a literal in a jaxpr. In JAX 0.9 and earlier it can have a type that is not a jax.Array."""
+    return np.asarray(x) if type(x).__name__ == "TypedNdArray" else x
 
 
 def register_key_type(key_type: Any) -> None:

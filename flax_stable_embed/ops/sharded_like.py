@@ -34,7 +34,8 @@ def sharded_like(x: Array, other: Any) -> Array:
     if isinstance(other, Tracer):
         x, known = placed_like(x, other), explicit_sharding(other)
         return x if known is not None and is_explicit(known.mesh) else _alike.bind(x, other)
-    placed = isinstance(other, Array) and other.committed  # JAX moves uncommitted arrays, and must be free to move `x`
+    # JAX moves uncommitted arrays, and must be free to move `x`. A constant of JAX 0.8 cannot be committed.
+    placed = isinstance(other, Array) and getattr(other, "committed", False)
     return jax.device_put(x, other.sharding) if placed else x
 
 

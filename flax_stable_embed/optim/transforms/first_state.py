@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
+from ...ops.jax_compat import literal_value
 from ..boxes import unbox
 from ..trees import Params, flatten, is_array, path_name
 
@@ -115,5 +116,6 @@ def _constant_outputs(jaxpr: Any, consts: Sequence[Any], given: Sequence[Any] = 
 
 def _number(x: Any) -> Any:
     """Returns `x` if it is a number whose value is known, or None."""
+    x = literal_value(x)
     concrete = isinstance(x, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(x, Tracer)
     return x if concrete and np.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.number) else None
