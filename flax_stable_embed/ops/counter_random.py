@@ -11,8 +11,8 @@ without reading memory.
 
 Dither is an additive recurrence (a Weyl sequence) over elements and over steps. 0x9E3779B1 / 2^32 is the golden ratio's
 fraction, of all numbers the one that is worst approximated by fractions. So within a few steps an element gets numbers
-that are spread evenly over [0, 1), and its errors of rounding cancel. It costs a kernel one product and one shift per
-element, and the hash three of each.
+that are spread evenly over [0, 1), and its errors of rounding cancel. It costs a kernel one sum and one shift per
+element, and the hash several products. The upper 16 bits are enough: they resolve 2^-16 of the distance of two levels.
 """
 
 import zlib
@@ -47,7 +47,13 @@ def rounding_key(rounding: Rounding, path: str, count: Array) -> Array:
 def uniform(rounding: Rounding, index: Array, key: Array) -> Array:
     """Returns float32 in [0, 1) for the elements with these indices, uint32, the same on every device and mesh."""
     bits = hashed_bits(index, key) if rounding == "stochastic" else index * DITHERED_ELEMENT + key
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+    return as_fraction(rounding, bits)
+
+
+def as_fraction(rounding: Rounding, bits: Array) -> Array:
+    """Returns the upper bits of uint32 as float32 in [0, 1): 16 of them for dither, and 24 otherwise."""
+    kept = 16 if rounding == "dither" else 24
+    return (bits >> (32 - kept)).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-kept)
 
 
 def array_key(path: str, count: Array) -> Array:
@@ -66,9 +72,18 @@ def random_bits(path: str, count: Array, like: Array) -> Array:
 
 
 def linear_index_of_tile(
-    at: Sequence[Any], lengths: Sequence[int | None], groups: Sequence[range], local: Sequence[int], origin, shape
+    at: Sequence[Any],
+    lengths: Sequence[int | None],
+    groups: Sequence[range],
+    local: Sequence[int],
+    origin,
+    shape,
+    factor: int = 1,
+    plus: Any = 0,
 ) -> Array:
-    """Returns the row-major index in the global array of each element of a tile, uint32 (modulo 2^32).
+    """Returns the row-major index in the global array of each element of a tile, as `factor * index + plus`.
+
+    The result is uint32, modulo 2^32.
 
     A tile is a box of elements of one shard. A kernel sees the shard with axes merged, and so does this function.
 
@@ -80,10 +95,12 @@ def linear_index_of_tile(
         local: The shape of the shard.
         origin: Where the shard starts in the global array, along each axis; empty if it starts at zero.
         shape: The shape of the global array.
+        factor: A constant. The product is computed for each axis and not for each element.
+        plus: A scalar, int32.
     """
-    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    strides = [int(n) * factor for n in np.cumprod((1, *shape[:0:-1]))[::-1]]
     kept = [n for n in lengths if n is not None]
-    total, axis = jnp.zeros(kept, jnp.int32), 0  # sums and products of int32 wrap as those of uint32 do
+    total, axis = jnp.full([1] * len(kept), plus, jnp.int32), 0  # sums and products of int32 wrap as those of uint32 do
     for start, length, dims in zip(at, lengths, groups):
         flat, share = jnp.asarray(start).astype(jnp.int32), jnp.int32(0)
         if length is not None:
@@ -95,7 +112,7 @@ def linear_index_of_tile(
             share = share + index * np.uint32(strides[dim] % 2**32).view(np.int32)
             flat = lax.div(flat, np.int32(local[dim]))
         total = total + share
-    return lax.bitcast_convert_type(total, jnp.uint32)
+    return lax.bitcast_convert_type(jnp.broadcast_to(total, kept), jnp.uint32)
 
 
 def linear_index(shape: tuple[int, ...]) -> Array:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
+from benchmarks.counted import instructions
 from tests import cases
 
 # From JAX 0.11 on. Mosaic GPU, which is to replace it, has another interface.
@@ -38,6 +39,26 @@ def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(gpus, name):
     assert counted.kernels(compiled.as_text()) == 1
     assert counted.memory_bytes(compiled.as_text()) / n <= 3 * wide + 4 + 0.6
     assert compiled.memory_analysis().temp_size_in_bytes / n < 0.001
+
+
+MOST = {"nearest": 50, "dither": 80, "stochastic": 80, "bfloat16": 55, "`update`": 50, "`linear`": 50, "`dynamic`": 145}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_kernel_has_few_instructions(gpus, name):
+    if why := instructions.missing():
+        pytest.skip(why)
+    row = instructions.counted(instructions.CASES[name], gpus[0])
+    assert row["instructions"] <= MOST[name] and row["spills"] == 0
+    assert row["warps"] >= (12 if name == "`update`" else 16)  # it needs addresses for one more array
+
+
+@pytest.mark.parametrize("name", instructions.MODELS)
+def test_several_programs_share_a_processor_for_the_arrays_of_real_models(gpus, name):
+    if why := instructions.missing():
+        pytest.skip(why)
+    row = instructions.counted(instructions.MODELS[name], gpus[0])
+    assert row["instructions"] <= 80 and row["spills"] == 0 and row["warps"] >= 16
 
 
 @pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)

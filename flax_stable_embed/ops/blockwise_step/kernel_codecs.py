@@ -7,7 +7,7 @@ reference if a number is within a few ulp of the boundary between two codes.
 
 from collections.abc import Callable
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from ..blockwise.codecs import TINY, Code
 from ..blockwise.quantize import codes_of
+from ..counter_random import Rounding, as_fraction
 from .step import Moment
 
 
@@ -23,13 +24,13 @@ class KernelCodec(NamedTuple):
 
     dequantize: Called as `dequantize(codes, absmax)`, returns numbers.
     factor: Called as `factor(absmax)`, returns the factor that `quantize` multiplies by. It is computed once per block.
-    quantize: Called as `quantize(x, factor, uniform)`, returns codes. `uniform` holds numbers in [0, 1) for a moment
-        with dithered or stochastic rounding, else None.
+    quantize: Called as `quantize(x, factor, bits)`, returns codes. `bits` are random bits, uint32, for a moment with
+        dithered or stochastic rounding, else None.
     """
 
-    dequantize: Callable[[Array, Array], Array]
+    dequantize: Callable[[Array, Array], Any]
     factor: Callable[[Array], Array]
-    quantize: Callable[[Array, Array, Array | None], Array]
+    quantize: Callable[..., Array]
 
 
 FourthRoot = Callable[[Array, float], Array]  # (x, times) -> times * x^(1/4); of 0, any finite number
@@ -52,33 +53,35 @@ def kernel_codec(moment: Moment, fourth_root: FourthRoot) -> KernelCodec:
     """
     code = moment.code
     if moment.codec == "root":
-        return _root(code, fourth_root, to_nearest=moment.rounding == "nearest")
+        return _root(code, fourth_root, moment.rounding)
     found = _dynamic(code) if moment.codec == "dynamic" else _linear(code)
     if moment.rounding == "nearest":
         return found
-    return found._replace(factor=lambda absmax: absmax, quantize=lambda x, absmax, u: codes_of(x, absmax, code, u))
+
+    def quantize(x: Array, absmax: Array, bits: Array) -> Array:
+        return codes_of(x, absmax, code, as_fraction(moment.rounding, bits))
+
+    return found._replace(factor=lambda absmax: absmax, quantize=quantize)
 
 
-def _root(code: Code, fourth_root: FourthRoot, to_nearest: bool) -> KernelCodec:
+def _root(code: Code, fourth_root: FourthRoot, rounding: Rounding) -> KernelCodec:
     """Builds the codec of square roots (signed) or fourth roots.
 
-    With `to_nearest` false a number is rounded up if it is above `lower + u * (upper - lower)`, from both neighbors
-    of its level k in units of the last one: k^2 + u (2k + 1), or k^4 + u (2k + 1) (2k^2 + 2k + 1).
+    Dithered and stochastic rounding round a number up if it is above `lower + u * (upper - lower)`, from both neighbors
+    of its level k in units of the last one: k^2 + u (2k + 1), or k^4 + u ((k + 1)^4 - k^4).
     """
     top = float(code.top)
-
-    def lower(level):
-        return lax.floor(jnp.minimum(level, np.float32(top - 1)))
+    to_nearest = rounding == "nearest"
 
     def dequantize_signed(codes, absmax):
         level = _float32(codes)
         return level * lax.abs(level) * (absmax * np.float32(1 / top**2))  # zero if the scale is below 2e-34
 
-    def quantize_signed(x, factor, u):  # factor = 127 / sqrt(absmax)
+    def quantize_signed(x, factor, bits):  # factor = 127 / sqrt(absmax)
         level = x * lax.rsqrt(jnp.maximum(lax.abs(x), TINY)) * factor
         if not to_nearest:
-            magnitude = lax.abs(level)
-            k = lower(magnitude)
+            u, magnitude = as_fraction(rounding, bits), lax.abs(level)
+            k = lax.floor(jnp.minimum(magnitude, np.float32(top - 1)))
             k = jnp.where(jnp.square(magnitude) > jnp.square(k) + u * (2 * k + 1), k + 1, k)
             level = jnp.where(x < 0, -k, k)
         return _low_byte(level, code)
@@ -87,13 +90,20 @@ def _root(code: Code, fourth_root: FourthRoot, to_nearest: bool) -> KernelCodec:
         square = jnp.square(_float32(codes) * np.float32(1 / top))  # two factors, so that none underflows
         return square * square * absmax
 
-    def quantize_unsigned(x, factor, u):  # factor = 4 / absmax
-        level = fourth_root(x * factor, top / 2**0.5)
-        if not to_nearest:
-            k = lower(level)
-            square, twice = jnp.square(k), 2 * k + 1
-            above = x * factor * np.float32(top**4 / 4) > jnp.square(square) + u * (twice * (2 * square + twice))
-            level = jnp.where(above, k + 1, k)
+    def quantize_unsigned(x, factor, bits):  # factor = 4 / absmax
+        n = x * factor
+        level = fourth_root(n, top / 2**0.5)
+        if to_nearest:
+            return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
+        # With y = k + 1/2 the distance of the neighbors is y (4 y^2 + 1), and halfway between them is y^4 + 3/2 y^2 +
+        # 1/16. The last term is left out, because it is at most 1/240 of the distance. Bits whose first one is flipped
+        # are 2^32 (u - 1/2) if they are read as signed integers.
+        k = lax.floor(jnp.minimum(level, np.float32(top - 1)))
+        y = k + 0.5
+        square = y * y
+        offset = lax.bitcast_convert_type(bits ^ np.uint32(2**31), jnp.int32).astype(jnp.float32)
+        threshold = offset * (y * (square * np.float32(2.0**-30) + np.float32(2.0**-32))) + square * (square + 1.5)
+        level = jnp.where(n * np.float32(top**4 / 4) > threshold, k + 1, k)
         return _low_byte(jnp.where(x >= TINY, jnp.maximum(level, 1.0), 0.0), code)
 
     if code.bottom:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..counter_random import Rounding, linear_index_of_tile, uniform
+from ..counter_random import DITHERED_ELEMENT, Rounding, hashed_bits, linear_index_of_tile
 from .step import Operands
 
 
@@ -22,7 +22,7 @@ def scalars_of(operands: Operands, origin: tuple) -> tuple[Array, Array]:
     return jnp.stack(hyper or [jnp.float32(0)]), jnp.stack([lax.bitcast_convert_type(key, jnp.int32), *place])
 
 
-def uniform_of(
+def bits_of_tile(
     rounding: Rounding,
     integers: Any,
     at: Sequence,
@@ -31,10 +31,12 @@ def uniform_of(
     local: Sequence[int],
     shape,
 ) -> Array:
-    """Returns the numbers of `uniform` for a tile.
+    """Returns the bits, uint32, that `as_fraction` makes the numbers of `uniform` of, for a tile.
 
     `integers` are from `scalars_of`. The arguments after it are those of `linear_index_of_tile`.
     """
     origin = [integers[1 + k] for k in range(len(local))]
-    index = linear_index_of_tile(at, lengths, groups, local, origin, shape)
-    return uniform(rounding, index, lax.bitcast_convert_type(integers[0], jnp.uint32))
+    if rounding == "dither":
+        return linear_index_of_tile(at, lengths, groups, local, origin, shape, int(DITHERED_ELEMENT), integers[0])
+    key = integers[0].astype(jnp.uint32)  # Mosaic of JAX 0.8 does not bitcast scalars
+    return hashed_bits(linear_index_of_tile(at, lengths, groups, local, origin, shape), key)

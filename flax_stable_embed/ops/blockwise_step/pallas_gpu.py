@@ -5,9 +5,9 @@ blocks are along the last axis, it has one block of each of some rows. Codes, mo
 registers, so there is one pass. Tiles that extend beyond the array are masked, and so are blocks whose size is not a
 power of two.
 
-What limits it: memory, 16.06 bytes per parameter for Adam. The speed depends on how many consecutive elements of a row
-a tile reads, and on two tiles fitting on one processor, so that one computes while the other waits for memory
-(benchmarks/results/gpu-*.json).
+What limits it: memory, 16.06 bytes per parameter for Adam, as long as other warps compute while one waits. A load does
+not move ahead of a store, because the store might write what it reads. So a tile is read before its first part is
+stored. 16 warps or more share a processor (`python -m benchmarks instructions`).
 """
 
 from functools import partial, reduce
@@ -22,19 +22,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..blockwise.codecs import TINY
-from .kernel_codecs import by_square_roots, kernel_codec, magnitude_of, without_overflow
-from .kernel_scalars import scalars_of, uniform_of
+from .gpu_codecs import gpu_codec
+from .gpu_instructions import Instructions, contracted
+from .kernel_codecs import magnitude_of
+from .kernel_scalars import bits_of_tile, scalars_of
 from .step import Operands, Step, apply_rule
 
-# Elements of a tile of columns, and its largest number of columns. With 16 elements per thread, at least three tiles of
-# any shape fit into the registers of a processor. Of tiles of 8192 elements one fits, if widths are not powers of two.
-ELEMENTS, COLUMNS = 4096, 64
-PER_WARP = 32 * 16
-# A tile is computed in parts. At once it would need more registers.
-PART = 1024
+# Elements of a tile of columns. Its number of columns is at most COLUMNS, and fewer in a small array, so that there are
+# PROGRAMS of them, two for each processor of a large GPU.
+ELEMENTS, COLUMNS, FEWEST_COLUMNS, PROGRAMS = 4096, 64, 16, 2 * 132
+# Elements of a thread. With 32 of them, the largest magnitude of a column needs few results of other warps.
+PER_THREAD = 32
+# A tile is computed in parts, in each of which a thread has this number of neighbors in a row.
+NEIGHBORS = 4
 # A tile of rows is one warp if blocks are that short, so that the largest magnitude of a block needs no results of
 # another warp.
-ELEMENTS_OF_ROWS, PER_WARP_OF_ROWS = 256, 32 * 8
+ELEMENTS_OF_ROWS, PER_THREAD_OF_ROWS = 512, 16
 
 
 class Tiling(NamedTuple):
@@ -82,10 +85,13 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
     wanted = ELEMENTS_OF_ROWS // height if along_rows else min(COLUMNS, ELEMENTS // height)
     width = max(1, min(wanted, pl.next_power_of_2(before if along_rows else after)))
     view = (before, extent) if along_rows else (before, extent, after)
-    elements = height * width
-    parts = 1 if along_rows else pl.cdiv(elements, PART)
-    warps = max(1, min(32, elements // (PER_WARP_OF_ROWS if along_rows else PER_WARP)))
-    return Tiling(view, tuple(groups[: len(view)]), -(-extent // size), size, height, width, parts, warps)
+    blocks = pl.cdiv(extent, size)
+    while not along_rows and width > FEWEST_COLUMNS and before * blocks * pl.cdiv(after, width) < PROGRAMS:
+        width //= 2
+    per_thread = PER_THREAD_OF_ROWS if along_rows else PER_THREAD
+    warps = max(1, min(32, height * width // (32 * per_thread)))
+    parts = 1 if along_rows else max(1, min(height, height * width // (32 * warps * NEIGHBORS)))
+    return Tiling(view, tuple(groups[: len(view)]), blocks, size, height, width, parts, warps)
 
 
 def run(
@@ -106,7 +112,7 @@ def run(
     first = 3 + (operands.p is not None)  # the index of the codes among the inputs
     aliases = {first + k: 1 + k for k in range(2 * len(codes))} | ({3: 0} if step.fused else {})
     out, *stored = pl.pallas_call(
-        partial(_kernel, step, plan, names, (local, shape or local), operands.p is not None),
+        partial(_kernel, Instructions(interpret), step, plan, names, (local, shape or local), operands.p is not None),
         grid=(plan.programs,),
         out_shape=outputs,
         input_output_aliases=aliases,
@@ -122,7 +128,7 @@ def run(
     )
 
 
-def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integers, *references):
+def _kernel(do: Instructions, step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integers, *references):
     given = iter(references)
 
     def several() -> tuple:
@@ -176,31 +182,37 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
     def spread(x: Array) -> Array:
         return lax.expand_dims(x, (axis,))
 
-    codecs = [kernel_codec(moment, by_square_roots) for moment in step.moments]
+    codecs = [gpu_codec(do, moment) for moment in step.moments]
     hyper = {name: numbers[k] for k, name in enumerate(names)}
+    key_and_place = [integers[k] for k in range(1 + len(shapes[0]))]
     old_scales = [spread(load(ref, of_scale, scale_inside)) for ref in absmax]
+    rule = contracted(do, lambda g, p, old: apply_rule(step, g, p, tuple(old), hyper))
 
-    def fresh(part: int) -> list[Array]:
-        """Stores the output of a part and returns its new moments."""
+    def read(part: int) -> tuple:
         where, mask = at(part), inside(part)
-        old = [codec.dequantize(load(c, where, mask), scale) for codec, c, scale in zip(codecs, codes, old_scales)]
-        p_in = None if p is None else load(p, where, mask)
-        result, new = apply_rule(step, load(g, where, mask), p_in, tuple(old), hyper)
-        plgpu.store(out.at[where], result, mask=mask)
-        new = without_overflow(new)
+        return load(g, where, mask), None if p is None else load(p, where, mask), [load(c, where, mask) for c in codes]
+
+    def compute(part: int, g_in: Array, p_in: Array | None, of_codes: list[Array]) -> list[Array]:
+        """Stores the output of a part and returns its new moments, all NaN where one is not finite."""
+        mask = inside(part)
+        old = [codec.dequantize(c, scale) for codec, c, scale in zip(codecs, of_codes, old_scales)]
+        result, new = rule(g_in, p_in, old)
+        plgpu.store(out.at[at(part)], result, mask=mask)
+        new = do.nan_if_any_overflows(list(new))
         return new if mask is None else [jnp.where(mask, x, 0.0) for x in new]
 
-    new = [fresh(part) for part in range(plan.parts)]
+    new = [compute(part, *arrays) for part, arrays in enumerate([read(part) for part in range(plan.parts)])]
     factors = []
     for k, (codec, moment) in enumerate(zip(codecs, step.moments)):
-        largest = reduce(jnp.maximum, [magnitude_of(of_part[k], moment) for of_part in new]).max(axis=axis)
-        largest = jnp.where(largest >= TINY, largest, 0.0)
+        largest = do.largest(reduce(do.larger, [magnitude_of(of_part[k], moment) for of_part in new]), axis)
+        largest = jnp.where(largest >= TINY, largest, 0.0)  # also where it is NaN
         plgpu.store(new_absmax[k].at[of_scale], largest, mask=scale_inside)
         factors.append(spread(codec.factor(largest)))
+
     for part, of_part in enumerate(new):
         random = None
         if step.rounding != "nearest":
-            random = uniform_of(step.rounding, integers, *place(part), plan.groups, *shapes)
+            random = bits_of_tile(step.rounding, key_and_place, *place(part), plan.groups, *shapes)
         for codec, x, factor, ref in zip(codecs, of_part, factors, new_codes):
             plgpu.store(ref.at[at(part)], codec.quantize(x, factor, random), mask=inside(part))
 

@@ -28,7 +28,7 @@ from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from .capabilities import LANES, ROWS
 from .kernel_codecs import by_logarithm, kernel_codec, magnitude_of, without_overflow
-from .kernel_scalars import scalars_of, uniform_of
+from .kernel_scalars import bits_of_tile, scalars_of
 from .step import Operands, Step, apply_rule
 
 SUBLANES = 8  # of a float32 register; a register of 8-bit numbers has ROWS, and a loop takes as many at a time
@@ -193,7 +193,8 @@ def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integ
         """Returns random numbers for the elements at `offset` of the tile."""
         offset, lengths = list(offset), list(lengths)
         at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
-        return uniform_of(step.rounding, integers, at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes)
+        tile = [n and lengths.pop(0) for n in plan.tile]
+        return bits_of_tile(step.rounding, integers, at, tile, plan.groups, *shapes)
 
     body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform)
 
