@@ -1,5 +1,7 @@
 """Tests that a state which a loader has cast or reordered is an error in every optimizer, and never an update."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,7 @@ INNER = {
     "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
     "masked": lambda tx: optax.masked(tx, {"kernel": True, "norm": {"scale": False}, "wte": True}),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 1),
+    "percentile_clipping": lambda tx: fse.chain(fse.percentile_clipping(50, history=4), tx),
 }
 
 
@@ -217,6 +220,19 @@ def test_a_state_of_zeros_is_a_new_state(name):
         want, found = update(gradients(5), fresh, params), update(gradients(5), zeros, params)
         for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", (*TRANSFORMS, *INNER))
+@pytest.mark.one_in(4)
+def test_a_state_of_zeros_of_numpy_is_one_of_zeros_of_jax(name):
+    tx, params = make(name), parameters()
+    ours, theirs = (jax.tree.map(zeros_like, tx.init(params)) for zeros_like in (jnp.zeros_like, np.zeros_like))
+    for update in (tx.update, jax.jit(tx.update)):
+        want, found = update(gradients(5), ours, params), update(gradients(5), theirs, params)
+        assert jax.tree.structure(found) == jax.tree.structure(want)
+        for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        update(gradients(6), found[1], params)
 
 
 def test_a_fused_step_from_a_wrong_state_gives_nan():
@@ -387,6 +403,47 @@ def test_a_state_in_which_an_array_is_missing_is_an_error(name, value, where):
     with pytest.raises((ValueError, TypeError)) as error:
         tx.update(gradients(5), bad, params)
     assert not isinstance(error.value, AttributeError) and "init" in str(error.value)
+
+
+BAD_FORMATS = {
+    "int32": lambda x: x.astype(jnp.int32),
+    "int8": lambda x: x.astype(jnp.int8),
+    "bool": lambda x: x != 0,
+    "float32": lambda x: x.astype(jnp.float32),
+    "bfloat16": lambda x: x.astype(jnp.bfloat16),
+    "float8_e4m3fn": lambda x: x.astype(jnp.float8_e4m3fn),
+    "of shape ()": lambda x: x[0],
+    "of shape (2,": lambda x: jnp.stack([x, x]),
+    "of shape (1,": lambda x: np.asarray(x)[None],
+}
+
+
+@pytest.mark.parametrize("name", (*TRANSFORMS, *INNER))
+@pytest.mark.parametrize("found", BAD_FORMATS)
+@pytest.mark.one_in(11)
+def test_a_format_of_another_dtype_or_shape_is_an_error(name, found):
+    tx, params = make(name), parameters()
+    for zeros in (False, True):
+        state = jax.tree.map(jnp.zeros_like, tx.init(params)) if zeros else tx.init(params)
+        bad = changed(state, "format", BAD_FORMATS[found])
+        assert_refused(tx, bad, params, rf"`format` of the state is .*{re.escape(found)}.*a vector of uint8.* `init`")
+
+
+@pytest.mark.parametrize("found", BAD_FORMATS)
+def test_a_bad_format_is_an_error_before_its_values_are_read(found):
+    """It is the first error of a state with other scales, of `convert_state` and of `dump_optimizer_state`."""
+    tx, params = make("adamw8bit"), parameters()
+    bad = changed(tx.init(params), "format", BAD_FORMATS[found])
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.0}
+    order = ["kernel", "norm/scale", "wte/embedding"]
+    dump = fse.interop.bitsandbytes.dump_optimizer_state
+    for read in (
+        lambda: tx.update(gradients(), changed(bad, "mu_absmax/kernel", lambda x: x[:, :1]), params),
+        lambda: fse.convert_state(tx, tx, params, bad),
+        lambda: dump(tx, params, bad, order=order, param_groups=group),
+    ):
+        with pytest.raises(ValueError, match=rf"`format` of the state is .*{re.escape(found)}.*a vector of uint8"):
+            read()
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)

@@ -54,13 +54,8 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> Chec
     zero, which is a new state. In a traced program the check is a part of the program.
 
     Raises:
-        ValueError: It is the format of another state.
+        ValueError: It is the format of another state, or not a vector of uint8.
     """
-    if not is_array(vector):
-        raise ValueError(
-            f"`format` of the state is {vector!r:.40}, where `init` makes an array. Restore the state as `init` makes "
-            "it."
-        )
     want = format_code(rules.formats, plans)
     right = is_right(vector, want)
     if right is False:
@@ -70,7 +65,8 @@ def check_format(rules: Rules, vector: Array, plans: Sequence[LeafPlan]) -> Chec
             "state, restore the state with it, and then convert the state: fse.convert_state."
         )
     if right is True:
-        return CheckedFormat(None, vector if _read(vector)[_CHECKSUM].any() else jax.device_put(want, vector.sharding))
+        fresh = not _read(vector)[_CHECKSUM].any()
+        return CheckedFormat(None, jax.device_put(want, getattr(vector, "sharding", None)) if fresh else vector)
     return CheckedFormat(right, placed_like(jnp.where(right, want, vector), vector))
 
 
@@ -79,6 +75,7 @@ def is_right(vector: Any, want: np.ndarray) -> bool | Array:
 
     The result for a traced vector is traced.
     """
+    _check_vector(vector)
     if np.shape(vector) != want.shape:
         return False
     checksum = int(want[_CHECKSUM].view(np.uint32)[0])
@@ -90,6 +87,17 @@ def is_right(vector: Any, want: np.ndarray) -> bool | Array:
         word = word | word.reshape(2, 2)[:, ::-1].reshape(4)
         return ((word == np.uint32(checksum)) | (word == 0))[0]
     return int(_read(vector)[_CHECKSUM].view(np.uint32)[0]) in (checksum, 0)
+
+
+def _check_vector(vector: Any) -> None:
+    """Raises unless `vector` is a vector of bytes. A loader may have cast it, or stacked those of several states."""
+    if is_array(vector) and (vector.dtype, vector.ndim) == (np.uint8, 1):
+        return
+    found = f"{vector.dtype} of shape {vector.shape}" if is_array(vector) else f"{vector!r:.40}"
+    raise ValueError(
+        f"`format` of the state is {found}, where `init` makes a vector of uint8. Restore the state with the shapes "
+        "and dtypes of fse.abstract_state, or of `init`."
+    )
 
 
 def _read(vector: Any) -> np.ndarray:
@@ -165,6 +173,7 @@ def _is_ambiguous(plan: LeafPlan, blocks: Blocks, formats: Sequence[StateFormat]
 
 def format_difference(vector: Array, formats: Sequence[StateFormat]) -> str:
     """Describes the differences between a state's `format` and `formats`. For a tracer only codecs are compared."""
+    _check_vector(vector)
     length = vector.shape[0]
     number, codecs = length // _FORMAT_SIZE // (6 if length % _FORMAT_SIZE else 1), []
     while number > 0:

@@ -9,7 +9,6 @@ A moment is two arrays, its values and its scales (`absmax`). The parameter's `b
 """
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +27,7 @@ from ...ops.counter_random import Rounding
 from ...ops.dtypes import at_least_float32
 from ...ops.sharding import where_it_divides
 from ..boxes import rebox, rebox_scales, unbox
+from ..derivatives import refuse_derivative
 from ..placement import device_of
 from ..trees import is_array
 from .plan import LeafPlan
@@ -129,27 +129,17 @@ def memory_of(x: Any) -> str:
     return "pinned_host" if jax.typeof(x).memory_space == jax.memory.Space.Host else "device"
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def not_differentiated(x: Array, path: str) -> Array:
     """Returns an array of a moment in 8 bits or bfloat16, through which no derivative can flow.
 
     Codes are integers and bfloat16 is rounded by bits, so JAX would take the derivative of a moment for zero.
     """
-    del path
-    return x
-
-
-def _raise_if_differentiated(path: str, primals: tuple, tangents: tuple) -> tuple:
-    if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
-        raise TypeError(
-            f"A derivative reaches the moments of parameter {path!r}, which are not stored in 32 bits, so it would be "
-            'wrong. To differentiate through several steps of an optimizer, use rules=((".*", 32),). To train with '
-            "a gradient that depends on the state, use jax.lax.stop_gradient(state)."
-        )
-    return primals[0], tangents[0]
-
-
-not_differentiated.defjvp(_raise_if_differentiated, symbolic_zeros=True)
+    return refuse_derivative(
+        x,
+        f"A derivative reaches the moments of parameter {path!r}, which are not stored in 32 bits, so it would be "
+        'wrong. To differentiate through several steps of an optimizer, use rules=((".*", 32),). To train with a '
+        "gradient that depends on the state, use jax.lax.stop_gradient(state).",
+    )
 
 
 def quantize_moment(x: Array, moment: Moment, blocks: Blocks, key: Array | None = None) -> tuple[Array, Array]:

@@ -18,12 +18,19 @@ from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
 from ..arguments import check_transform
+from ..derivatives import refuse_derivative
 from ..fused_update import FusedTransformation, fused_update, is_fused, name_of
 from ..trees import is_none
 
 _ADVICE = (
     "An update of fse.in_place holds a new parameter, and only optax.apply_updates can use it. Put transforms that "
     "change updates before it: fse.in_place(fse.chain(transform, tx))."
+)
+
+_NO_DERIVATIVE = (
+    "A derivative reaches an update of fse.in_place that has passed through jax.jit, jax.checkpoint, jax.lax.cond, "
+    "jax.tree.map or the like, where it would become zero. To differentiate through a step, use the optimizer without "
+    "fse.in_place, or call optax.apply_updates in the function that calls `update`."
 )
 
 
@@ -57,7 +64,7 @@ def _sealed(x: Array) -> Array:
     elif x.dtype == jnp.bool_:
         words = x.astype(jnp.uint32)[..., None]
     else:
-        bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        bits = lax.bitcast_convert_type(x, f"uint{_bits(x.dtype)}")
         words = bits.astype(jnp.uint32)[..., None]
     return jax.random.wrap_key_data(words, impl=_SEALED[words.shape[-1]])
 
@@ -74,7 +81,12 @@ def _unsealed(sealed: Array, dtype: np.dtype) -> Array:
         return lax.bitcast_convert_type(words, dtype)
     if dtype == jnp.bool_:
         return words[..., 0].astype(dtype)
-    return lax.bitcast_convert_type(words[..., 0].astype(f"uint{8 * dtype.itemsize}"), dtype)
+    return lax.bitcast_convert_type(words[..., 0].astype(f"uint{_bits(dtype)}"), dtype)
+
+
+def _bits(dtype: np.dtype) -> int:
+    """Returns the bits of one number: 4 for int4, whose elements take a byte each."""
+    return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -83,6 +95,9 @@ class InPlaceUpdate:
 
     Zeros of it, as `jax.tree.map(jnp.zeros_like, updates)` makes them, mean no update. So a `jnp.where` or a `lax.cond`
     with such zeros keeps the parameter bit for bit. Everything else that computes with its arrays raises an error.
+
+    As a pytree it is two sealed arrays: `new`, and `is_update`, which has one element and the rank of the parameter. So
+    `jax.vmap` and `jax.lax.scan` stack both along the same axis, and the members of a batch can differ in `is_update`.
 
     Attributes:
         dtype: The dtype of the parameter.
@@ -102,7 +117,8 @@ class InPlaceUpdate:
 
     def tree_flatten(self):
         if self._leaves is None:
-            return (_sealed(self._new), _sealed(jnp.ones([], jnp.uint32))), self.dtype
+            new = refuse_derivative(self._new, _NO_DERIVATIVE)
+            return (_sealed(new), _sealed(jnp.ones([1] * new.ndim, jnp.uint32))), self.dtype
         return self._leaves, self.dtype
 
     def tree_flatten_with_keys(self):
@@ -129,7 +145,9 @@ class InPlaceUpdate:
             if p is not self._old:
                 raise ValueError(
                     "optax.apply_updates got other parameters than the `update` of fse.in_place. Pass the very "
-                    f"parameters that `update` got. (This one has the shape {np.shape(p)}, the update {self.shape}.)"
+                    f"parameters that `update` got. (This one has the shape {np.shape(p)}, the update {self.shape}.) "
+                    "A wrapper that keeps parameters of its own, such as optax.contrib.schedule_free, needs the "
+                    "optimizer without fse.in_place."
                 )
             return self._new
         new, is_update = self._leaves
@@ -140,8 +158,11 @@ class InPlaceUpdate:
                 f"optax.apply_updates got a parameter {jnp.result_type(p)}{list(np.shape(p))} for an update of "
                 f"fse.in_place of {self.dtype}{list(new.shape)}. Pass the very parameters that `update` got."
             )
+        aligned = is_update.ndim == new.ndim and all(n in (1, d) for n, d in zip(is_update.shape, new.shape))
+        if is_update.size != 1 and not aligned:  # parts of updates were joined along an axis of the parameter
+            raise TypeError(_ADVICE)
         keeps = _unsealed(is_update, np.dtype(np.uint32)) == 0
-        return jnp.where(keeps, p, _unsealed(new, self.dtype))
+        return jnp.where(keeps, refuse_derivative(jnp.asarray(p), _NO_DERIVATIVE), _unsealed(new, self.dtype))
 
     def _refuse(self, *_: Any) -> Any:
         raise TypeError(_ADVICE)
@@ -164,7 +185,11 @@ def in_place(tx: optax.GradientTransformation) -> FusedTransformation:
     `optax.inject_hyperparams(lambda learning_rate: fse.in_place(fse.adamw8bit(learning_rate)))`. Transforms that
     compute with updates, such as `optax.scale`, `optax.global_norm` of updates or `optax.MultiSteps`, may not.
     Zeros made from updates, `jax.tree.map(jnp.zeros_like, updates)`, are allowed, also in `jnp.where` and
-    `jax.lax.cond`. They leave parameters as they are, bit for bit.
+    `jax.lax.cond`. They leave parameters as they are, bit for bit. So do zeros for single members under `jax.vmap`.
+
+    A derivative through a step is that of `fse.fused_update` if the function that calls `update` also calls
+    `optax.apply_updates`. Where updates pass through `jax.jit`, `jax.checkpoint`, `jax.lax.cond` or `jax.tree.map` in
+    between, a derivative raises an error.
 
     Args:
         tx: A transform with `fused_update`: an `*8bit` optimizer, `fse.chain`, `fse.stochastic_round_updates`,
@@ -175,7 +200,7 @@ def in_place(tx: optax.GradientTransformation) -> FusedTransformation:
 
     Raises:
         TypeError: `tx` has no `fused_update`, because a wrapper of optax hides it, for example. Or something computes
-            with the updates.
+            with the updates, or takes a derivative through updates that passed through `jax.jit` or the like.
         ValueError: In `update`: there are no parameters. In `optax.apply_updates`: the parameters are not those that
             `update` got.
 

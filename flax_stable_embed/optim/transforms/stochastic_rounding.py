@@ -18,6 +18,7 @@ from ...ops.counter_random import random_bits
 from ...ops.embedding.rows import is_none_or_rows, is_sparse_rows
 from ...ops.rounding import stochastic_round
 from ..arguments import check_transform
+from ..derivatives import straight_through
 from ..fused_update import FusedTransformation
 from ..trees import is_none, path_name
 
@@ -46,6 +47,8 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
     The random bits are a hash of the parameter's path, the global row-major position of the element, and the step.
     There is no key in the state, and the bits are the same on every mesh. Under `vmap` all members draw the same bits.
     So do all shards in `shard_map`, which hides the global position.
+
+    Derivatives are straight-through: those of the update before it is rounded.
 
     Args:
         tx: Any optax transform whose updates are added to the parameters.
@@ -118,10 +121,11 @@ def _rounding_update(u: Any, p: Any, path: str, count: Array) -> Any:
     """
     if u is None:
         return None
-    p = jnp.asarray(p)
+    p, u = jnp.asarray(p), jnp.asarray(u).astype(jnp.float32)
     old, bits = p.astype(jnp.float32), random_bits(path, count, p)
-    new = stochastic_round(old + jnp.asarray(u).astype(jnp.float32), p.dtype, bits).astype(jnp.float32)
-    return jnp.where(new == old, -0.0, new - old)  # keeps infinite parameters, and -0.0
+    new = stochastic_round(old + u, p.dtype, bits).astype(jnp.float32)
+    rounding = jnp.where(new == old, -0.0, new - old)  # keeps infinite parameters, and -0.0
+    return straight_through(rounding, u)
 
 
 def _is_half(x: Any) -> bool:

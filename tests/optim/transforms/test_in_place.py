@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import flax_stable_embed as fse
 from flax_stable_embed.optim.transforms.in_place import _sealed, _unsealed
 from tests.cases import OPTIMIZERS
-from tests.tools import SMALL, assert_same_bits, build, gradients, jitted_fused, parameters
+from tests.tools import SMALL, as_pure, assert_same_bits, build, gradients, jitted_fused, parameters
 
 FUSED = {case.name: functools.partial(build, case) for case in OPTIMIZERS} | {
     "chain": lambda: fse.chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-2, state_format=SMALL)),
@@ -82,7 +82,7 @@ def test_a_train_state_and_an_nnx_optimizer_step_like_fused_update():
     assert_same_bits(jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, gradients()).params, want)
 
     model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
-    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.Param)))
+    before = jax.tree.map(jnp.copy, as_pure(nnx.state(model, nnx.Param)))
     grads = jax.tree.map(jnp.cos, before)
     want, _ = jitted_fused(tx)(grads, tx.init(before), before)
     optimizer = nnx.Optimizer(model, fse.in_place(tx), wrt=nnx.Param)
@@ -92,7 +92,7 @@ def test_a_train_state_and_an_nnx_optimizer_step_like_fused_update():
         optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
 
     step(model, optimizer)
-    assert_same_bits(nnx.as_pure(nnx.state(model, nnx.Param)), want)
+    assert_same_bits(as_pure(nnx.state(model, nnx.Param)), want)
 
 
 def test_row_gradients_and_max_norm_step_like_fused_update():
@@ -185,6 +185,181 @@ def test_scan_vmap_and_remat_work():
     both = jax.vmap(optax.apply_updates)(two, updates)
     one, _ = apply(tx)(params, tx.init(params), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), both, one)
+
+
+# --- members of a batch ----------------------------------------------------------------------------------------------
+
+
+def members(n):
+    """Returns parameters and gradients of `n` members: a matrix, a vector and a scalar each."""
+    one = {"kernel": jnp.ones((16, 96)), "bias": jnp.ones(96), "scale": jnp.float32(1)}
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), one)
+    return params, jax.tree.map(lambda x: x * (jnp.arange(n) + 1.0).reshape(-1, *[1] * (x.ndim - 1)), params)
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def in_lanes(step, params, grads, chosen):
+    """`vmap` with the members along the last axis of the updates."""
+    last = jax.vmap(step, out_axes=-1)(params, grads, chosen)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), last)
+
+
+BATCHES = {
+    "vmap": lambda step, *members: jax.vmap(step)(*members),
+    "jit of vmap": lambda step, *members: jax.jit(jax.vmap(step))(*members),
+    "last axis": in_lanes,
+    "scan": lambda step, *members: jax.lax.scan(lambda carry, x: (carry, step(*x)), None, members)[1],
+    "map in batches": lambda step, *members: jax.lax.map(lambda x: step(*x), members, batch_size=2),
+    "stack": lambda step, *members: jax.tree.map(
+        lambda *x: jnp.stack(x), *(step(*at(members, i)) for i in range(len(members[-1])))
+    ),
+    "vmap of vmap": lambda step, *members: jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]),
+        jax.vmap(jax.vmap(step))(*jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), members)),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BATCHES)
+@pytest.mark.parametrize("n", [4, 16, 96])  # 16 and 96 are also the sizes of axes
+@pytest.mark.parametrize("skips", [False, True], ids=["all", "some"])
+@pytest.mark.one_in(4)
+def test_updates_of_members_can_be_applied_to_all_at_once(how, n, skips):
+    if how == "stack" and n > 4:
+        return
+    params, grads = members(n)
+    chosen = jnp.arange(n) % 2 == 0
+
+    def step(tx, params, grads, chosen):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return jax.tree.map(lambda x: jnp.where(chosen, x, jnp.zeros_like(x)), updates) if skips else updates
+
+    found, want = (
+        optax.apply_updates(params, BATCHES[how](functools.partial(step, tx), params, grads, chosen))
+        for tx in (fse.in_place(ADAMW()), ADAMW())
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, want)
+    still = jax.tree.map(lambda x, p: np.asarray(x == p).reshape(n, -1).all(axis=1), found, params)
+    for unmoved in jax.tree.leaves(still):
+        np.testing.assert_array_equal(unmoved, ~np.asarray(chosen) if skips else np.zeros(n, bool))
+
+
+def test_the_update_of_one_member_can_be_taken_out():
+    tx, (params, grads) = fse.in_place(ADAMW()), members(4)
+    updates, _ = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)
+    together = optax.apply_updates(params, updates)
+    for i in range(4):
+        assert_same_bits(optax.apply_updates(at(params, i), at(updates, i)), at(together, i))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_members_can_be_on_different_devices(kind):
+    tx, (params, grads) = fse.in_place(ADAMW()), members(8)
+    want = optax.apply_updates(params, jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)[0])
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P("a"))
+        placed, state, grads = jax.device_put((params, jax.vmap(tx.init)(params), grads), sharding)
+        updates, _ = jax.jit(jax.vmap(tx.update))(grads, state, placed)
+        found = optax.apply_updates(placed, updates)
+    assert found["kernel"].sharding.is_equivalent_to(sharding, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-6), found, want)
+
+
+def test_updates_that_were_joined_along_an_axis_of_parameters_are_refused():
+    tx, (params, grads) = fse.in_place(ADAMW()), members(2)
+    updates, _ = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(params), params)
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *(at(updates["kernel"], i) for i in range(2)))
+    with pytest.raises(TypeError, match=r"only optax.apply_updates can use it"):
+        _ = params["kernel"].reshape(32, 96) + joined
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+BOUNDARIES = {
+    "jit": lambda update: jax.jit(update),
+    "checkpoint": lambda update: jax.checkpoint(update),
+    "tree.map": lambda update: lambda *args: jax.tree.map(lambda x: x, update(*args)),
+    "where": lambda update: (
+        lambda *args: jax.tree.map(
+            lambda x: jnp.where(args[2]["kernel"][0, 0] < 9, x, jnp.zeros_like(x)), update(*args)
+        )
+    ),
+    "cond": lambda update: (
+        lambda *args: jax.lax.cond(
+            args[2]["kernel"][0, 0] < 9, update, lambda *args: jax.tree.map(jnp.zeros_like, update(*args)), *args
+        )
+    ),
+    "scan": lambda update: lambda *args: at(jax.lax.scan(lambda c, _: (c, update(*args)), None, None, 1)[1], 0),
+    "vmap": lambda update: lambda *args: at(jax.vmap(update)(*jax.tree.map(lambda x: x[None], args)), 0),
+    "stop_gradient": lambda update: lambda *args: jax.lax.stop_gradient(update(*args)),
+}
+
+
+def after_a_step(wrap, boundary, rate, scale):
+    """Returns a loss after a step, with parameters that are scaled."""
+    tx = wrap(fse.adamw8bit(rate, weight_decay=0.1, rules=((".*", 32),)))
+    params = {"kernel": jnp.linspace(-1, 1, 64 * 96).reshape(64, 96) * scale}
+    grads = jax.tree.map(jnp.cos, params)
+    updates = boundary(lambda *args: tx.update(*args)[0])(grads, tx.init(params), params)
+    return jnp.sum(optax.apply_updates(params, updates)["kernel"] ** 2)
+
+
+DERIVATIVES = {
+    "grad": lambda f, *args, k: jax.grad(f, k)(*args),
+    "jvp": lambda f, *args, k: jax.jvp(lambda x: f(*args[:k], x, *args[k + 1 :]), (args[k],), (jnp.float32(1),))[1],
+}
+
+
+@pytest.mark.parametrize("how", DERIVATIVES)
+@pytest.mark.parametrize("by", [0, 1], ids=["rate", "params"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_a_derivative_that_would_be_lost_raises(boundary, by, how):
+    f = functools.partial(after_a_step, fse.in_place, BOUNDARIES[boundary])
+    args = jnp.float32(0.01), jnp.float32(1)
+    with pytest.raises(TypeError, match=r"A derivative reaches an update of fse\.in_place"):
+        DERIVATIVES[how](f, *args, k=by)
+    with pytest.raises(TypeError, match=r"A derivative reaches an update of fse\.in_place"):
+        jax.jit(lambda *args: DERIVATIVES[how](f, *args, k=by))(*args)
+    if boundary != "stop_gradient":
+        plain = after_a_step(lambda tx: tx, BOUNDARIES[boundary], *args)
+        np.testing.assert_allclose(f(*args), plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", DERIVATIVES)
+@pytest.mark.parametrize("by", [0, 1], ids=["rate", "params"])
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
+def test_a_derivative_is_right_where_one_function_makes_and_applies_updates(around, by, how):
+    args = jnp.float32(0.01), jnp.float32(1)
+    found, want = (
+        DERIVATIVES[how](around(functools.partial(after_a_step, wrap, lambda update: update)), *args, k=by)
+        for wrap in (fse.in_place, lambda tx: tx)
+    )
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+    assert abs(want) > 1
+
+
+def test_a_derivative_by_parameters_that_get_fixed_updates_raises():
+    tx, params = fse.in_place(ADAMW()), parameters()
+    updates, _ = jax.jit(tx.update)(gradients(), tx.init(params), params)
+    with pytest.raises(TypeError, match=r"A derivative reaches an update of fse\.in_place"):
+        jax.grad(lambda params: jnp.sum(optax.apply_updates(params, updates)["kernel"]))(params)
+
+
+def test_a_derivative_of_something_else_may_surround_a_step():
+    tx, params = fse.in_place(ADAMW()), parameters()
+    want, _ = apply(tx)(gradients(), tx.init(params), params)
+
+    def loss(x):
+        updates, _ = jax.jit(tx.update)(gradients(), tx.init(params), params)
+        return jnp.sum(x**2), optax.apply_updates(params, jax.tree.map(lambda x: x, updates))
+
+    (_, found), slope = jax.value_and_grad(loss, has_aux=True)(jnp.ones(3))
+    assert_same_bits(found, want)
+    np.testing.assert_array_equal(slope, 2 * jnp.ones(3))
 
 
 # --- zeros mean no update --------------------------------------------------------------------------------------------
@@ -302,6 +477,12 @@ def test_other_parameters_are_refused():
         optax.apply_updates(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), outside)
 
 
+def test_a_wrapper_that_keeps_parameters_of_its_own_is_refused_by_name():
+    tx, params = optax.contrib.schedule_free(fse.in_place(ADAMW()), 1e-2), parameters()
+    with pytest.raises(ValueError, match=r"such as optax\.contrib\.schedule_free, needs the optimizer without"):
+        tx.update(gradients(), tx.init(params), params)
+
+
 def test_what_hides_the_optimizer_is_refused_by_name():
     for tx in (optax.adam(1e-3), optax.chain(ADAMW()), optax.masked(ADAMW(), True), optax.MultiSteps(ADAMW(), 2)):
         with pytest.raises(TypeError, match="hides what is in it"):
@@ -313,14 +494,16 @@ def test_what_hides_the_optimizer_is_refused_by_name():
 # --- the seal --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint16", "bool", "complex64", "float64", "complex128"]
-)
+FLOATS = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float4_e2m1fn", "complex64", "complex128"]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, "int32", "int8", "uint16", "int4", "uint2", "bool"])
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4, 2)], ids=str)
 def test_the_seal_keeps_every_bit(dtype, shape):
     with jax.enable_x64(dtype in ("float64", "complex128")):
-        bits = np.random.default_rng(0).integers(0, 256, size=(*shape, jnp.dtype(dtype).itemsize)).astype(np.uint8)
-        x = jnp.asarray((bits % 2 if dtype == "bool" else bits).view(dtype).reshape(shape))
+        of_a_byte = {"bool": 2, "float4_e2m1fn": 16, "int4": 16, "uint2": 4}.get(dtype, 256)
+        bits = np.random.default_rng(0).integers(0, of_a_byte, size=(*shape, jnp.dtype(dtype).itemsize), dtype=np.uint8)
+        x = jnp.asarray(bits.view(jnp.dtype(dtype)).reshape(shape))
         assert np.asarray(_unsealed(_sealed(x), np.dtype(x.dtype))).tobytes() == np.asarray(x).tobytes()
 
 

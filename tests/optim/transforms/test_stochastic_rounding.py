@@ -241,6 +241,41 @@ def test_fused_update_is_update_and_apply_updates(dtype, inner):
         params, state = new, after
 
 
+# --- derivatives: those of the update before it is rounded ---
+
+
+def loss_after(wrap, apply, dtype, rate, scale):
+    """Returns a loss after one step from parameters that are scaled."""
+    tx, start = wrap(rate), jnp.linspace(-1, 1, 64 * 96).reshape(64, 96)
+    params = {"kernel": (start * scale).astype(dtype)}
+    new = apply(tx, jax.tree.map(jnp.cos, params), tx.init(params), params)
+    return jnp.sum(jnp.cos(new["kernel"].astype(jnp.float32)))
+
+
+APPLY = {
+    "update": lambda tx, grads, state, params: optax.apply_updates(params, tx.update(grads, state, params)[0]),
+    "jit": lambda tx, *args: optax.apply_updates(args[-1], jax.jit(tx.update)(*args)[0]),
+    "fused": lambda tx, *args: fse.fused_update(tx, *args)[0],
+}
+OF_RATE = {"sgd": optax.sgd, "adamw": optax.adamw, "adamw8bit": lambda x: fse.adamw8bit(x, state_format=SMALL)}
+
+
+@half_precision
+@every_inner
+@pytest.mark.parametrize("apply", APPLY)
+@pytest.mark.parametrize("by", [0, 1], ids=["rate", "params"])
+def test_a_derivative_is_that_of_the_update_before_it_is_rounded(dtype, inner, apply, by):
+    make = OF_RATE[inner]
+    ours = functools.partial(loss_after, lambda rate: fse.stochastic_round_updates(make(rate)), APPLY[apply], dtype)
+    theirs = functools.partial(loss_after, make, APPLY["update"], "float32")
+    args = jnp.float32(0.1), jnp.float32(1)
+    want = jax.grad(theirs, by)(*args)
+    assert abs(want) > 1
+    np.testing.assert_allclose(jax.grad(ours, by)(*args), want, rtol=0.02)
+    forward = jax.jvp(lambda x: ours(*args[:by], x, *args[by + 1 :]), (args[by],), (jnp.float32(1),))[1]
+    np.testing.assert_allclose(forward, want, rtol=0.02)
+
+
 def test_training_in_bfloat16_makes_progress_with_steps_below_an_ulp():
     """With rounding to nearest, the parameters do not change."""
     target = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
