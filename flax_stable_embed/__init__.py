@@ -11,7 +11,6 @@ from . import linen as linen
 from . import nnx as nnx
 from . import ops as ops
 from .ops.embedding.rows import SparseRows as SparseRows
-from .optim.fused_update import chain as chain
 from .optim.fused_update import fused_update as fused_update
 from .optim.methods.adagrad import ScaleByAdagrad8bitState as ScaleByAdagrad8bitState
 from .optim.methods.adagrad import adagrad8bit as adagrad8bit
@@ -50,6 +49,7 @@ from .optim.states.describe import describe as describe
 from .optim.storage.rules import Rule as Rule
 from .optim.storage.rules import where as where
 from .optim.storage.state_format import StateFormat as StateFormat
+from .optim.transforms.chain import chain as chain
 from .optim.transforms.in_place import in_place as in_place
 from .optim.transforms.percentile_clipping import PercentileClippingState as PercentileClippingState
 from .optim.transforms.percentile_clipping import percentile_clipping as percentile_clipping

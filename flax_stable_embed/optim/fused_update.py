@@ -1,4 +1,4 @@
-"""Updates parameters in place: `fused_update`, and `chain` that keeps it available."""
+"""Updates parameters in place: `fused_update`, and the two kinds of transforms that `fse.chain` knows."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -10,11 +10,16 @@ from .trees import Params, Updates
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transform that also has `fused_update(grads, state, params, **extra_args) -> (params, state)`."""
+    """An optax transform that also has `fused_update(grads, state, params, **extra_args) -> (params, state)`.
+
+    Some also have `scaled_step(grads, state, params, scale, *, fused)`, a step on `scale * grads`. It does not write
+    the product to memory, because the kernels multiply. It returns what `update` does, or `fused_update` if `fused`.
+    """
 
     fused_update: Callable
+    scaled_step: Callable
 
-    def __new__(cls, init, update, fused_update=None):
+    def __new__(cls, init, update, fused_update=None, scaled_step=None):
         """Makes the pair `(init, update)`, which optax unpacks, with `fused_update` as an attribute.
 
         To JAX it is a pytree of two functions. If it is flattened and unflattened, it loses the attribute.
@@ -22,11 +27,33 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, init, update)
         if fused_update is not None:
             self.fused_update = fused_update
+        if scaled_step is not None:
+            self.scaled_step = scaled_step
         return self
 
     def __getnewargs__(self):
         """Returns the arguments from which `copy` makes a copy."""
-        return (*self, getattr(self, "fused_update", None))
+        return (*self, getattr(self, "fused_update", None), getattr(self, "scaled_step", None))
+
+
+class ScalingTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transform that multiplies all gradients by one number.
+
+    `factor(grads, state, scale)` returns that number for the gradients `scale * grads`, and the next state. So
+    `fse.chain` can give the number to the optimizer instead of writing the product to memory.
+    """
+
+    factor: Callable
+
+    def __new__(cls, init, update, factor):
+        """Makes the pair `(init, update)`, which optax unpacks, with `factor` as an attribute."""
+        self = super().__new__(cls, init, update)
+        self.factor = factor
+        return self
+
+    def __getnewargs__(self):
+        """Returns the arguments from which `copy` makes a copy."""
+        return (*self, self.factor)
 
 
 def check_members(state: Any, n: int) -> None:
@@ -92,33 +119,3 @@ def fused_update(
             "tx.update and optax.apply_updates."
         )
     return tx.fused_update(grads, state, params, **extra_args)
-
-
-def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
-    """Chains transforms like `optax.chain`, so that `fse.fused_update` works. The last one is an `*8bit` optimizer.
-
-    Raises:
-        TypeError: The last transform has no `fused_update`.
-
-    >>> import flax_stable_embed as fse
-    >>> tx = chain(optax.clip_by_global_norm(1.0), fse.adamw8bit(1e-3))
-    """
-    if not transforms or not is_fused(transforms[-1]):
-        raise TypeError(
-            f"The last member of `chain` must be an 8-bit optimizer of this library, got {transforms[-1:]}. Use "
-            "optax.chain for other chains."
-        )
-    last = transforms[-1]
-    before_last = [optax.with_extra_args_support(tx) for tx in transforms[:-1]]
-    chained = optax.chain(*transforms)
-
-    def fused(grads, state, params, **extra_args):
-        check_members(state, len(transforms))
-        states = []
-        for tx, tx_state in zip(before_last, state):
-            grads, tx_state = tx.update(grads, tx_state, params, **extra_args)
-            states.append(tx_state)
-        params, last_state = last.fused_update(grads, state[-1], params, **extra_args)
-        return params, (*states, last_state)
-
-    return FusedTransformation(chained.init, chained.update, fused)

@@ -105,12 +105,14 @@ class Operands(NamedTuple):
 def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: dict[str, Any], compute: Any = None):
     """Runs the arithmetic of a step in the dtype `compute` (float32 if None): `(output, new moments)`.
 
-    Three hyper-parameters act around the rule, where they are given. `coupled_weight_decay * p` is added to the
-    gradient before the rule. `weight_decay * p` is added to the direction after it. `step_size` multiplies the sum.
+    Four hyper-parameters act around the rule, where they are given. `gradient_scale` multiplies the gradient, and
+    `coupled_weight_decay * p` is added to it, before the rule. `weight_decay * p` is added to the direction after it.
+    `step_size` multiplies the sum.
     """
     compute = jnp.float32 if compute is None else compute
     hyper = {**dict(step.hyper), **hyper}
-    coupled, weight_decay = hyper.pop("coupled_weight_decay", None), hyper.pop("weight_decay", None)
+    scale, coupled = hyper.pop("gradient_scale", None), hyper.pop("coupled_weight_decay", None)
+    weight_decay = hyper.pop("weight_decay", None)
     on_offer = {
         "square": hyper.pop("square", square),
         "rounded": hyper.pop("rounded", bool(step.moments)),
@@ -120,6 +122,8 @@ def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: 
     step_size = None if "step_size" in step.rule.needs else on_offer["step_size"]
     g_in: Any = g.astype(compute)
     p_in: Any = None if p is None else p.astype(compute)
+    if scale is not None:
+        g_in = g_in * scale
     given = g_in
     if coupled is not None:
         g_in = g_in + coupled * p_in

@@ -1,6 +1,7 @@
 """Runs one step of one parameter.
 
-    u, m = rule(g, *m);   u = rescale(u + weight_decay * p, p);   u = step_size * u;   p = p + u where fused
+    u, m = rule(gradient_scale * g, *m);   u = rescale(u + weight_decay * p, p);   u = step_size * u
+    p = p + u where fused
 
 Moments in 8 bits run in `ops/blockwise_step`, which decodes, applies the rule and encodes. All other moments run here,
 with the formula of optax on arrays in float32 (or wider).
@@ -55,16 +56,20 @@ class LeafStep(NamedTuple):
         memory = {name: plan.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
         stored = {name: in_memory(x, "device") for name, x in leaf.stored.items()}
         if plan.bits in (8, "bf16"):
-            floats = {name: x for name, x in stored.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-            stored |= {name: not_differentiated(x, plan.path) for name, x in floats.items()}
+            stored = {name: not_differentiated(x, plan.path) for name, x in stored.items()}
         leaf = leaf._replace(stored=stored)
         out, stored = self._with_tail(plan, leaf, hyper, tail)
         return out, {name: in_memory(x, memory[name]) for name, x in stored.items()}
 
     def _with_tail(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail):
-        g, p, _ = leaf
-        dtype = np.dtype(g.dtype if p is None else p.dtype)
+        p, dtype = leaf.p, np.dtype(leaf.g.dtype if leaf.p is None else leaf.p.dtype)
         compute = self._compute_dtype(plan, leaf, dtype)
+        if tail.gradient_scale is not None:
+            if plan.bits == 8 and tail.gradient_ratio is None and tail.rescale is None:
+                hyper = hyper | {"gradient_scale": tail.gradient_scale}  # the kernel multiplies
+            else:
+                leaf = leaf._replace(g=leaf.g.astype(compute) * tail.gradient_scale.astype(compute))
+        g = leaf.g
         if not self.fused and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = compute  # updates of integer parameters keep their fractions, as in optax
         wide_p: Any = None if p is None else p.astype(compute)

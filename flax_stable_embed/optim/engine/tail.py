@@ -15,6 +15,7 @@ class Tail(NamedTuple):
     AdamW is Adam's method with `Tail(weight_decay=...)`. LAMB adds `Tail(rescale=...)`.
 
     Attributes:
+        gradient_scale: A traced scalar that multiplies the gradient before everything else; None for 1.
         step_size: A number or a traced scalar; None for a transform that does not scale by a learning rate.
         weight_decay: A number, a traced scalar or a schedule; None for none.
         mask: Pytree of booleans with the structure of the parameters, or a prefix of it. Weights decay where it is
@@ -27,6 +28,7 @@ class Tail(NamedTuple):
         clip: `(u, p) -> u` as bitsandbytes clips: before a decoupled decay, and only where moments are not in 8 bits.
     """
 
+    gradient_scale: Any = None
     step_size: Any = None
     weight_decay: Any = None
     mask: Mask = None

@@ -89,11 +89,11 @@ def optimizer(
             states.append(member.init(params))
         return tuple(states)
 
-    def step(grads, state, params, *, fused):
+    def step(grads, state, params, scale=None, *, fused):
         check_members(state, len(pairs))
         need_params(params, fused or decays or tail.needs_params)
         states = dict(zip(by_name, state))
-        now = tail
+        now = tail._replace(gradient_scale=scale)
         if decays:
             value, states["decay"] = _decay(tail, states["decay"])
             now = now._replace(weight_decay=value)
@@ -111,7 +111,7 @@ def optimizer(
         del extra_args
         return step(grads, state, params, fused=True)
 
-    return FusedTransformation(init, update, fused_update)
+    return FusedTransformation(init, update, fused_update, step)
 
 
 def _decay(tail: Tail, state: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from jax import Array
 from ...ops.dtypes import at_least_float32
 from ...ops.embedding.rows import SparseRows, is_sparse_rows
 from ..arguments import check_numbers
+from ..fused_update import ScalingTransformation
 from ..trees import Updates
 
 
@@ -89,15 +90,18 @@ def _sum_of_squares(arrays: Sequence[Array], dtype: Any, factor: float) -> Array
     return total
 
 
-def _scaled_down(x: Any, norm: Array, limit: Any) -> Array:
-    """Returns `x limit / norm`, computed in at least float32."""
-    x = jnp.asarray(x)
-    wide = x.astype(at_least_float32(x.dtype))
-    scale = jnp.asarray(limit, norm.dtype) / jnp.where(norm > 0, norm, 1)
-    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+def multiplied(tree: Updates, factor: Array, where: Any) -> Updates:
+    """Multiplies gradients by a number where a condition holds, in at least float32. Row gradients keep their rows."""
+
+    def multiply(x: Any) -> Array:
+        x = jnp.asarray(x)
+        wide = x.astype(at_least_float32(x.dtype))
+        return jnp.where(where, (wide * factor.astype(wide.dtype)).astype(x.dtype), x)
+
+    return with_values(tree, jax.tree.map(multiply, values_of(tree)))
 
 
-def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: Any) -> ScalingTransformation:
     r"""Clips gradients by their global norm, dense ones and `fse.SparseRows` together.
 
     $$g \leftarrow g \cdot \min(1, \mathrm{max\_norm} / \lVert g \rVert)$$
@@ -109,7 +113,8 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
         max_norm: The maximum global norm. Gradients with a larger norm are scaled down to it.
 
     Returns:
-        An optax transform without state, for a chain.
+        An optax transform without state, for a chain. Right before the optimizer in `fse.chain`, it writes no gradients
+        to memory.
 
     Raises:
         TypeError: `max_norm` is not a number.
@@ -119,11 +124,15 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     """
     check_numbers(max_norm=max_norm)
 
-    def update(updates, state, params=None):
-        del params
-        values, norm = values_of(updates), global_norm(updates)
-        keep = norm < jnp.asarray(max_norm, norm.dtype)
-        clipped = jax.tree.map(lambda x: jnp.where(keep, x, _scaled_down(x, norm, max_norm)), values)
-        return with_values(updates, clipped), state
+    def factor(updates, state, scale=None):
+        norm = global_norm(updates)
+        norm = norm if scale is None else norm * jnp.abs(scale)
+        limit = jnp.asarray(max_norm, norm.dtype)
+        return jnp.where(norm < limit, 1, limit / jnp.where(norm == 0, 1, norm)), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        number, state = factor(updates, state)
+        return multiplied(updates, number, number != 1), state
+
+    return ScalingTransformation(optax.init_empty_state, update, factor)

@@ -17,11 +17,11 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from ...ops.dtypes import at_least_float32
 from ...ops.embedding.rows import is_sparse_rows
 from ...ops.sharding import replicated
+from ..fused_update import ScalingTransformation
 from ..placement import device_of
-from ..rows.global_norm import Norm, norm_of, values_of, with_values
+from ..rows.global_norm import Norm, multiplied, norm_of, values_of, with_values
 from ..storage.rules import Rule, Rules, UserRules, show_pattern
 from ..storage.state_format import StateFormat
 from ..trees import path_name
@@ -114,11 +114,13 @@ def percentile_clipping(
         norms = jnp.zeros((operator.index(history), *n), jnp.float32, device=device_of(params))
         return PercentileClippingState(jnp.zeros([], jnp.int32), norms)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        leaves, tree = jax.tree.flatten(values_of(updates))
+    def factors(updates, state, scale=None):
+        """Returns the factor of all gradients, or with `per_parameter` those of all slices, and the next state."""
+        leaves = jax.tree.leaves(values_of(updates))
         axes = _stacked_axes(checked_rules, updates) if per_parameter else None
         norm, squared, finite = _norms(leaves, axes)
+        if scale is not None:
+            norm, squared = norm * jnp.abs(scale), squared * jnp.square(scale)
         if state.squared_norms.shape[1:] != squared.shape:
             raise ValueError(
                 f"The gradients have {len(leaves)} leaves, but the state has norms of shape "
@@ -128,19 +130,22 @@ def percentile_clipping(
         ring = _with_recorded(state.squared_norms, count, squared, finite)
         limit = jnp.sqrt(_percentile(ring, percentile))
         clips = finite & (norm > limit) & (limit > 0)
-        scale = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
-        scales = [scale] * len(leaves) if axes is None else _of_leaves(scale, leaves, axes)
+        factor = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
+        return factor, PercentileClippingState(count, ring)
 
-        def clip(g: Any, scale: Array) -> Array:
-            g = jnp.asarray(g)
-            wide = g.astype(at_least_float32(g.dtype))
-            clipped = (wide * scale.astype(wide.dtype)).astype(g.dtype)
-            return jnp.where(scale < 1, clipped, g)  # integers above 2^24 are not exact in float32
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        factor, state = factors(updates, state)
+        if not per_parameter:
+            return multiplied(updates, factor, factor < 1), state  # integers above 2^24 are not exact in float32
+        leaves, tree = jax.tree.flatten(values_of(updates))
+        each = _of_leaves(factor, leaves, _stacked_axes(checked_rules, updates))
+        clipped = [multiplied(g, own, own < 1) for g, own in zip(leaves, each)]
+        return with_values(updates, tree.unflatten(clipped)), state
 
-        clipped = tree.unflatten(map(clip, leaves, scales))
-        return with_values(updates, clipped), PercentileClippingState(count, ring)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    if per_parameter:
+        return optax.GradientTransformationExtraArgs(init, update)
+    return ScalingTransformation(init, update, factors)
 
 
 def _check(percentile: Any, history: Any) -> None:
