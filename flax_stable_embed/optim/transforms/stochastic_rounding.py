@@ -7,6 +7,7 @@ updates below 0.002. Stochastic rounding keeps them on average, without a float3
 Source: Gupta et al. 2015 (arXiv:1502.02551); for bfloat16 weights Zamirai et al. 2020 (arXiv:2010.06192).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +75,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
     def init(params):
         return StochasticRoundState(jnp.zeros([], jnp.int32), inner.init(jax.tree.map(_to_float32, params)))
 
-    def update(updates, state, params=None, **extra_args):
+    def updates_of(updates, state, params, run):
         if params is None:
             raise ValueError(
                 "`params` is None, but stochastic_round_updates rounds them. Call `update(grads, state, params)`."
@@ -91,7 +92,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         grads = jax.tree.map(
             lambda g, p: _to_float32(g) if _is_half(p) else g, updates, params, is_leaf=is_none_or_rows
         )
-        updates, inner_state = inner.update(grads, state.inner_state, params32, **extra_args)
+        updates, inner_state = run(grads, state.inner_state, params32)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def rounded(path, u, p):
@@ -100,17 +101,28 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         updates = jax.tree_util.tree_map_with_path(rounded, updates, params, is_leaf=is_none_or_rows)
         return updates, StochasticRoundState(count, inner_state)
 
-    def fused(grads, state, params, **extra_args):
-        updates, state = update(grads, state, params, **extra_args)
+    def update(updates, state, params=None, **extra_args):
+        return updates_of(updates, state, params, partial(inner.update, **extra_args))
 
+    def applied(params, updates):
         def apply(p, u):  # as optax.apply_updates; a leaf may be without an update
             if p is None or u is None:
                 return p
             return jnp.asarray(_to_float32(p) + u).astype(jnp.asarray(p).dtype)
 
-        return jax.tree.map(apply, params, updates, is_leaf=is_none), state
+        return jax.tree.map(apply, params, updates, is_leaf=is_none)
 
-    return FusedTransformation(init, update, fused)
+    def fused(grads, state, params, **extra_args):
+        updates, state = update(grads, state, params, **extra_args)
+        return applied(params, updates), state
+
+    def scaled_step(grads, state, params, scale, *, fused):
+        step: Any = getattr(tx, "scaled_step", None)
+        run = partial(step, scale=scale, fused=False)
+        updates, state = updates_of(grads, state, params, run)
+        return applied(params, updates) if fused else updates, state
+
+    return FusedTransformation(init, update, fused, scaled_step if hasattr(tx, "scaled_step") else None)
 
 
 def _rounding_update(u: Any, p: Any, path: str, count: Array) -> Any:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import flax_stable_embed as fse
+from tests.cases import OPTIMIZERS
 from tests.tools import (
     SMALL,
     assert_nearly,
@@ -93,6 +94,19 @@ def test_16_bit_gradients_are_not_rounded_again(clip, dtype):
     new, _ = jitted_fused(tx)(grads, tx.init(params), params)
     wide = grads["kernel"].astype(jnp.float32)
     np.testing.assert_allclose(new["kernel"], -wide * (1e-3 / jnp.linalg.norm(wide)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [fse.stochastic_round_updates, fse.in_place], ids=lambda wrap: wrap.__name__)
+def test_wrappers_pass_the_factor_on(wrap):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), parameters())
+    clip = optax.clip_by_global_norm(0.5)
+    alone, grads = wrap(build(OPTIMIZERS[1])), gradients()
+    ours = wrap(fse.chain(clip, build(OPTIMIZERS[1]))) if wrap is fse.in_place else fse.chain(clip, alone)
+    clipped, _ = clip.update(grads, clip.init(params))
+    found, _ = with_updates(ours)(grads, ours.init(params), params)
+    want, _ = with_updates(alone)(clipped, alone.init(params), params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert (np.asarray(a, np.float32) != np.asarray(b, np.float32)).mean() < 0.01  # an ulp of the gradient apart
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
