@@ -74,10 +74,14 @@ class Case(NamedTuple):
     rounding: str | None = None
     dtype: Any = jnp.float32
     along_rows: bool = False
+    clips: bool = False  # by the global norm
 
     @property
     def optimizer(self) -> Any:
         """Returns the optimizer."""
+        if self.clips:
+            chain = optax.chain if self.codec is None else fse.chain
+            return chain(optax.clip_by_global_norm(1.0), self._replace(clips=False).optimizer)
         if self.codec is None:
             return optax.adamw(1e-3)
         state_format = fse.StateFormat(self.codec, self.rounding, block_axis=-1 if self.along_rows else None)
@@ -87,15 +91,18 @@ class Case(NamedTuple):
     def blocks(self) -> Blocks:
         """Returns the blocks of its moments."""
         params = {"kernel": jax.ShapeDtypeStruct(self.shape, self.dtype)}
-        absmax = jax.eval_shape(self.optimizer.init, params)[0].mu_absmax["kernel"].shape
+        optimizer = self._replace(clips=False).optimizer
+        absmax = jax.eval_shape(optimizer.init, params)[0].mu_absmax["kernel"].shape
         axis = next(k for k, (n, d) in enumerate(zip(absmax, self.shape)) if n != d)
         return Blocks(axis, self.shape[axis] // absmax[axis])
 
 
 CASES = {
     "`optax.adamw`, updates": Case(codec=None),
+    "`optax.adamw` after `clip_by_global_norm`, updates": Case(codec=None, clips=True),
     "`adamw8bit`, `xla`": Case(implementation="xla"),
     "`adamw8bit`": Case(),
+    "`adamw8bit` after `clip_by_global_norm`": Case(clips=True),
     "`adamw8bit`, nearest": Case(rounding="nearest"),
     "`adamw8bit`, stochastic": Case(rounding="stochastic"),
     "`adamw8bit`, bfloat16 parameters and gradients": Case(dtype=jnp.bfloat16),
@@ -167,15 +174,21 @@ def operations(text: str) -> Iterator[Operation]:
         if not found:
             continue
         name, result, operation, rest = found.groups()
-        stored[name] = [
-            Stored(tuple(int(n) for n in extents.split(",") if n), SIZES.get(dtype, 0))
+        everywhere = [
+            (Stored(tuple(int(n) for n in extents.split(",") if n), SIZES.get(dtype, 0)), "S(" in layout)
             for dtype, extents, layout in ARRAY.findall(result)
-            if "S(" not in layout
         ]
+        stored[name] = [x for x, is_scratch in everywhere if not is_scratch]
         if operation in NO_WORK or operation.endswith("-start"):
             continue
-        operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
-        yield Operation(name, stored[name], [x for operand in operands for x in stored.get(operand, [])])
+        names = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
+        operands = [x for operand in names for x in stored.get(operand, [])]
+        if operation == "copy-done":  # its operand holds both the source and the destination, which is the result
+            yield Operation(name, [], operands)
+        elif operation == "slice-done":  # its operand holds the entire array, of which it reads a part
+            yield Operation(name, stored[name], [x for x, _ in everywhere])
+        else:
+            yield Operation(name, stored[name], operands)
 
 
 def memory_bytes(text: str) -> int:

@@ -31,13 +31,14 @@ def compiled_on(devices, tx, params, place):
     return jax.jit(lambda p, s, g: fse.fused_update(tx, g, s, p), donate_argnums=(0, 1)).lower(*args).compile()
 
 
-@pytest.mark.parametrize("name", [name for name in counted.CASES if "optax" not in name and "xla" not in name])
+@pytest.mark.parametrize("name", [k for k, c in counted.CASES.items() if c.codec and not c.implementation])
 def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(gpus, name):
     case = counted.CASES[name]
     compiled = counted.compiled_step(case, gpus[0])
     n, wide = prod(case.shape), jnp.dtype(case.dtype).itemsize
     assert counted.kernels(compiled.as_text()) == 1
-    assert counted.memory_bytes(compiled.as_text()) / n <= 3 * wide + 4 + 0.6
+    norm = wide * case.clips  # the gradients are read once more
+    assert counted.memory_bytes(compiled.as_text()) / n <= 3 * wide + norm + 4 + 0.6
     assert compiled.memory_analysis().temp_size_in_bytes / n < 0.001
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -9,7 +10,6 @@ from flax.training.train_state import TrainState
 import flax_stable_embed as fse
 from benchmarks.counted import compiled as counted
 
-# One array, because with several the compiler for v6e prefetches parts of them, which would be counted twice.
 SHAPE = (4096, 4096)
 PARAMETERS = 4096 * 4096
 
@@ -54,6 +54,20 @@ def test_a_step_moves_the_least_bytes_and_needs_no_temporaries(topology, chip, d
     assert counted.memory_bytes(compiled.as_text()) / PARAMETERS <= 3 * wide + 4 + 0.1
     assert memory.temp_size_in_bytes == 0
     assert memory.alias_size_in_bytes / PARAMETERS >= wide + 2
+
+
+@pytest.mark.parametrize("clip", [optax.clip_by_global_norm, fse.clip_by_global_norm], ids=["optax", "fse"])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.one_in(3)
+def test_clipping_before_it_only_reads_the_gradients_once_more(topology, chip, clip):
+    device = topology(counted.TOPOLOGIES[chip])[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    step, *args = train_state(fse.in_place(fse.chain(clip(1.0), fse.adamw8bit(1e-3))), jnp.float32)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    assert counted.kernels(compiled.as_text()) == 1
+    assert counted.memory_bytes(compiled.as_text()) / PARAMETERS <= 20.1
+    assert compiled.memory_analysis().temp_size_in_bytes / PARAMETERS < 0.05
 
 
 @pytest.mark.parametrize("how", ["flattened", "through_jit"])
