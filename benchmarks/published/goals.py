@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ..counted import compiled
+from ..counted import compiled, instructions
 from ..harness import report
 from ..harness.contenders import BASELINE as CPU_BASELINE
 from ..harness.tree_steps import BASELINE, OURS
@@ -20,10 +20,17 @@ MATRIX = "square_4096"  # of 16.8M parameters
 
 def markdown(cpu: dict[str, Any]) -> str:
     """Returns the table. `cpu` are the newest results of `python -m benchmarks steps`."""
-    counted, full = (json.loads(file.read_text()) for file in (compiled.FILE, models.FILE))
+    files = compiled.FILE, instructions.FILE, models.FILE
+    counted, kernels, full = (json.loads(file.read_text()) for file in files)
     lines = [HEAD, ["---"] * 4]
     on_gpus = gpu.everywhere()
-    for rows in (_of_compilers(counted), *map(_of_gpu, on_gpus), _of_cpu(cpu), _of_models([*on_gpus, full], full)):
+    for rows in (
+        _of_compilers(counted),
+        _of_gpu_kernels(kernels),
+        *map(_of_gpu, on_gpus),
+        _of_cpu(cpu),
+        _of_models([*on_gpus, full], full),
+    ):
         lines += [[what, reach, found, VERDICTS[good]] for what, reach, found, good in rows]
     return report.table(lines)
 
@@ -33,7 +40,7 @@ Row = tuple[str, str, str, bool | None]  # None: not measured
 
 def _of_compilers(counted: dict[str, Any]) -> Iterator[Row]:
     rows = {row["chip"]: row for row in counted["rows"] if row["step"] == "`adamw8bit`"}
-    base = {row["chip"]: row for row in counted["rows"] if "optax" in row["step"]}
+    base = {row["chip"]: row for row in counted["rows"] if row["step"] == "`optax.adamw`, updates"}
     for chip, row in rows.items():
         what = f"{chip}, compiled: AdamW in place, 4096 x 4096: bytes moved per parameter (`optax.adamw`: "
         what += f"{base[chip]['bytes']:.0f}), bytes of temporaries per parameter, kernels"
@@ -44,6 +51,18 @@ def _of_compilers(counted: dict[str, Any]) -> Iterator[Row]:
         found = rows[chip]["bundles"]
         what = f"{chip}, compiled: bundles of instructions per 1024 parameters"
         yield f"{what}, codec `root`", f"{most:g}", f"{found:.1f}", found <= most
+
+
+def _of_gpu_kernels(counted: dict[str, Any]) -> Iterator[Row]:
+    rows = {row["step"]: row["instructions"] for row in counted["cases"]}
+    for step, most in (("nearest", 50), ("dither", 80), ("stochastic", 80), ("bfloat16", 55)):
+        what = f"H200, compiled: instructions per element, codec `root`, {step}"
+        yield what, str(most), f"{rows[step]:.1f}", rows[step] <= most
+    added = rows["dither"] - rows["nearest"]
+    yield "H200, compiled: instructions per element that dither adds", "8", f"{added:.1f}", added <= 8
+    warps = min(row["warps"] for row in counted["models"])
+    what = "H200, compiled: warps per processor, fewest of the arrays of TinyLlama and Llama 2 7B"
+    yield what, "16", str(warps), warps >= 16
 
 
 def _of_gpu(measured: dict[str, Any]) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..counted import chips, collectives, compiled, lookups, state
+from ..counted import chips, collectives, compiled, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
 from ..tried import errors, quality_report, rounding, switch
@@ -43,6 +43,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "goals": lambda: goals.markdown(steps.newest()),
     "gpu": lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
     "compiled": lambda: compiled.markdown(results_of(compiled)),
+    "instructions": lambda: instructions.markdown(results_of(instructions)),
     "lookups": lambda: lookups.markdown(results_of(lookups)),
     "models": lambda: models.markdown(results_of(models)),
     "benchmarks": lambda: steps.markdown(steps.newest()),

@@ -25,7 +25,7 @@ def test_every_tpu_shows_optax_and_every_kernel(groups):
     rows = json.loads(compiled.FILE.read_text())["rows"]
     for chip, (title, bars) in zip(compiled.CHIPS, groups[len(gpu.everywhere()) :], strict=True):
         kernels = {row["step"] for row in rows if row["chip"] == chip and row["bundles"]}
-        assert chip in title and {bar.name for bar in bars[1:]} == kernels
+        assert chip in title and {bar.name for bar in bars[1:]} == {name for name in kernels if "clip" not in name}
 
 
 def test_optax_comes_first_and_no_step_is_faster_than_memory(groups):
