@@ -13,42 +13,31 @@ from jax import Array
 from jax.tree_util import GetAttrKey
 
 from ..dtypes import at_least_float32
-from ..jax_compat import register_key_type
+from ..sealed import is_sealed, seal, sealed_type, words_of
 from ..sharding import explicit_sharding, placed_like, replicated
 from .gather import row_numbers_of, row_sharding, take
 
-
-def _no_randomness(*args: Any) -> Any:
-    raise TypeError("Row numbers of a SparseRows cannot be used as random keys. See flax_stable_embed.SparseRows.")
-
-
-# Row numbers are sealed in a dtype of their own that cannot be scaled, added or cast. Code that treats them as numbers
-# of a gradient gets an error, and the text of the error has the tag below. JAX has such dtypes for random keys.
-_ROW_NUMBERS = jax.extend.random.define_prng_impl(
-    key_shape=(1,),
-    seed=_no_randomness,
-    split=_no_randomness,
-    random_bits=_no_randomness,
-    fold_in=_no_randomness,
-    name="fse_row_numbers",
+_ROW_NUMBERS = sealed_type(
+    "fse_row_numbers",
+    words=1,
     tag="row numbers of fse.SparseRows, for fse.row_sparse, fse.global_norm and fse.clip_by_global_norm",
+    error="Row numbers of a SparseRows cannot be used as random keys. See flax_stable_embed.SparseRows.",
 )
-register_key_type(_ROW_NUMBERS)  # Orbax restores such arrays by the name of their type
 
 
 def sealed(row_numbers: Array) -> Array:
     """Returns row numbers in the sealed dtype. Row 0 is stored as 1, so that `jnp.zeros_like` means no rows."""
-    return jax.random.wrap_key_data(row_numbers.astype(jnp.uint32)[..., None] + 1, impl=_ROW_NUMBERS)
+    return seal(row_numbers.astype(jnp.uint32)[..., None] + 1, _ROW_NUMBERS)
 
 
 def unsealed(numbers: Array, num_rows: int) -> Array:
     """Returns sealed row numbers as int32, and padding as from `distinct` where the sealed number is zero."""
-    if not jnp.issubdtype(numbers.dtype, jax.dtypes.prng_key):
+    if not is_sealed(numbers):
         raise TypeError(
             f"The row numbers of a SparseRows were cast to {numbers.dtype}. Cast its values alone: "
             "rows.with_values(rows.values.astype(dtype))."
         )
-    found = jax.random.key_data(numbers)[..., 0].astype(jnp.int32)
+    found = words_of(numbers)[..., 0].astype(jnp.int32)
     return jnp.where(found == 0, num_rows + jnp.arange(found.shape[-1], dtype=jnp.int32), found - 1)
 
 

@@ -10,13 +10,13 @@ compute with them.
 from typing import Any
 
 import jax
-import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
+from ...ops.sealed import is_sealed, seal, sealed_type, words_of
 from ..arguments import check_transform
 from ..derivatives import refuse_derivative
 from ..fused_update import FusedTransformation, fused_update, is_fused, name_of
@@ -34,24 +34,15 @@ _NO_DERIVATIVE = (
 )
 
 
-def _no_randomness(*args: Any) -> Any:
-    raise TypeError(_ADVICE)
-
-
-def _sealed_type(words: int) -> Any:
-    """Defines a dtype of elements of so many 32-bit words that cannot be scaled, added or cast."""
-    return jax.extend.random.define_prng_impl(
-        key_shape=(words,),
-        seed=_no_randomness,
-        split=_no_randomness,
-        random_bits=_no_randomness,
-        fold_in=_no_randomness,
-        name=f"fse_new_parameter_{words}",
+_SEALED = {
+    words: sealed_type(
+        f"fse_new_parameter_{words}",
+        words=words,
         tag="update of fse.in_place, only for optax.apply_updates",
+        error=_ADVICE,
     )
-
-
-_SEALED = {words: _sealed_type(words) for words in (1, 2, 4)}
+    for words in (1, 2, 4)
+}
 
 
 def _sealed(x: Array) -> Array:
@@ -66,12 +57,12 @@ def _sealed(x: Array) -> Array:
     else:
         bits = lax.bitcast_convert_type(x, f"uint{_bits(x.dtype)}")
         words = bits.astype(jnp.uint32)[..., None]
-    return jax.random.wrap_key_data(words, impl=_SEALED[words.shape[-1]])
+    return seal(words, _SEALED[words.shape[-1]])
 
 
 def _unsealed(sealed: Array, dtype: np.dtype) -> Array:
     """Returns the array that was sealed."""
-    words = jax.random.key_data(sealed)
+    words = words_of(sealed)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         real = np.finfo(dtype).dtype
         parts = words if real.itemsize == 4 else words.reshape(*words.shape[:-1], 2, 2)
@@ -151,7 +142,7 @@ class InPlaceUpdate:
                 )
             return self._new
         new, is_update = self._leaves
-        if not all(jnp.issubdtype(getattr(x, "dtype", np.object_), jax.dtypes.prng_key) for x in (new, is_update)):
+        if not all(map(is_sealed, (new, is_update))):
             raise TypeError(_ADVICE)
         if (new.shape, self.dtype) != (np.shape(p), jnp.result_type(p)):
             raise ValueError(
