@@ -109,7 +109,7 @@ def make_optimizer(args) -> optax.GradientTransformation:
         return optax.chain(clip, optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed))
     rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
     options = {"rules": rules, "state_format": fse.StateFormat(codec=args.codec[0], rounding=args.rounding)}
-    return fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options))
+    return fse.in_place(fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options)))
 
 
 def decayed(params):
