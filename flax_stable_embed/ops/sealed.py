@@ -5,7 +5,7 @@ what the array holds. `jnp.zeros_like`, `jnp.where`, `jax.lax.cond` and everythi
 such dtypes for random keys, so the arrays here are keys that cannot make random numbers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.random
@@ -14,6 +14,15 @@ import numpy as np
 from jax import Array
 
 from .jax_compat import register_key_type
+
+
+class _Refusal(NamedTuple):
+    """A function that raises. Pickle finds it, unlike one that is defined in a function."""
+
+    error: str
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError(self.error)
 
 
 def sealed_type(name: str, *, words: int, tag: str, error: str) -> Any:
@@ -25,11 +34,7 @@ def sealed_type(name: str, *, words: int, tag: str, error: str) -> Any:
         tag: What the arrays hold, for JAX's own errors.
         error: The error for code that takes the arrays for random keys.
     """
-
-    def no_randomness(*args: Any) -> Any:
-        raise TypeError(error)
-
-    functions = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), no_randomness)
+    functions = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), _Refusal(error))
     found = jax.extend.random.define_prng_impl(key_shape=(words,), name=name, tag=tag, **functions)
     register_key_type(found)
     return found

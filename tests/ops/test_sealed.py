@@ -1,5 +1,7 @@
 """Tests of arrays that nothing can compute with by accident."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,12 @@ def test_words_come_back_and_zeros_are_zeros():
     assert not words_of(jnp.zeros_like(x)).any()
     kept = jax.jit(lambda x: jnp.where(jnp.arange(2) == 1, x, jnp.zeros_like(x)))(x)
     np.testing.assert_array_equal(words_of(kept), np.asarray(WORDS) * [[[0], [1]]])
+
+
+def test_pickle_keeps_them():
+    x = pickle.loads(pickle.dumps(seal(WORDS, KIND)))
+    assert is_sealed(x)
+    np.testing.assert_array_equal(words_of(x), WORDS)
 
 
 @pytest.mark.parametrize("compute", [lambda x: x + x, lambda x: 2 * x, jnp.sum, jnp.sqrt, lambda x: x.astype(float)])
