@@ -201,7 +201,7 @@ def devices_of(chip: str, count: int = 1) -> Any:
     from jax.experimental import topologies
 
     if chip == GPU:
-        if not _has_cuda():
+        if not has_cuda():
             return None
         config = Path(__file__).with_name("h200.txtpb").read_text()
         options = {"target_config": config, "topology": f"1x1x{count}"}
@@ -211,7 +211,8 @@ def devices_of(chip: str, count: int = 1) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
+    """Returns whether the compiler for NVIDIA GPUs is installed."""
     return find_spec("jax_plugins") is not None and find_spec("jax_plugins.xla_cuda13") is not None
 
 
@@ -314,7 +315,7 @@ FILE = report.RESULTS / "compiled.json"
 
 def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results of a full run."""
-    there = find_spec("libtpu") or _has_cuda()  # not loaded yet, because `dumped` has to set flags before
+    there = find_spec("libtpu") or has_cuda()  # not loaded yet, because `dumped` has to set flags before
     missing = "" if there else "No compiler for TPU or GPU is installed. Install the extra `tpu` or the extra `cuda`."
     keep = partial(report.save, path=FILE)
     report.run("compiled", __doc__, arguments, measure, markdown, keep, missing=missing)

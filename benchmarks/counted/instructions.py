@@ -15,15 +15,14 @@ The counts are exact and come from that code:
 The largest of the last four numbers and of `instructions` bounds the speed of a kernel, if enough warps hide latency.
 """
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ import flax_stable_embed as fse
 
 from ..harness import report
 from ..harness.shapes import tinyllama
-from .compiled import GPU, compiling_for, devices_of
+from .compiled import GPU, compiling_for, devices_of, has_cuda
 
 PROCESSORS, SCHEDULERS = 132, 4  # of an H200
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a processor: warps, registers, bytes of shared memory
@@ -244,7 +243,7 @@ FILE = report.RESULTS / "instructions.json"
 
 def missing() -> str:
     """Returns what is not installed, as a sentence; empty if nothing is missing."""
-    if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
+    if not has_cuda():
         return "No compiler for GPU is installed. Install the extra `cuda`."
     if lacking := [name for name in ("ptxas", "cuobjdump") if tool(name) is None]:
         return f"{' and '.join(lacking)} not found. Install the dependency group `instructions`."
@@ -253,8 +252,5 @@ def missing() -> str:
 
 def main(arguments: list[str]) -> None:
     """Counts, prints, and keeps the results of a full run."""
-
-    def keep(results: dict[str, Any]) -> None:
-        FILE.write_text(json.dumps(results, indent=1) + "\n")
-
+    keep = partial(report.save, path=FILE)
     report.run("instructions", __doc__, arguments, measure, markdown, keep, missing=missing())

@@ -17,13 +17,15 @@ from .step import Moment
 
 def gpu_codec(instructions: Instructions, moment: Moment) -> KernelCodec:
     """Builds the codec of one moment."""
-    code, general = moment.code, _general(instructions, moment)
+    code = moment.code
     if moment.codec != "root":
-        return general
+        return _general(instructions, moment)
     if not code.bottom:
         return _unsigned_root(instructions, code, moment.rounding)
     signed = _signed_root(instructions, code)
-    return signed if moment.rounding == "nearest" else general._replace(dequantize=signed.dequantize)
+    if moment.rounding == "nearest":
+        return signed
+    return _general(instructions, moment)._replace(dequantize=signed.dequantize)
 
 
 def _signed_root(do: Instructions, code: Code) -> KernelCodec:
