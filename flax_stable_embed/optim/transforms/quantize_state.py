@@ -17,31 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.tree_util import DictKey, GetAttrKey
 
-from ...ops.blockwise.blocks import Blocks
-from ...ops.blockwise.codecs import TINY
-from ...ops.blockwise.quantize import merge, split
-from ...ops.blockwise_step.step import Moment
 from ...ops.counter_random import rounding_key
-from ...ops.dtypes import at_least_float32
-from ...ops.sharded_like import sharded_like
-from ...ops.sharding import placed_like
 from ..arguments import check_transform, refuse_sparse_rows
-from ..boxes import rebox, rebox_scales, unbox
-from ..engine.records import RECORDS, Record, StayedField, StoredMoment
+from ..boxes import rebox, unbox
+from ..engine.records import RECORDS, Record
 from ..engine.state_checks import check_same_paths
 from ..storage.format_code import CheckedFormat, check_format, format_vector
 from ..storage.moments import (
     bits_of,
     checked_scales,
-    dequantize_moment,
-    initial_codes,
     is_codes,
     no_scales,
     not_differentiated,
-    quantize_moment,
-    rounding_of,
 )
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
@@ -55,7 +43,6 @@ from ..trees import (
     is_array,
     is_hole,
     is_hole_or_box,
-    nbytes,
     path_name,
     shapes_of,
 )
@@ -63,17 +50,17 @@ from .first_state import FirstState
 from .state_fields import (
     COUNTS,
     MOMENTS,
-    REASONS,
     Field,
     Slot,
     can_hold_moments,
     count_index,
-    field_of,
     fields_text,
     find_fields,
     find_slots,
     placeholder_state,
 )
+from .wrapped_moment import WrappedMoment, first_number, initial_moment, moment_of, wide_dtype
+from .wrapped_report import implementation_text, sizes_of, stored_moments
 
 _SIGNS, _ROUNDINGS = ("signed", "unsigned"), ("nearest", "dither")
 _KINDS = (*_SIGNS, "keep", *(f"{sign}, {rounding}" for sign in _SIGNS for rounding in _ROUNDINGS))
@@ -242,7 +229,7 @@ class _Quantizer:
         leaves, slots = [x for _, x in flatten(first.shapes)], find_slots(first.shapes, fields)
         planned = {slot.index: plans.get(slot.path) for slot in slots if is_array(leaves[slot.index])}
         planned = {i: plan for i, plan in planned.items() if plan and plan.shape == unbox(leaves[i]).shape}
-        constants = {i: _first_number(first, leaves[i], plan) for i, plan in planned.items()}
+        constants = {i: first_number(first, leaves[i], plan) for i, plan in planned.items()}
         made = [i for i, box in enumerate(leaves) if is_array(box) and constants.get(i) is None]
         for i, x in zip(made, first.arrays([unbox(leaves[i]) for i in made])):
             leaves[i] = rebox(leaves[i], x)
@@ -255,21 +242,21 @@ class _Quantizer:
                 if plan is not None:
                     slots_by_path.setdefault(slot.path, []).append(slot)
                     p = first.parameter(slot.path, plan.shape)
-                    leaves[slot.index], scales = _initial(box, slot.field, plan, p, constants[slot.index])
+                    leaves[slot.index], scales = initial_moment(box, slot.field, plan, p, constants[slot.index])
                 else:
                     scales = no_scales(box)
             absmax[slot.field.name].append(scales)
         new = jax.tree.structure(first.shapes, is_leaf=is_hole_or_box).unflatten(leaves)
         scales = {f.name: jax.tree.structure(f.tree, is_leaf=is_hole_or_box).unflatten(absmax[f.name]) for f in fields}
         with_moments = {
-            path: replace(plans[path], implementation=_implementation(plans[path], own))
+            path: replace(plans[path], implementation=implementation_text(plans[path], own))
             for path, own in slots_by_path.items()
         }
         vector = format_vector(self.rules, list(with_moments.values()), params)
         state = QuantizedState(new, scales, vector)
         if (records := RECORDS.get()) is not None:
-            sizes, stayed = _sizes(state, slots, slots_by_path)
-            moments = _stored_moments(state, fields, slots, plans)
+            sizes, stayed = sizes_of(state.inner, state.absmax, slots, slots_by_path)
+            moments = stored_moments(state.inner, state.absmax, fields, slots, plans)
             records.append(Record(vector, self.rules.formats, with_moments, sizes, moments, stayed=stayed))
         return state
 
@@ -331,7 +318,7 @@ class _Quantizer:
 
     def _stored_moments(
         self, slots: list[Slot], leaves: list, scales: dict[str, list], expected: list, shapes: dict
-    ) -> dict[int, "_Stored"]:
+    ) -> dict[int, "WrappedMoment"]:
         """Returns the moments that are in 8 bits, by their index among the leaves of the state.
 
         Args:
@@ -341,7 +328,7 @@ class _Quantizer:
             expected: The shapes and dtypes of `leaves` once decoded.
             shapes: The shapes of the parameters, by path.
         """
-        stored: dict[int, _Stored] = {}
+        stored: dict[int, WrappedMoment] = {}
         plans: dict[tuple[str, Bits], LeafPlan] = {}  # all moments of a parameter share one
         seen = dict.fromkeys(scales, 0)  # how many leaves of each field
         for index, field, path in slots:
@@ -359,7 +346,7 @@ class _Quantizer:
 
     def _stored(
         self, plans: dict, path: str, field: Field, x: Array, absmax: Array, want: Any, shapes: dict
-    ) -> "_Stored | None":
+    ) -> "WrappedMoment | None":
         """Returns a moment as the state stores it; None if it is not in 8 bits.
 
         `init` decided how it is stored. In `update` its dtype shows that.
@@ -388,7 +375,7 @@ class _Quantizer:
                     "jnp.where(mask, 0, codes) or codes.at[rows].set(0), which keep the dtype."
                 )
             return None
-        moment = _moment(field, plan.state_format)
+        moment = moment_of(field, plan.state_format)
         wanted = moment.code.dtype, plan.blocks.absmax_shape(shape)
         if (x.dtype, absmax.shape) != wanted:
             raise ValueError(
@@ -396,42 +383,7 @@ class _Quantizer:
                 f"`moments` and `state_format` ask for {wanted[0]} and {wanted[1]}. Make the optimizer with those that "
                 "made the state, and call it outside of shard_map, whose shards do not show the global shape."
             )
-        return _Stored(path, field.name, plan, moment, plan.blocks, x, absmax)
-
-
-class _Stored(NamedTuple):
-    """A moment that a state stores in 8 bits."""
-
-    path: str
-    field: str
-    plan: LeafPlan
-    moment: Moment
-    blocks: Blocks
-    codes: Array
-    absmax: Array
-    at: int = 0  # the index of its scales among the leaves of `field`
-
-    @property
-    def decoded(self) -> Array:
-        absmax = not_differentiated(self.absmax, self.path)
-        return placed_like(dequantize_moment(self.codes, absmax, self.moment, self.blocks), self.codes)
-
-    def encoded(self, x: Array, key: Array | None) -> tuple[Array, Array]:
-        """Returns new codes and scales. A block that `tx` did not change keeps its codes and its scale.
-
-        All codecs except one do so by themselves. But the signed dynamic map has no code for -1, so a block whose
-        largest element is negative would change.
-        """
-        axis, code = self.blocks.axis, self.moment.code
-        codes, absmax = quantize_moment(x, self.moment, self.blocks, key)
-        if 0 < code.bottom < code.top and x.shape:
-            same = split(x == self.decoded, self.blocks, fill=1)
-            kept = jnp.all(same, axis=axis + 1)
-            absmax = jnp.where(kept, self.absmax, absmax)
-            kept = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), same.shape)
-            codes = jnp.where(merge(kept, self.blocks, x.shape), self.codes, codes)
-        # Without this the compiler would gather an axis that is sharded in the middle of blocks.
-        return sharded_like(codes, self.codes), placed_like(absmax, self.absmax)
+        return WrappedMoment(path, field.name, plan, moment, plan.blocks, x, absmax)
 
 
 def _nan_if_wrong(checked: CheckedFormat, update: Any) -> Any:
@@ -461,97 +413,9 @@ def _check_arrays(found: Any, like: Any) -> None:
         )
 
 
-def _first_number(first: FirstState, box: Any, plan: LeafPlan) -> float | None:
-    """Returns the number that a moment in 8 bits begins with in all elements; None if it has to be encoded."""
-    value = first.constant(unbox(box)) if plan.blocks else None
-    if value is None or not np.isfinite(value) or value < 0 or 0 < value < TINY:
-        return None
-    return float(value)
-
-
-def _initial(box: Any, field: Field, plan: LeafPlan, p: Any, number: float | None) -> tuple[Any, Any]:
-    """Stores a moment as `tx` made it. Returns values and scales.
-
-    Args:
-        box: The moment, or its shape if `number` is known, in its wrapper.
-        field: Its field.
-        plan: The plan of its parameter.
-        p: The parameter.
-        number: The value of all elements; None if they differ.
-    """
-    x = unbox(box)
-    if number is not None and plan.blocks is not None:
-        codes, scales = initial_codes(p, _moment(field, plan.state_format).code, plan.blocks, number)
-        return rebox(box, codes), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
-    if plan.blocks is None:
-        wide = jnp.bfloat16 if plan.bits == "bf16" else _wide(x.dtype)
-        return rebox(box, x.astype(wide)), no_scales(box)
-    codes, scales = quantize_moment(x, _moment(field, plan.state_format), plan.blocks)
-    return rebox(box, sharded_like(codes, x)), rebox_scales(box, scales, plan.blocks, plan.state_format.shards)
-
-
-def _moment(field: Field, state_format: StateFormat) -> Moment:
-    """Returns how the moments of a field are stored in 8 bits."""
-    rounding = rounding_of(state_format, slow=field.slow, second=not field.signed)
-    return Moment(field.signed, state_format.codec, rounding)
-
-
-def _implementation(plan: LeafPlan, slots: list[Slot]) -> str:
-    """Describes how a parameter is updated, for the report."""
-    return f"decoded for {', '.join(slot.field.name for slot in slots)}" if plan.blocks else "the transform's own"
-
-
-def _sizes(state: QuantizedState, slots: list[Slot], slots_by_path: dict) -> tuple[dict[str, int], tuple]:
-    """Counts the bytes stored for every parameter, and lists the fields that stay as they are."""
-    leaves = flatten(state.inner)
-    scales = {name: iter([x for _, x in flatten(tree)]) for name, tree in state.absmax.items()}
-    sizes = {slot.index: _bytes(leaves[slot.index][1]) + _bytes(next(scales[slot.field.name])) for slot in slots}
-    by_path = {path: sum(sizes.pop(slot.index) for slot in own) for path, own in slots_by_path.items()}
-    moments = {slot.index for own in slots_by_path.values() for slot in own}
-    fields, stayed = {slot.index: slot.field.name for slot in slots}, {}
-    for index, (path, box) in enumerate(leaves):
-        if index not in moments and is_array(box) and unbox(box).shape:
-            name = fields.get(index) or field_of(path)
-            reason = REASONS.get(name.rpartition(".")[2], "not in `moments`")
-            reason = "not of the parameter's shape" if index in fields else reason
-            size = sizes.get(index) or _bytes(box)
-            stayed[name] = StayedField(name, size + (stayed[name].bytes if name in stayed else 0), reason)
-    return by_path, tuple(stayed.values())
-
-
-def _stored_moments(
-    state: QuantizedState, fields: list[Field], slots: list[Slot], plans: dict[str, LeafPlan]
-) -> list[StoredMoment]:
-    """Lists where and how the state stores each moment."""
-    leaves = flatten(state.inner)
-    counted = count_index(leaves) is not None
-    scale_paths = {field.name: iter([path for path, _ in flatten(state.absmax[field.name])]) for field in fields}
-    found = []
-    for index, field, path in slots:
-        absmax = (GetAttrKey("absmax"), DictKey(field.name), *next(scale_paths[field.name]))
-        key_path, box = leaves[index]
-        if is_array(box):
-            x, plan, moment_and_blocks = unbox(box), plans.get(path), (None, None)
-            if plan is not None and plan.blocks is not None and is_codes(x.dtype):
-                moment = _moment(field, plan.state_format)
-                moment_and_blocks = moment if counted else moment._replace(rounding="nearest"), plan.blocks
-            codes = (GetAttrKey("inner"), *key_path)
-            found.append(StoredMoment(path, entry(field.path[-1]), codes, absmax, x.shape, *moment_and_blocks))
-    return found
-
-
-def _bytes(box: Any) -> int:
-    return nbytes(box) if is_array(box) else 0
-
-
-def _wide(dtype: Any) -> Any:
-    """Returns float32 for half precision, else the dtype itself."""
-    return at_least_float32(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
 def _widened(tree: Any) -> Any:
     """Converts arrays of half precision to float32."""
-    return jax.tree.map(lambda x: x.astype(_wide(x.dtype)) if hasattr(x, "dtype") else x, tree)
+    return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)) if hasattr(x, "dtype") else x, tree)
 
 
 def _cast(x: Any, like: Any) -> Any:
