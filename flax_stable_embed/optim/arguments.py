@@ -129,13 +129,10 @@ def check_transform(tx: Any) -> None:
 def check_params(params: Params) -> None:
     """Raises if parameters have variables that are not trained, as a model has."""
     for path, box in flatten(params):
-        if is_never_trained(box):
+        is_key = jnp.issubdtype(getattr(unbox(box), "dtype", np.float32), jax.dtypes.prng_key)
+        if is_key or is_never_trained(box):
+            found = "a random key" if is_key else f"an nnx.{type(box).__name__}"
             raise TypeError(
-                f"The parameters have an nnx.{type(box).__name__} at {path_name(path)!r}, as a model or an "
-                "nnx.Optimizer has. Pass the parameters of the model only: nnx.state(model, nnx.Param)."
-            )
-        if jnp.issubdtype(getattr(unbox(box), "dtype", np.float32), jax.dtypes.prng_key):
-            raise TypeError(
-                f"The parameters have a random key at {path_name(path)!r}, as a model has. Pass the parameters of the "
-                "model only: nnx.state(model, nnx.Param)."
+                f"The parameters have {found} at {path_name(path)!r}, as a model or an nnx.Optimizer has. Pass the "
+                "parameters of the model only: nnx.state(model, nnx.Param)."
             )

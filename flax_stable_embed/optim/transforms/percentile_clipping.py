@@ -114,10 +114,8 @@ def percentile_clipping(
         norms = jnp.zeros((operator.index(history), *n), jnp.float32, device=device_of(params))
         return PercentileClippingState(jnp.zeros([], jnp.int32), norms)
 
-    def factors(updates, state, scale=None):
-        """Returns the factor of all gradients, or with `per_parameter` those of all slices, and the next state."""
-        leaves = jax.tree.leaves(values_of(updates))
-        axes = _stacked_axes(checked_rules, updates) if per_parameter else None
+    def factors(leaves, axes, state, scale=None):
+        """Returns the factor of all gradients, or given the stacked axes those of all slices, and the next state."""
         norm, squared, finite = _norms(leaves, axes)
         if scale is not None:
             norm, squared = norm * jnp.abs(scale), squared * jnp.square(scale)
@@ -133,19 +131,25 @@ def percentile_clipping(
         factor = jnp.where(clips, jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1), 1)
         return factor, PercentileClippingState(count, ring)
 
-    def update(updates, state, params=None, **extra_args):
+    def update_slices(updates, state, params=None, **extra_args):
         del params, extra_args
-        factor, state = factors(updates, state)
-        if not per_parameter:
-            return multiplied(updates, factor, factor < 1), state  # integers above 2^24 are not exact in float32
         leaves, tree = jax.tree.flatten(values_of(updates))
-        each = _of_leaves(factor, leaves, _stacked_axes(checked_rules, updates))
-        clipped = [multiplied(g, own, own < 1) for g, own in zip(leaves, each)]
+        axes = _stacked_axes(checked_rules, updates)
+        factor, state = factors(leaves, axes, state)
+        clipped = [multiplied(g, own, own < 1) for g, own in zip(leaves, _of_leaves(factor, leaves, axes))]
         return with_values(updates, tree.unflatten(clipped)), state
 
+    def factor_of_all(updates, state, scale=None):
+        return factors(jax.tree.leaves(values_of(updates)), None, state, scale)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        factor, state = factor_of_all(updates, state)
+        return multiplied(updates, factor, factor < 1), state  # integers above 2^24 are not exact in float32
+
     if per_parameter:
-        return optax.GradientTransformationExtraArgs(init, update)
-    return ScalingTransformation(init, update, factors)
+        return optax.GradientTransformationExtraArgs(init, update_slices)
+    return ScalingTransformation(init, update, factor_of_all)
 
 
 def _check(percentile: Any, history: Any) -> None:
