@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import NamedSharding
 
+from .argument_sharding import argument_sharding
 from .sharding import is_for_one_device
 
 Function = Callable[..., Sequence[Any]]  # of arrays, and of static values by name
@@ -32,6 +34,7 @@ class Program(NamedTuple):
     one_device: True if it computes on one device, or is the body of a `jax.shard_map` over all mesh axes.
     num_devices: The number of devices whose program XLA partitions; 1 otherwise.
     devices: These devices, where they are known.
+    shardings: How the operands are sharded, where they are arguments of the program; None for the others.
     """
 
     kernel_platform: str | None
@@ -39,6 +42,17 @@ class Program(NamedTuple):
     one_device: bool
     num_devices: int = 1
     devices: tuple[Any, ...] | None = None
+    shardings: tuple[NamedSharding | None, ...] = ()
+
+
+def program_of(context: Any, operands: Sequence[Any], platform: str | None = None) -> Program:
+    """Returns the program that a primitive is lowered into, from the context and the operands of a lowering rule."""
+    module = context.module_context
+    axes = module.axis_context
+    one_device = is_for_one_device(axes)
+    shardings = () if one_device else tuple(argument_sharding(module.module, x) for x in operands)
+    devices = getattr(axes, "num_devices", 1), getattr(axes, "device_assignment", None)
+    return Program(platform, module.platforms, one_device, *devices, shardings)
 
 
 def on_one_device(program: Program, **static: Any) -> bool:
@@ -64,6 +78,7 @@ def primitive(
     kernels: Mapping[str, Function] | None = None,
     *,
     may_run: Callable[..., bool] = on_one_device,
+    choose: Callable[..., Function] | None = None,
     types: Callable[..., Sequence[ShapedArray]] | None = None,
     flat: bool = False,
 ) -> Primitive:
@@ -75,6 +90,8 @@ def primitive(
         kernels: The kernel for each platform, by JAX's name ("tpu", "cuda"); takes and returns what `reference` does.
         may_run: Called as `may_run(program, **static)` when the primitive is lowered. Returns whether the kernel
             replaces the reference, or raises.
+        choose: Called as `choose(program, **static)` when the primitive is lowered, instead of `may_run`. Returns the
+            function to lower. JAX calls it for every equation, because it may see how each operand is sharded.
         types: Returns the types of the results for those of the arrays. If None, the reference is traced for them.
         flat: True if each element of the last argument, a vector, has a row in every result. A vmap over this argument
             alone then becomes one longer vector, and the kernel stays.
@@ -100,24 +117,38 @@ def primitive(
     new.def_abstract_eval(types or traced_types)
     ad.primitive_jvps[new] = derivative
     batching.primitive_batchers[new] = batched
-    mlir.register_lowering(new, rule(reference, None, None, may_run))
+    if choose is not None:
+        mlir.register_lowering(new, rule(choose), cacheable=False)
+        return new
+    mlir.register_lowering(new, rule(kernel_or_reference(reference, None, may_run)))
     for platform, kernel in (kernels or {}).items():
-        mlir.register_lowering(new, rule(reference, platform, kernel, may_run), platform=platform)
+        choose = kernel_or_reference(reference, kernel, may_run)
+        mlir.register_lowering(new, rule(choose, platform), platform=platform)
     return new
 
 
-def rule(
-    reference: Function, platform: str | None, kernel: Function | None, may_run: Callable[..., bool] = on_one_device
-) -> Callable[..., Any]:
-    """Returns the lowering rule for a platform, or for all platforms without a kernel if `kernel` is None."""
+def kernel_or_reference(
+    reference: Function, kernel: Function | None, may_run: Callable[..., bool]
+) -> Callable[..., Function]:
+    """Returns a function for `rule` that chooses the kernel where it may run, else the reference."""
+
+    def choose(program: Program, **static: Any) -> Function:
+        runs = may_run(program, **static)
+        return partial(kernel if runs and kernel is not None else reference, **static)
+
+    return choose
+
+
+def rule(choose: Callable[..., Function], platform: str | None = None) -> Callable[..., Any]:
+    """Returns the lowering rule that lowers the function that `choose` returns.
+
+    Args:
+        choose: Called as `choose(program, **static)`.
+        platform: The platform that the rule is for, if it has a kernel.
+    """
 
     def lower(context: Any, *args: Any, **static: Any) -> Any:
-        module = context.module_context
-        axes = module.axis_context
-        devices = getattr(axes, "num_devices", 1), getattr(axes, "device_assignment", None)
-        program = Program(platform, module.platforms, is_for_one_device(axes), *devices)
-        runs = may_run(program, **static)
-        function = kernel if runs and kernel is not None else reference
-        return mlir.lower_fun(function, multiple_results=True)(context, *args, **static)
+        function = choose(program_of(context, args, platform), **static)
+        return mlir.lower_fun(function, multiple_results=True)(context, *args)
 
     return lower

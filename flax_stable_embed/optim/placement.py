@@ -128,6 +128,13 @@ REPORTED: ContextVar[Mapping[str, Any]] = ContextVar("reported", default=Mapping
 REMEMBERED: ContextVar[Mapping[str, Any]] = ContextVar("remembered", default=MappingProxyType({}))
 
 
+def sharding_at_init(path: str, parameter: Any) -> NamedSharding | None:
+    """Returns how a parameter is sharded that `init` gets as an array, or as a shape with a sharding; else None."""
+    own = None if isinstance(parameter, Tracer) else getattr(parameter, "sharding", None)
+    sharding = REMEMBERED.get().get(path, own)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
 class SpecsByPath:
     """The argument `partition_specs`, by path, and the shardings that `init` saw."""
 
@@ -184,11 +191,8 @@ class SpecsByPath:
         Not if it is replicated, because the state of replicated parameters may be sharded later (ZeRO-1), and a step
         in `jax.shard_map` would gather it.
         """
-        own = None if isinstance(parameter, Tracer) else getattr(parameter, "sharding", None)
-        sharding = REMEMBERED.get().get(path, own)
-        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-            return
-        if not sharding.is_fully_replicated:
+        sharding = sharding_at_init(path, parameter)
+        if sharding is not None and isinstance(sharding.mesh, Mesh) and not sharding.is_fully_replicated:
             same = self.seen.setdefault(path, sharding) == sharding
             self.seen[path] = sharding if same else None
 

@@ -8,7 +8,6 @@
 None works everywhere. A named implementation is used or raises an error.
 """
 
-from functools import partial
 from typing import Literal
 
 import jax
@@ -17,8 +16,10 @@ from ..blockwise.blocks import Blocks
 from ..lowering import kernels_compile_here
 from ..sharded_like import sharded_like
 from ..sharding import varying_like
-from . import capabilities, lowering
-from .capabilities import PLATFORMS, Name, Spec
+from . import capabilities
+from .as_sharded import run_as_sharded
+from .capabilities import PLATFORMS, Name, Seen, Spec
+from .lowering import LocalStep
 from .per_shard import has_whole_blocks, sharding_of
 from .step import Operands, Step
 
@@ -50,7 +51,6 @@ def step_blockwise(
     return jax.tree.map(lambda x: x.reshape(()), _step(step, operands, implementation, None))
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
 def _step(step: Step, operands: Operands, implementation: Implementation | None, spec: Spec | None):
     flat, tree = jax.tree.flatten(operands)
     flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary over the axes of any operand
@@ -67,9 +67,8 @@ def _step(step: Step, operands: Operands, implementation: Implementation | None,
         raise ValueError(refused(implementation, shape, why))
     else:
         kernels = (implementation,)
-    required = implementation not in (None, "xla")
-    local = lowering.LocalStep(step, tree, shape, kernels, required)
-    return lowering.run_sharded(local, tree.unflatten(flat), spec)
+    local = LocalStep(step, tree, shape, kernels, implementation not in (None, "xla"))
+    return run_as_sharded(local, tree.unflatten(flat), spec)
 
 
 def refused(name: str, shape: tuple[int, ...], why: str) -> str:
@@ -120,9 +119,9 @@ def what_runs(
     if not why and name == "pallas_gpu" and not kernels_compile_here():
         why = "the kernel needs a GPU with compute capability 8.0"
     if not why and (devices or jax.device_count()) > 1:
-        sharding = sharding_of(parameter, spec)
+        sharding = sharding_of(parameter, spec.sharding if isinstance(spec, Seen) else spec)
         if sharding is None:
-            why = "no partition_specs" if spec is None else "no mesh is set for its PartitionSpec"
+            why = "describe does not know its sharding" if spec is None else "no mesh is set for its PartitionSpec"
         elif not has_whole_blocks(sharding, blocks, parameter.shape):
             why = f"{sharding.spec} does not divide it into shards of full blocks"
     return f"xla: {why}" if why else name

@@ -2,8 +2,7 @@
 
     one device, or inside of a `jax.shard_map` over all axes   the kernel runs as it is
     Explicit axes only                                         array types say the sharding: a `shard_map` of our own
-    other axes, and `partition_specs` is given                 it says the sharding: a `shard_map` of our own
-    other axes, and `init` saw the sharding                    the same, in a program for the devices of that sharding
+    other axes, and the sharding is known (`as_sharded.py`)    the same; what `init` saw counts only on the same devices
     neither, or blocks that straddle devices                   the reference, which XLA partitions
 
 On CPU the loop of `cpu.py` is the kernel. Platform and number of devices are known when a program is lowered, so the
@@ -61,7 +60,7 @@ class LocalStep:
         return out, tuple(stored[:n]), tuple(stored[n:])
 
 
-def _types(*avals: Any, local: LocalStep) -> list[Any]:
+def types(*avals: Any, local: LocalStep) -> list[Any]:
     operands: Any = local.split(avals)[0]
     return [operands.codes[0].update(dtype=local.step.dtype), *operands.codes, *operands.absmax]
 
@@ -132,7 +131,7 @@ _local_step = primitive(
     _reference,
     {platform: _run(module) for platform, module in MODULES.items()},
     may_run=_may_run,
-    types=_types,
+    types=types,
 )
 
 
@@ -171,7 +170,7 @@ _seen_step = primitive(
     _seen_reference,
     dict.fromkeys(MODULES, _seen_per_shard),
     may_run=_is_for_the_seen_devices,
-    types=lambda *avals, seen: _types(*avals, local=seen.local),
+    types=lambda *avals, seen: types(*avals, local=seen.local),
 )
 
 

@@ -29,7 +29,7 @@ def per_shard(local: Callable, operands: Operands, sharding: NamedSharding):
     """
     mesh, codes, absmax = sharding.mesh, operands.codes, operands.absmax
     shape = codes[0].shape
-    spec = spec_of(sharding, len(shape))
+    spec = axis_names(sharding, len(shape))
     sharded = PartitionSpec(*[names or None for names in spec])
     # Codes and scales are sharded alike: `has_whole_blocks` says that both have equal shards.
     specs = jax.tree.map(lambda x: sharded if jnp.ndim(x) == len(shape) else PartitionSpec(), operands)
@@ -65,8 +65,10 @@ def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:
 def _named(spec: PartitionSpec | NamedSharding, context: Any, ndim: int) -> NamedSharding | None:
     """Returns a spec on the mesh of the context, or on its own; None if it does not fit the mesh or the array."""
     mesh, spec = (spec.mesh, spec.spec) if isinstance(spec, NamedSharding) else (context, spec)
-    if mesh.empty or not (context.empty or context == getattr(mesh, "abstract_mesh", mesh)):
+    if mesh.empty or not (context.empty or mesh.shape_tuple == context.shape_tuple):
         return None
+    if isinstance(mesh, AbstractMesh) and not context.empty:
+        mesh = context  # which knows the types of its axes, and may know its devices
     entries = [name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))]
     fits = len(spec) <= ndim and all(name is None or name in mesh.axis_names for name in entries)
     return NamedSharding(mesh, spec) if fits else None
@@ -76,14 +78,15 @@ def has_whole_blocks(sharding: NamedSharding, blocks: Blocks, shape: tuple[int, 
     """Returns whether all devices have the same number of blocks, and no part of one."""
     return all(
         not names or blocks.fit(axis, shape[axis], prod(sharding.mesh.shape[name] for name in names))
-        for axis, names in enumerate(spec_of(sharding, len(shape)))
+        for axis, names in enumerate(axis_names(sharding, len(shape)))
     )
 
 
-def spec_of(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+def axis_names(spec: NamedSharding | PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
     """Returns the mesh axes that each axis of an array is sharded over."""
-    spec = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in sharding.spec]
-    return spec + [()] * (ndim - len(spec))
+    entries = spec.spec if isinstance(spec, NamedSharding) else spec
+    names = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in entries]
+    return names + [()] * (ndim - len(names))
 
 
 def place_of_shard(spec: list[tuple[str, ...]], mesh: Any, shape: tuple[int, ...]) -> tuple:

@@ -23,6 +23,7 @@ from ..storage.format_code import format_vector
 from ..storage.moments import initial
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
 from ..storage.rules import Bits, Rules
+from ..storage.straddling import warn_if_straddling
 from ..trees import Params, Updates, is_none, nbytes, path_name
 from .leaf import Leaf, LeafStep
 from .method import Method
@@ -75,6 +76,7 @@ class Engine:
     def init(self, params: Params) -> Any:
         """Makes a state of zeros. Reads shapes, dtypes, paths and metadata, never values."""
         leaves, tree = self.planner.plans(params)
+        warn_if_straddling(leaves)
         for x in leaves:
             if x.plan:
                 self.planner.specs.remember(x.path, unbox(x.box))

@@ -192,10 +192,9 @@ def adamw8bit(
             it by platform and shape: a fused kernel, which reads and writes every array once, if there is one, else
             "xla". A named implementation is used or raises.
         partition_specs: Pytree with the structure of the parameters that holds the `PartitionSpec` or `NamedSharding`
-            of each. For parameters that are arrays on a mesh it is `jax.tree.map(lambda x: x.sharding, params)`. The
-            kernels need it to run on several devices under a mesh with Auto axes, unless `init` or `fse.abstract_state`
-            saw arrays or shapes with shardings, and `jax.set_mesh` sets their mesh. Under a mesh with Explicit axes it
-            is not needed, because the types of arrays contain their sharding.
+            of each. For parameters that are arrays on a mesh it is `jax.tree.map(lambda x: x.sharding, params)`. It is
+            needed only where the kernels cannot see how arrays are sharded: on a mesh with Auto axes, in a function of
+            its own inside of a jitted program, if `init` did not see the sharded parameters either.
         skip_nonfinite: Whether elements whose gradient is NaN or infinite keep their parameter (bit for bit) and their
             moments. 8-bit moments are rounded again if the scale of their block changes. By default these elements
             become NaN, as in optax. No other element is affected in either case.

@@ -19,9 +19,9 @@ from ...ops.dtypes import at_least_float32
 from ..engine.records import Record, StayedField, trace_init
 from ..placement import REPORTED, Placed, num_devices, placed_by_path
 from ..storage.plan import TARGET, LeafPlan
+from ..storage.straddling import straddling
 from ..trees import Params, Specs
 from .abstract_state import state_shapes
-from .straddling import straddling
 
 Platform = Literal["cpu", "gpu", "cuda", "tpu"]
 WIDTH = 88  # columns of the table, where long paths can be shortened so far
@@ -177,8 +177,9 @@ def describe(
     if platform not in (None, "cpu", "gpu", "cuda", "tpu"):
         raise ValueError(f"`platform` must be 'cpu', 'gpu', 'tpu' or None, got {platform!r}.")
     placed = placed_by_path(shardings, params)
-    own = {path: x.sharding for path, x in placed_by_path(None, params).items() if x.sharding.num_devices > 1}
-    tokens = TARGET.set((platform, num_devices(placed, params))), REPORTED.set(own)
+    named = {path: x.sharding for path, x in placed.items() if isinstance(x.sharding, NamedSharding)}
+    several = {path: sharding for path, sharding in named.items() if sharding.num_devices > 1}
+    tokens = TARGET.set((platform, num_devices(placed, params))), REPORTED.set(several)
     try:
         state, records = trace_init(tx, params)
     finally:

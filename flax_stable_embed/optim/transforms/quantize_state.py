@@ -34,6 +34,7 @@ from ..storage.moments import (
 from ..storage.plan import LeafPlan, Planner
 from ..storage.rules import Bits, Rules, UserRules
 from ..storage.state_format import StateFormat
+from ..storage.straddling import warn_if_straddling
 from ..trees import (
     Params,
     Updates,
@@ -217,7 +218,9 @@ class _Quantizer:
 
     def init(self, params: Params) -> QuantizedState:
         """Makes the state of `tx` and stores its moments."""
-        plans = {x.path: x.plan for x in self.planner.plans(params)[0] if x.plan}
+        planned_leaves = self.planner.plans(params)[0]
+        warn_if_straddling(planned_leaves)
+        plans = {x.path: x.plan for x in planned_leaves if x.plan}
         for path, plan in plans.items():
             if plan.bits == "rowwise":
                 raise ValueError(

@@ -23,7 +23,7 @@ from flax_stable_embed.ops.blockwise_step import pallas_gpu, pallas_tpu
 from flax_stable_embed.ops.blockwise_step.capabilities import PLATFORMS, refusal
 from flax_stable_embed.ops.blockwise_step.reference import plain
 from flax_stable_embed.ops.blockwise_step.step import Moment, Operands, Step
-from flax_stable_embed.ops.lowering import rule
+from flax_stable_embed.ops.lowering import kernel_or_reference, rule
 from flax_stable_embed.optim.methods.adam import adam
 from tests import cases
 
@@ -148,10 +148,12 @@ def test_tiles_hold_full_blocks_and_cover_the_array():
 def interpreted(monkeypatch):
     """Lets programs for CPU use the kernels as those for TPU and GPU do, interpreted."""
     reference, may_run, run = kernels._reference, kernels._may_run, kernels._run
-    rules = {name: rule(reference, platform, run(name), may_run) for platform, name in PLATFORMS.items()}
+    rules = {
+        name: rule(kernel_or_reference(reference, run(name), may_run), platform) for platform, name in PLATFORMS.items()
+    }
     for module in KERNELS.values():
         monkeypatch.setattr(module, "run", partial(module.run, interpret=True))
-    on_cpu = rule(reference, "cpu", run("cpu"), may_run)
+    on_cpu = rule(kernel_or_reference(reference, run("cpu"), may_run), "cpu")
 
     def as_elsewhere(context, *flat, local):
         as_named = rules[local.kernels[0]] if local.required else on_cpu
@@ -279,7 +281,7 @@ def test_describe_tells_which_implementation_runs(monkeypatch):
     assert rows["odd"].startswith("xla: its blocks of 64 along the last axis do not fill 128 lanes")
     shapes = jax.eval_shape(lambda: params)  # which may be anywhere on the eight devices of this process
     rows = {row.path: row.implementation for row in fse.describe(fse.adamw8bit(0.01), shapes).rows}
-    assert rows["kernel"] == "xla: no partition_specs"
+    assert rows["kernel"] == "xla: describe does not know its sharding"
 
 
 # --- cases that must work with implementation=None -------------------------------------------------------------------

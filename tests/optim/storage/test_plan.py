@@ -153,12 +153,19 @@ def test_a_report_can_be_made_for_another_platform():
     assert fse.describe(tx, on_one, platform="gpu").rows[0].implementation == "pallas_gpu"
     mesh = AbstractMesh((16,), ("fsdp",))
     sharded = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp"))}
-    aware = fse.adamw8bit(1e-3, partition_specs=sharded, state_format=fse.StateFormat(shards=16))
+    fits = fse.adamw8bit(1e-3, state_format=fse.StateFormat(shards=16))
     for platform in ("tpu", "gpu"):
-        row = fse.describe(tx, shapes, shardings=sharded, platform=platform).rows[0]
-        assert row.implementation == "xla: no partition_specs"
-        row = fse.describe(aware, shapes, shardings=sharded, platform=platform).rows[0]
-        assert row.implementation == f"pallas_{platform}"
+        assert (
+            fse.describe(fits, shapes, shardings=sharded, platform=platform).rows[0].implementation
+            == f"pallas_{platform}"
+        )
+        row = fse.describe(
+            fse.adamw8bit(1e-3, state_format=fse.StateFormat(block_size=512, block_axis=0)),
+            shapes,
+            shardings=sharded,
+            platform=platform,
+        ).rows[0]
+        assert "does not divide it into shards of full blocks" in row.implementation
     with pytest.raises(ValueError, match="`platform` must be"):
         fse.describe(tx, shapes, platform="quantum")
 

@@ -1,13 +1,34 @@
 """Finds the parameters whose blocks straddle devices for a given sharding, and what to do about it."""
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from warnings import warn
 
 from ...ops.blockwise.blocks import LARGEST, SMALLEST
-from ..storage.defaults import EMBEDDING
-from ..storage.plan import LeafPlan
-from ..storage.state_format import StateFormat
+from ..boxes import unbox
+from ..placement import Placed, sharding_at_init
+from .defaults import EMBEDDING
+from .plan import LeafPlan, PlannedLeaf
+from .state_format import StateFormat
 
 FEWEST = 16  # elements per block that are still worth a scale: 2.5 bytes per parameter with two moments
+
+
+def warn_if_straddling(leaves: Iterable[PlannedLeaf]) -> None:
+    """Warns if `init` sees parameters that are sharded so that blocks straddle devices."""
+    found = []
+    for x in leaves:
+        sharding = sharding_at_init(x.path, unbox(x.box))
+        if x.plan is not None and sharding is not None and len(sharding.spec) <= len(x.plan.shape):
+            if text := straddling(x.plan, Placed(x.plan.shape, sharding).shards):
+                found.append(f"{x.path}: {text}")
+    if found:
+        others = f" The same is true of {len(found) - 1} more, which `fse.describe` lists." if found[1:] else ""
+        warn(
+            "Some parameters are sharded so that blocks with one scale are on several devices. Every step then moves "
+            f"data between them. {found[0]}{others}",
+            stacklevel=4,
+        )
 
 
 def straddling(plan: LeafPlan, shards: tuple[int, ...]) -> str:

@@ -1,16 +1,19 @@
-"""Tests that a step runs the kernels on a mesh with Auto axes if `init` saw how parameters are sharded.
+"""Tests that a step runs the kernels on a mesh with Auto axes if the program or `init` shows how arrays are sharded.
 
-What `init` saw decides how fast a step is. It never decides the result, on whatever devices the step then runs.
+How arrays are sharded decides how fast a step is. It never decides the result, on whatever devices the step then runs.
 """
 
 import re
+import warnings
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,21 +57,31 @@ STEPS = {"fused_update": fused, "update": updates, "in_place": lambda tx: update
 
 
 def kernels_for_tpu(step, *args):
-    """Counts kernels, under the mesh of the parameters, which are the first argument."""
-    with jax.set_mesh(args[0]["kernel"].sharding.mesh):
-        text = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
-    return text.count("tpu_custom_call")
+    """Counts the kernels in a program for TPU."""
+    return jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+
+def kernels_in_function(step, *args):
+    """Counts the kernels of a step in a function of its own, which does not see the arguments of the program.
+
+    Under the mesh of the parameters, which are the first argument.
+    """
+    with jax.set_mesh(args[0]["kernel"].sharding.mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="An optimizer step with 8-bit moments is lowered")
+        return kernels_for_tpu(lambda *args: jax.jit(step)(*args), *args)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("how", STEPS)
 @pytest.mark.one_in(2)
 def test_a_program_for_tpu_has_a_kernel_for_every_array(spec, how):
-    mesh, tx = mesh_of(), fse.adamw8bit(1e-3)
-    params = place(numbers(0), mesh, spec)
+    tx = fse.adamw8bit(1e-3)
+    params = place(numbers(0), mesh_of(), spec)
+    state = jax.eval_shape(tx.init, params)
     step = STEPS[how](tx)
-    assert kernels_for_tpu(step, params, jax.eval_shape(tx.init, params), params) == 0  # `init` saw no array
-    assert kernels_for_tpu(step, params, tx.init(params), params) == 2
+    assert kernels_for_tpu(step, params, state, params) == 2  # the parameters are arguments of the program
+    assert kernels_in_function(step, params, state, params) == 0  # and here they are not, nor did `init` see them
+    assert kernels_in_function(step, params, tx.init(params), params) == 2
 
 
 @pytest.mark.parametrize("how", ["shapes", "abstract_state", "nnx", "chain"])
@@ -85,7 +98,7 @@ def test_init_sees_shardings_of_every_kind(how):
         tx.init(nnx.State({name: nnx.Param(x) for name, x in params.items()}))
     else:
         tx.init(params)
-    assert kernels_for_tpu(fused(tx), params, jax.eval_shape(tx.init, params), params) == 2
+    assert kernels_in_function(fused(tx), params, jax.eval_shape(tx.init, params), params) == 2
 
 
 def test_describe_reports_the_kernel_and_changes_nothing():
@@ -94,7 +107,7 @@ def test_describe_reports_the_kernel_and_changes_nothing():
     with jax.set_mesh(mesh):
         rows = {row.path: row.implementation for row in fse.describe(tx, params, platform="tpu").rows}
     assert rows["kernel"] == rows["other"] == "pallas_tpu"
-    assert kernels_for_tpu(fused(tx), params, jax.eval_shape(tx.init, params), params) == 0
+    assert kernels_in_function(fused(tx), params, jax.eval_shape(tx.init, params), params) == 0
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
@@ -166,12 +179,12 @@ def test_two_shardings_of_one_path_are_forgotten():
     tx, params = fse.adamw8bit(1e-3), numbers(0)
     first, second = (place(params, mesh_of(), SPECS[name]) for name in ("fsdp", "tensor"))
     tx.init(first)
-    assert kernels_for_tpu(fused(tx), first, jax.eval_shape(tx.init, first), first) == 2
+    assert kernels_in_function(fused(tx), first, jax.eval_shape(tx.init, first), first) == 2
     tx.init(second)
     for placed in (first, second):
-        assert kernels_for_tpu(fused(tx), placed, jax.eval_shape(tx.init, placed), placed) == 0
+        assert kernels_in_function(fused(tx), placed, jax.eval_shape(tx.init, placed), placed) == 0
     tx.init(first)
-    assert kernels_for_tpu(fused(tx), first, jax.eval_shape(tx.init, first), first) == 0
+    assert kernels_in_function(fused(tx), first, jax.eval_shape(tx.init, first), first) == 0
 
 
 def test_the_sharded_state_of_replicated_parameters_is_not_gathered():
@@ -230,4 +243,147 @@ def test_a_named_kernel_runs_where_init_saw_the_sharding():
     tx = build(OPTIMIZERS[0], implementation="pallas_tpu", state_format=fse.StateFormat())
     params = place(numbers(0), mesh_of(), SPECS["both"])
     state = tx.init(params)
-    assert kernels_for_tpu(fused(tx), params, state, params) == 2
+    assert kernels_in_function(fused(tx), params, state, params) == 2
+
+
+# --- every way to make sharded parameters ----------------------------------------------------------------------------
+
+
+class Tower(linen.Module):
+    """Two dense layers, whose kernels have logical axes."""
+
+    @linen.compact
+    def __call__(self, x):
+        for name, axes in (("up", ("embed", "mlp")), ("down", ("mlp", "embed"))):
+            init = linen.with_logical_partitioning(linen.initializers.lecun_normal(), axes)
+            x = linen.Dense(1024, use_bias=False, kernel_init=init, name=name)(x)
+        return x
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        for name, axes in (("up", ("a", "b")), ("down", ("b", "a"))):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+            setattr(self, name, nnx.Linear(1024, 1024, use_bias=False, kernel_init=init, rngs=rngs))
+
+    def __call__(self, x):
+        return self.down(self.up(x))
+
+
+LOGICAL = (("embed", "a"), ("mlp", "b"))
+
+
+def concrete_arrays(tx, mesh, tmp_path):
+    del tmp_path
+    params = place(numbers(0), mesh, SPECS["both"])
+    return params, tx.init(params)
+
+
+def jit_with_out_shardings(tx, mesh, tmp_path):
+    """Parameters and state in one `jit`: `init` sees no array."""
+    del tmp_path
+
+    def make():
+        params = numbers(0)
+        return params, tx.init(params)
+
+    shapes = jax.eval_shape(make)
+    like = jax.tree.map(lambda x: NamedSharding(mesh, SPECS["both"] if min(x.shape, default=0) > 64 else P()), shapes)
+    return jax.jit(make, out_shardings=like)()
+
+
+def linen_boxes(tx, mesh, tmp_path):
+    del tmp_path
+    model = Tower()
+
+    def make(key):
+        params = model.init(key, jnp.ones((2, 1024)))["params"]
+        return params, tx.init(params)
+
+    with linen.logical_axis_rules(LOGICAL):
+        specs = linen.logical_to_mesh(linen.get_partition_spec(jax.eval_shape(make, jax.random.key(0))))
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(0))
+
+
+def nnx_variables(tx, mesh, tmp_path):
+    del tmp_path
+
+    @nnx.jit
+    def make():
+        params = nnx.state(Layers(nnx.Rngs(0)), nnx.Param)
+        return params, tx.init(params)
+
+    with jax.set_mesh(mesh):
+        return make()
+
+
+def restored(tx, mesh, tmp_path):
+    """From a checkpoint, into a transform whose `init` never ran on arrays."""
+    saved = concrete_arrays(fse.adamw8bit(1e-3), mesh_of((8, 1)), tmp_path)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, fitting(x.shape))), saved
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", saved)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(tmp_path / "saved", like)
+
+
+def fitting(shape):
+    return SPECS["both"] if len(shape) == 2 and min(shape) >= 4 else P()
+
+
+WAYS = [concrete_arrays, jit_with_out_shardings, linen_boxes, nnx_variables, restored]
+
+
+@pytest.mark.parametrize("make", WAYS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.one_in(2)
+def test_a_step_has_kernels_and_no_collectives_however_its_parameters_were_made(make, how, tmp_path):
+    tx = fse.adamw8bit(1e-2)
+    params, state = make(tx, mesh_of(), tmp_path)
+    step = STEPS[how](tx)
+    assert kernels_for_tpu(step, params, state, params) == 2
+    compiled = jax.jit(step).lower(params, state, params).compile()
+    found = jax.device_get(compiled(params, state, params))
+    assert not COLLECTIVES.findall(compiled.as_text())
+    alone, one_state, grads = jax.device_put(jax.device_get((params, state, params)), jax.devices()[0])
+    assert_same_bits(found, jax.device_get(jax.jit(STEPS[how](fse.adamw8bit(1e-2)))(alone, one_state, grads)))
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+UNKNOWN = "An optimizer step with 8-bit moments is lowered for several devices, and nothing says"
+
+
+def test_a_step_whose_sharding_is_not_known_warns_and_says_what_helps():
+    params = place(numbers(0), mesh_of(), SPECS["both"])
+    for specs in (None, jax.tree.map(lambda x: x.sharding, params)):
+        tx = fse.adamw8bit(1e-3, partition_specs=specs)
+        args = params, jax.eval_shape(tx.init, params), params
+        with pytest.warns(UserWarning, match=UNKNOWN) if specs is None else nullcontext():
+            kernels = kernels_for_tpu(lambda *args, tx=tx: jax.jit(fused(tx))(*args), *args)
+        assert kernels == (0 if specs is None else 2)
+        jax.jit(lambda *args, tx=tx: jax.jit(fused(tx))(*args)).lower(*args)  # no kernel for CPU, so nothing is lost
+
+
+def test_partition_specs_that_are_wrong_warn_and_move_no_data():
+    mesh = mesh_of()
+    params = place(numbers(0), mesh, SPECS["both"])
+    wrong = {name: NamedSharding(mesh, SPECS["swapped"] if x.ndim == 2 else P()) for name, x in params.items()}
+    tx = fse.adamw8bit(1e-3, partition_specs=wrong)
+    args = params, tx.init(params), params
+    with pytest.warns(UserWarning, match=r"has P\('b', 'a'\) for a parameter of shape .* sharded as P\('a', 'b'\)"):
+        compiled = jax.jit(fused(tx)).lower(*args).compile()
+    assert not COLLECTIVES.findall(compiled.as_text())
+    assert_same_bits(jax.device_get(compiled(*args)), jax.device_get(jax.jit(fused(fse.adamw8bit(1e-3)))(*args)))
+
+
+def test_an_eager_step_runs_as_its_arrays_are_sharded():
+    tx, params = fse.adamw8bit(1e-2), place(numbers(0), mesh_of(), SPECS["both"])
+    want = jax.jit(fused(fse.adamw8bit(1e-2)))(params, tx.init(params), params)
+    found = fused(tx)(params, tx.init(params), params)
+    assert_same_bits(jax.device_get(found[0]["kernel"]), jax.device_get(want[0]["kernel"]))
+    assert found[0]["kernel"].sharding == params["kernel"].sharding
+    assert found[1][0].nu["kernel"].sharding == params["kernel"].sharding

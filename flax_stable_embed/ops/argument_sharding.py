@@ -1,0 +1,69 @@
+"""How the arguments of a program are sharded, read while the program is lowered.
+
+Under Auto axes, array types do not say how an array is sharded, so a function that is traced cannot know it. But
+`jax.jit` writes the shardings of its arguments into the program (MLIR) before it lowers the operations. The lowering
+rule of a primitive can read them there, if the operand is an argument of the program. It cannot where the operand is
+computed, or where the primitive is in a function of its own: the body of a scan or of a cond, or a nested jit.
+"""
+
+from typing import Any
+
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+_MOVES = ("stablehlo.optimization_barrier", "stablehlo.convert")  # results are sharded like the operands
+
+
+def argument_sharding(module: Any, value: Any) -> NamedSharding | None:
+    """Returns the sharding of a value that is an argument of the program; None if it is not, or has none.
+
+    Args:
+        module: The MLIR module that is built.
+        value: An operand of the operation that is lowered.
+
+    Returns:
+        A sharding on an abstract mesh, whose axes have the names that the argument's mesh has.
+    """
+    while not isinstance(owner := value.owner, ir.Block):
+        operation = owner.operation
+        if operation.name == "sdy.sharding_constraint":
+            return _named(module, sdy.TensorShardingAttr(operation.attributes["sharding"]))
+        placed = operation.name == "stablehlo.custom_call" and "annotate_device_placement" in str(
+            operation.attributes["call_target_name"]
+        )
+        if operation.name not in _MOVES and not placed:
+            return None
+        value = operation.operands[ir.OpResult(value).result_number]
+    function = owner.owner.operation
+    if function.name != "func.func" or "arg_attrs" not in function.attributes:
+        return None
+    all_attributes: Any = function.attributes["arg_attrs"]
+    attributes = all_attributes[ir.BlockArgument(value).arg_number]
+    return _named(module, sdy.TensorShardingAttr(attributes["sdy.sharding"])) if "sdy.sharding" in attributes else None
+
+
+def _named(module: Any, sharding: Any) -> NamedSharding | None:
+    """Converts an attribute of the partitioner (Shardy); None for shardings that a PartitionSpec cannot express."""
+    axes = [sdy.MeshAxisAttr(axis) for axis in _mesh_of(module, sharding).axes]
+    spec = []
+    for dimension in map(sdy.DimensionShardingAttr, sharding.dimension_shardings):
+        refs = [sdy.AxisRefAttr(axis) for axis in dimension.axes]
+        if any(ref.sub_axis_info is not None for ref in refs):
+            return None
+        spec.append(tuple(ref.name for ref in refs) or None)
+    if not axes:
+        return None
+    sizes, names = zip(*((axis.size, axis.name) for axis in axes))
+    return NamedSharding(AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names)), PartitionSpec(*spec))
+
+
+def _mesh_of(module: Any, sharding: Any) -> Any:
+    """Returns the mesh of a sharding, which is inside of it or has a name in the module."""
+    mesh = sharding.mesh_or_ref
+    if isinstance(mesh, ir.FlatSymbolRefAttr):
+        named = [op for op in module.body.operations if op.operation.name == "sdy.mesh"]
+        mesh = next(op for op in named if ir.StringAttr(op.attributes["sym_name"]).value == mesh.value).attributes[
+            "mesh"
+        ]
+    return sdy.MeshAttr(mesh)
