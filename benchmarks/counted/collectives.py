@@ -42,7 +42,7 @@ SCOPE = "optimizer"
 
 BASELINE, BY_ROWS = "`optax.adamw`", "`optax.adamw`, gradients row by row in memory"
 UPDATE, FUSED = "`update`", "`fused_update`"
-KERNELS, FREE = "`fused_update`, `partition_specs`", "`fused_update`, blocks along axes that are not sharded"
+FREE = "`fused_update`, blocks along axes that are not sharded"
 
 
 class Case(NamedTuple):
@@ -69,8 +69,7 @@ class Case(NamedTuple):
             first = fse.Rule(state_format=fse.StateFormat(block_axis=0, shards=1))
             last = fse.StateFormat(block_axis=-1, shards=1)
             return fse.adamw8bit(1e-3, rules=(("(out|down)/kernel", first),), state_format=last)
-        specs = self.model.specs() if self.step == KERNELS else None
-        return fse.adamw8bit(1e-3, state_format=fse.StateFormat(shards=max(self.mesh)), partition_specs=specs)
+        return fse.adamw8bit(1e-3, state_format=fse.StateFormat(shards=max(self.mesh)))
 
 
 def _by_rows(grads: Any, params: Any) -> Any:
@@ -82,14 +81,14 @@ def _by_rows(grads: Any, params: Any) -> Any:
 def _cases() -> list[Case]:
     cases = []
     for where, meshes, steps in (
-        ("v5e:4x4", ((16, 1), (4, 4)), (BASELINE, BY_ROWS, UPDATE, FUSED, KERNELS)),
+        ("v5e:4x4", ((16, 1), (4, 4)), (BASELINE, BY_ROWS, UPDATE, FUSED)),
         ("v5e:16x16", ((256, 1), (16, 16)), (BASELINE, BY_ROWS, FUSED, FREE)),
         ("v5p:4x4x4", ((64, 1), (16, 4)), (BASELINE, BY_ROWS, FUSED)),
     ):
         for mesh, axes, step in product(meshes, ("Auto", "Explicit"), steps):
-            if (step == FREE and mesh[1] > 1) or (step in (KERNELS, UPDATE) and axes == "Explicit"):
+            if (step == FREE and mesh[1] > 1) or (step == UPDATE and axes == "Explicit"):
                 continue  # every axis is sharded; array types carry the sharding; both paths step the same arrays
-            if step == BY_ROWS and (mesh[1] == 1 or (axes == "Auto" and KERNELS not in steps)):
+            if step == BY_ROWS and mesh[1] == 1:
                 continue  # compared with kernels on a mesh of two axes only
             cases.append(Case(where, mesh, axes, step))
     return cases
@@ -111,7 +110,7 @@ def mesh_of(case: Case) -> Mesh:
 def compiled_step(case: Case, model: Transformer) -> Any:
     """Compiles a training step: gradients, and the step of the optimizer with parameters and state in place."""
     tx, mesh = case.optimizer, mesh_of(case)
-    specs, fused = model.specs(), case.step in (FUSED, KERNELS, FREE)
+    specs, fused = model.specs(), case.step in (FUSED, FREE)
 
     def shaped(x, spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))

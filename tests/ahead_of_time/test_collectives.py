@@ -31,7 +31,7 @@ def test_kernels_move_as_many_bytes_as_optax_with_row_sharded_gradients(topology
     """With this vocabulary, the compiler shards the gradient of the output matrix along its other axis."""
     del topology
     model = SMALL._replace(vocabulary=32_000)
-    steps = (counted.KERNELS, counted.BY_ROWS, counted.BASELINE)
+    steps = (counted.FUSED, counted.BY_ROWS, counted.BASELINE)
     ours, by_rows, plain = (counted.measured(case(step), model) for step in steps)
     assert ours["optimizer"] == {"arrays": {}, "bytes": 0}
     assert ours["all"] == by_rows["all"]

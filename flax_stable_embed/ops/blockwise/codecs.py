@@ -167,17 +167,17 @@ Codec = Literal["root", "dynamic", "linear"]
 CODECS: dict[str, Callable[[bool], Code]] = {"root": _root, "dynamic": _dynamic, "linear": _linear}
 
 
-def encode(n: Array, code: Code, uniform: Array | None = None) -> Array:
+def encode(magnitude: Array, negative: Array, code: Code, uniform: Array | None = None) -> Array:
     """Returns the codes of numbers.
 
     Args:
-        n: float32 in [-1, 1] or [0, 1], finite, and either 0 or at least `TINY` in magnitude.
+        magnitude: float32 in [0, 1], either 0 or at least `TINY`.
+        negative: Whether each number is negative, for codecs of signed numbers.
         code: The codec.
-        uniform: float32 in [0, 1) of the shape of `n`, for dithered and stochastic rounding. A magnitude is rounded up
-            where (n - lower) / (upper - lower) is larger, so that the mean of the decoded values is `n`. If None,
-            rounds to nearest.
+        uniform: float32 in [0, 1) of the same shape, for dithered and stochastic rounding. A magnitude is rounded up
+            where (magnitude - lower) / (upper - lower) is larger, so that the mean of the decoded values is the
+            number. If None, rounds to nearest.
     """
-    magnitude, negative = lax.abs(n), n < 0
     if uniform is None:
         level = code.nearest(magnitude, negative)
     else:

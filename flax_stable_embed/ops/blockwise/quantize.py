@@ -181,10 +181,9 @@ def codes_of(x: Array, absmax: Array, code: Code, numbers: Array | None = None) 
     live = (magnitude >= TINY) & (magnitude < jnp.inf)
     # The select makes XLA divide. It would multiply a plain broadcast by the reciprocal, which rounds differently.
     scale = jnp.where(live, absmax, 1.0)
-    n = jnp.where(live, jnp.clip(magnitude / scale, TINY, 1.0), 0.0)  # the quotient may underflow where x does not
-    if code.bottom:
-        n = jnp.where(x < 0, -n, n)
-    return encode(n, code, numbers)
+    within = jnp.minimum(jnp.maximum(magnitude / scale, TINY), 1.0)  # the quotient may underflow where x does not
+    n = jnp.where(live, within, 0.0)
+    return encode(n, x < 0, code, numbers)
 
 
 def _magnitude(x: Array, code: Code) -> Array:

@@ -4,6 +4,8 @@ XLA on CPU would run the reference as several loops that each read the full arra
 chunk of full blocks at a time, computes its step by the reference, and writes the results in place: over the parameter
 (or the gradient, if the step returns an update), the codes and the scales.
 
+Arrays of up to `SMALL` elements take the reference as it is.
+
 Layout: the array is viewed as (before, blocked axis, after). A loop over a sharded axis would gather it, so on a mesh
 the loop runs on the shard of each device (`per_shard.py`) if shardings are known, and else not at all.
 
@@ -14,7 +16,7 @@ import dataclasses
 import itertools
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,24 @@ from jax import Array, lax
 
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
-from ..blockwise.quantize import codes_of
+from ..blockwise.quantize import codes_of, split
 from ..counter_random import linear_index_of_tile
-from .reference import Stored, plain, store_moments
-from .step import Operands, Step
+from .reference import Stored, partitioned, plain
+from .step import Operands, Step, without_overflow
 
 CHUNK = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
+SMALL = 1 << 16  # elements up to which the reference is as fast, and compiles in half the time
+
+
+class Place(NamedTuple):
+    """Where a chunk starts in the view, along each axis."""
+
+    of_elements: tuple[Any, ...]
+    of_scales: tuple[Any, ...]
 
 
 def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
-    """Runs `plain` in a loop over chunks, in place.
+    """Runs the step in a loop over chunks, in place.
 
     Args:
         step: Everything static about the step.
@@ -41,11 +51,11 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
     """
     axis, size = step.blocks
     local = operands.g.shape
-    if not operands.g.size:
-        return plain(step, operands)
+    if operands.g.size <= SMALL:
+        return partitioned(step, operands, origin, shape)
     view = prod(local[:axis]), local[axis], prod(local[axis + 1 :])
-    view = view if view[2] > 1 else view[:2]  # with a last axis of 1, XLA does not agree with itself on the layout
     groups = range(axis), range(axis, axis + 1), range(axis + 1, len(local))
+    view = view if view[2] > 1 else view[:2]  # with a last axis of 1, XLA does not agree with itself on the layout
     scales = (view[0], step.blocks.count(local), *view[2:])
     merged_step = dataclasses.replace(step, blocks=Blocks(1, size))
     arrays = operands._replace(
@@ -67,15 +77,17 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
         )
         index = None
         if step.rounding != "nearest":
-            index = linear_index_of_tile(at, chunk.g.shape, groups, local, origin, shape or local)
+            index = linear_index_of_tile(at.of_elements, chunk.g.shape, groups, local, origin, shape or local)
+        unchanged = (chunk.p if step.fused else chunk.g.astype(step.dtype), chunk.codes, chunk.absmax)
         if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
-            return _write(carry, plain(merged_step, chunk, index, _store_once), at, size)
+            split_again = [split(x, merged_step.blocks) for x in (unchanged[0], *chunk.codes)]
+            stays = split_again[0], list(zip(split_again[1:], chunk.absmax))
+            return _write(carry, plain(merged_step, chunk, index, partial(_store_once, stays)), at)
         # A short last block is padded, and 16-bit numbers are cast. As a part of the loop, such a chunk would round
         # differently from the reference, because XLA contracts another of two products into a sum. Inside of a
         # conditional it is compiled like the reference.
-        unchanged = (chunk.p if step.fused else chunk.g.astype(step.dtype), chunk.codes, chunk.absmax)
         always = ~(chunk.absmax[0].ravel()[0] < 0)  # no scale is negative
-        return _write(carry, lax.cond(always, lambda: plain(merged_step, chunk, index), lambda: unchanged), at, size)
+        return _write(carry, lax.cond(always, lambda: plain(merged_step, chunk, index), lambda: unchanged), at)
 
     out, codes, absmax = _loop(view, size, one, (out, arrays.codes, arrays.absmax))
     scales = step.blocks.absmax_shape(local)
@@ -83,37 +95,31 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
     return out, tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
 
 
-def _store_once(step: Step, out: Array, new: tuple[Array, ...], numbers: Array | None) -> Stored:
+def _store_once(stays: Stored, step: Step, out: Array, new: tuple[Array, ...], numbers: Array | None) -> Stored:
     """Does what `store_moments` does, and computes the new moments once.
 
-    By default XLA computes new moments again in each of the five loops that read them, and checks each time whether
-    they are finite. It does not if a reduction of its library or a conditional reads them. So scales come from the
-    largest and the smallest number. Sums tell whether all are finite, because those extremes drop NaN (jaxlib 0.10.2).
-    Only if one is not, `store_moments` decides.
+    By default XLA computes new moments again in each of the loops that read them. It does not if a reduction of its
+    library or a conditional reads them.
 
     Every array that is written comes out of the conditional. Otherwise XLA could fuse a read of an array into a later
-    write of it, and would copy the full array in every iteration. Both branches change the output, because XLA would
-    move it past a branch that does not.
+    write of it, and would copy the full array in every iteration. The condition is always true, which XLA cannot know.
+    The other branch returns `stays`, the chunk before the step.
     """
     inside = step.blocks.axis + 1
-    tops = [jnp.maximum(jnp.max(x, axis=inside), 0.0) for x in new]
-    lows = [jnp.min(x, axis=inside) if moment.signed else None for x, moment in zip(new, step.moments)]
-    finite = jnp.isfinite(sum(jnp.sum(jnp.sum(x, axis=inside)) for x in new))
+    new = without_overflow(new)
+    scales = [jnp.max(x, axis=inside) for x in new]
+    scales = [
+        jnp.maximum(top, -jnp.min(x, axis=inside) if moment.signed else 0.0)
+        for top, x, moment in zip(scales, new, step.moments)
+    ]
+    scales = [jnp.where(scale >= TINY, scale, 0.0) for scale in scales]
 
-    def of_finite():
-        scales = [top if low is None else jnp.maximum(top, -low) for top, low in zip(tops, lows)]
-        scales = [jnp.where(scale >= TINY, scale, 0.0) for scale in scales]
-        return out, [
-            (
-                codes_of(
-                    x, jnp.expand_dims(scale, inside), moment.code, None if moment.rounding == "nearest" else numbers
-                ),
-                scale,
-            )
-            for x, scale, moment in zip(new, scales, step.moments)
-        ]
+    def encoded():
+        each = [None if moment.rounding == "nearest" else numbers for moment in step.moments]
+        parts = zip(new, scales, step.moments, each)
+        return out, [(codes_of(x, jnp.expand_dims(scale, inside), m.code, n), scale) for x, scale, m, n in parts]
 
-    return lax.cond(finite, of_finite, lambda: store_moments(step, jnp.where(finite, 0.0, out), new, numbers))
+    return lax.cond(~(scales[0].ravel()[0] < 0), encoded, lambda: stays)
 
 
 def _bits(x: Array) -> Array:
@@ -125,38 +131,61 @@ def _of_bits(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
-def _slice(operands: Operands, at, lengths, size) -> Operands:
-    chunk_of = partial(lax.dynamic_slice, start_indices=at, slice_sizes=lengths)
-    at_scale, n = (at[0], at[1] // size, *at[2:]), (lengths[0], -(-lengths[1] // size), *lengths[2:])
+# No index is negative. JAX would add the length to negative ones, which is three operations more for every array.
+_slice_at = partial(lax.dynamic_slice, allow_negative_indices=False)
+_update_at = partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
+def _slice(operands: Operands, at: Place, lengths: tuple[int, ...], size: int) -> Operands:
+    chunk_of = partial(_slice_at, start_indices=at.of_elements, slice_sizes=lengths)
+    n = (lengths[0], -(-lengths[1] // size), *lengths[2:])
     return operands._replace(
         g=chunk_of(operands.g),
         p=None if operands.p is None else chunk_of(operands.p),
         codes=tuple(chunk_of(c) for c in operands.codes),
-        absmax=tuple(lax.dynamic_slice(a, at_scale, n) for a in operands.absmax),
+        absmax=tuple(_slice_at(a, at.of_scales, n) for a in operands.absmax),
     )
 
 
-def _write(carry, results, at, size):
+def _write(carry, results, at: Place):
     (out, codes, absmax), (new_out, new_codes, new_absmax) = carry, results
-    at_scale = (at[0], at[1] // size, *at[2:])
     return (
-        lax.dynamic_update_slice(out, _bits(new_out), at),
-        tuple(lax.dynamic_update_slice(c, x, at) for c, x in zip(codes, new_codes)),
-        tuple(lax.dynamic_update_slice(a, x, at_scale) for a, x in zip(absmax, new_absmax)),
+        _update_at(out, _bits(new_out), at.of_elements),
+        tuple(_update_at(c, x, at.of_elements) for c, x in zip(codes, new_codes)),
+        tuple(_update_at(a, x, at.of_scales) for a, x in zip(absmax, new_absmax)),
     )
 
 
 def _loop(view, size, one, carry):
-    """Runs `carry = one(start, lengths, carry)` for chunks of about `CHUNK` elements that cover `view`."""
+    """Runs `carry = one(place, lengths, carry)` for chunks of about `CHUNK` elements that cover `view`."""
     for starts, lengths, counts in _chunks(view, size):
 
         def body(i, carry, starts=starts, lengths=lengths, counts=counts):
-            steps = jnp.unravel_index(i, counts)
-            at = tuple(np.int32(s) + k.astype(jnp.int32) * np.int32(l) for s, k, l in zip(starts, steps, lengths))
-            return one(at, lengths, carry)
+            return one(_place(i, starts, lengths, counts, size), lengths, carry)
 
         carry = lax.fori_loop(0, prod(counts), body, carry) if prod(counts) > 1 else body(jnp.int32(0), carry)
     return carry
+
+
+def _place(i: Array, starts: tuple[int, ...], lengths: tuple[int, ...], counts: tuple[int, ...], size: int) -> Place:
+    """Returns where chunk `i` of a grid of equal chunks starts.
+
+    XLA repeats this arithmetic in every loop that reads or writes a chunk, so it has as few operations as possible.
+    """
+    elements, scales, rest = [], [], i
+    for axis in reversed(range(len(starts))):
+        start, length, count = starts[axis], lengths[axis], counts[axis]
+        is_last = prod(counts[: axis + 1]) == count  # all axes before have one chunk
+        k = np.int32(0) if count == 1 else rest if is_last else lax.rem(rest, np.int32(count))
+        rest = rest if count == 1 or is_last else lax.div(rest, np.int32(count))
+        elements.append(_start(k, start, length))
+        scales.append(_start(k, start // size, length // size) if axis == 1 else elements[-1])
+    return Place(tuple(reversed(elements)), tuple(reversed(scales)))
+
+
+def _start(k: Any, start: int, length: int) -> Any:
+    scaled = k if length == 1 else k * np.int32(length)
+    return scaled + np.int32(start) if start else scaled
 
 
 def _chunks(view: tuple[int, ...], size: int):

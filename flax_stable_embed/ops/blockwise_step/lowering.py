@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ..counter_random import linear_index_of_tile
 from ..lowering import Program, kernels_compile_here, primitive
 from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Seen, Spec
 from .per_shard import has_whole_blocks, per_shard, sharding_of
-from .reference import plain
+from .reference import partitioned
 from .step import Operands, Step
 
 
@@ -66,22 +65,7 @@ def types(*avals: Any, local: LocalStep) -> list[Any]:
 
 
 def _reference(*flat: Any, local: LocalStep):
-    operands, origin = local.split(flat)
-    index, shard = None, operands.g.shape
-    if origin and local.step.rounding != "nearest":
-        axes = [range(axis, axis + 1) for axis in range(len(shard))]
-        index = linear_index_of_tile((0,) * len(shard), shard, axes, shard, origin, local.shape)
-    return jax.tree.leaves(partitioned(local.step, operands, index))
-
-
-def partitioned(step: Step, operands: Operands, index: Any = None):
-    """Runs `plain` where XLA may partition it and fuse it with what surrounds it.
-
-    The condition is true of every update that is not NaN. It keeps XLA from contracting the last product of the update
-    and the user's `p + u` into one rounding, which a kernel's update cannot get. So bits do not depend on the mesh.
-    """
-    out, codes, absmax = plain(step, operands, index)
-    return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax
+    return jax.tree.leaves(partitioned(local.step, *local.split(flat), local.shape))
 
 
 def _run(module: str):

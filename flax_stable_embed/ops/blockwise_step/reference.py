@@ -7,10 +7,11 @@ and TPU and GPU have kernels that read every array once.
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax import Array
 
 from ..blockwise.quantize import dequantize_view, merge, quantize_view, split
-from ..counter_random import linear_index, uniform
+from ..counter_random import linear_index, linear_index_of_tile, uniform
 from ..sharding import placed_like
 from .step import Operands, Step, apply_rule, without_overflow
 
@@ -49,3 +50,23 @@ def plain(step: Step, operands: Operands, index: Array | None = None, store: Cal
     codes = tuple(placed_like(merge(new, blocks, shape), before) for (new, _), before in zip(stored, operands.codes))
     absmax = tuple(placed_like(new, before) for (_, new), before in zip(stored, operands.absmax))
     return placed_like(merge(out, blocks, shape), operands.codes[0]), codes, absmax
+
+
+def partitioned(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = ()):
+    """Runs `plain` where XLA may partition it and fuse it with what surrounds it.
+
+    The condition is true of every update that is not NaN. It keeps XLA from contracting the last product of the update
+    and the user's `p + u` into one rounding, which a kernel's update cannot get. So bits do not depend on the mesh.
+
+    Args:
+        step: Everything static about the step.
+        operands: The arrays, or their shards on one device.
+        origin: Where the shard starts in the global array, along each axis; empty if it starts at zero.
+        shape: The shape of the global array; empty if `operands` are the global arrays.
+    """
+    index, local = None, operands.g.shape
+    if origin and step.rounding != "nearest":
+        axes = [range(axis, axis + 1) for axis in range(len(local))]
+        index = linear_index_of_tile((0,) * len(local), local, axes, local, origin, shape)
+    out, codes, absmax = plain(step, operands, index)
+    return out if step.fused else jnp.where(out == out, out, jnp.nan), codes, absmax

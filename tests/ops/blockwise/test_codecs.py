@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, encode, table
+from flax_stable_embed.ops.blockwise import codecs
+from flax_stable_embed.ops.blockwise.codecs import CODECS, TINY, decode, table
 from flax_stable_embed.ops.counter_random import DITHERED_STEP, uniform
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 ALL = pytest.mark.parametrize("codec", list(CODECS))
+
+
+def encode(x, code, numbers=None):
+    return codecs.encode(abs(x), x < 0, code, numbers)
 
 
 def values_and_codes(codec, signed):
@@ -130,7 +135,7 @@ def test_compiled_codecs_are_arithmetic_only(codec, signed):
     code = CODECS[codec](signed)
     x, uniform = jnp.zeros(4096), jnp.zeros(4096)
     codes = jnp.zeros(4096, code.dtype)
-    for function, args in [(encode, (x,)), (partial(encode, uniform=uniform), (x,)), (decode, (codes,))]:
+    for function, args in [(encode, (x,)), (partial(encode, numbers=uniform), (x,)), (decode, (codes,))]:
         text = jax.jit(partial(function, code=code)).lower(*args).compile().as_text()
         found = re.findall(r"\b(gather|sort|while|scatter|dynamic-slice|conditional)\(", text)
         assert not found, found
@@ -146,6 +151,8 @@ def test_dithered_errors_of_an_element_cancel_within_a_few_steps(codec, signed):
     index = jnp.arange(4096, dtype=jnp.uint32)
     for x in (1e-3, 0.0412, 0.5, 0.777, 0.999):
         lower, upper = values[values <= np.float32(x)][-1], values[values > np.float32(x)][0]
+        if lower == 0 and not signed:
+            continue  # only zero itself is stored as zero
         stored = []
         for step in range(64):
             numbers = uniform("dither", index, jnp.uint32(step) * DITHERED_STEP)

@@ -52,6 +52,7 @@ def run(function, step, operands, steps=3):
 def small_chunks(monkeypatch):
     """Makes chunks of 1024 elements, so that small arrays take many, with remainders on every axis."""
     monkeypatch.setattr(cpu, "CHUNK", 1 << 10)
+    monkeypatch.setattr(cpu, "SMALL", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flax_stable_embed.ops.blockwise.codecs import TINY
-from flax_stable_embed.ops.blockwise_step import lowering
+from flax_stable_embed.ops.blockwise_step import api
 from flax_stable_embed.ops.blockwise_step.gpu_codecs import gpu_codec
 from flax_stable_embed.ops.blockwise_step.gpu_instructions import Instructions, Product, contracted
 from flax_stable_embed.ops.blockwise_step.kernel_codecs import by_square_roots, kernel_codec
@@ -92,13 +92,13 @@ def test_products_are_merged_into_sums_and_an_unused_option_costs_nothing():
 @pytest.mark.parametrize("case", cases.OPTIMIZERS, ids=lambda case: case.name)
 def test_every_rule_gives_nearly_the_same_numbers(case, monkeypatch):
     """The rules come from real steps, with the options that the optimizers give them."""
-    steps, run = [], lowering.run_sharded
+    steps, run = [], api.run_as_sharded
 
     def recorded(local, operands, spec):
         steps.append((local.step, operands.hyper))
         return run(local, operands, spec)
 
-    monkeypatch.setattr(lowering, "run_sharded", recorded)
+    monkeypatch.setattr(api, "run_as_sharded", recorded)
     tx, params = build(case), {"kernel": jnp.ones((64, 320 + len(case.name)))}  # a shape that nothing has cached
     jax.eval_shape(tx.update, params, tx.init(params), params)
     rng = np.random.default_rng(0)
