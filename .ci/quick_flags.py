@@ -1,7 +1,7 @@
 """Prints the XLA_FLAGS that `make test` compiles with, as far as the installed XLA knows them.
 
-They divide the time of compiling for CPU by three, which is most of the time of `make test`. `make test-all` compiles as
-users do.
+They divide the time of compiling for CPU by three, which is most of the time of `make test`. `make test-all` compiles
+as users do.
 XLA ends the process for a flag that it does not know, so each one is tried in a process of its own.
 """
 

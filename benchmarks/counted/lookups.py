@@ -38,7 +38,8 @@ BOTH, FORWARD, BACKWARD = "forward and backward", "forward", "backward"
 
 def compiled(shape: Shape, way: str, what: str, device: Any, dtype: Any = jnp.float32) -> Any:
     """Compiles the output, the gradients of all parameters, or both, for one chip."""
-    options, here = Options(1e-5, None, False, jnp.dtype(dtype)), jax.sharding.SingleDeviceSharding(device)
+    options = Options(1e-5, None, in_bounds=False, dtype=jnp.dtype(dtype), kernels=("tpu",), in_float32=True)
+    here = jax.sharding.SingleDeviceSharding(device)
 
     def array(*extents: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(extents, dtype, sharding=here)

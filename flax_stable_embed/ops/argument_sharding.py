@@ -12,7 +12,12 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-_MOVES = ("stablehlo.optimization_barrier", "stablehlo.convert")  # results are sharded like the operands
+_FOLLOWED = {  # operations whose result is sharded like an operand: the index of the operand, or None for the same one
+    "stablehlo.optimization_barrier": None,
+    "stablehlo.convert": 0,
+    "stablehlo.slice": 0,
+    "stablehlo.select": 1,
+}
 
 
 def argument_sharding(module: Any, value: Any) -> NamedSharding | None:
@@ -23,18 +28,33 @@ def argument_sharding(module: Any, value: Any) -> NamedSharding | None:
         value: An operand of the operation that is lowered.
 
     Returns:
-        A sharding on an abstract mesh, whose axes have the names that the argument's mesh has.
+        A sharding on an abstract mesh, whose axes have the names that the argument's mesh has. It divides the value
+        into equal shards.
     """
+    sharding = _sharding_of(module, value)
+    if sharding is None:
+        return None
+    try:
+        sharding.shard_shape(tuple(ir.RankedTensorType(value.type).shape))
+    except ValueError:  # the slice of an argument may not divide where the argument did
+        return None
+    return sharding
+
+
+def _sharding_of(module: Any, value: Any) -> NamedSharding | None:
     while not isinstance(owner := value.owner, ir.Block):
         operation = owner.operation
         if operation.name == "sdy.sharding_constraint":
             return _named(module, sdy.TensorShardingAttr(operation.attributes["sharding"]))
-        placed = operation.name == "stablehlo.custom_call" and "annotate_device_placement" in str(
-            operation.attributes["call_target_name"]
-        )
-        if operation.name not in _MOVES and not placed:
+        if operation.name == "stablehlo.custom_call":
+            if "annotate_device_placement" not in str(operation.attributes["call_target_name"]):
+                return None
+            index = 0
+        elif operation.name in _FOLLOWED:
+            index = _FOLLOWED[operation.name]
+        else:
             return None
-        value = operation.operands[ir.OpResult(value).result_number]
+        value = operation.operands[ir.OpResult(value).result_number if index is None else index]
     function = owner.owner.operation
     if function.name != "func.func" or "arg_attrs" not in function.attributes:
         return None

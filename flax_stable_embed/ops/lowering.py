@@ -93,8 +93,8 @@ def primitive(
         choose: Called as `choose(program, **static)` when the primitive is lowered, instead of `may_run`. Returns the
             function to lower. JAX calls it for every equation, because it may see how each operand is sharded.
         types: Returns the types of the results for those of the arrays. If None, the reference is traced for them.
-        flat: True if each element of the last argument, a vector, has a row in every result. A vmap over this argument
-            alone then becomes one longer vector, and the kernel stays.
+        flat: True if each element of the last argument has a row in every result. A vmap over this argument alone then
+            becomes one larger argument, and the kernel stays.
     """
     new = Primitive(name)
     new.multiple_results = True
@@ -107,9 +107,8 @@ def primitive(
 
     def batched(args: Any, axes: Any, **static: Any) -> Any:
         if flat and all(axis is None for axis in axes[:-1]):
-            vectors = jnp.moveaxis(args[-1], axes[-1], 0)
-            results = new.bind(*args[:-1], vectors.ravel(), **static)
-            return [x.reshape(*vectors.shape, *x.shape[1:]) for x in results], [0] * len(results)
+            results = new.bind(*args[:-1], jnp.moveaxis(args[-1], axes[-1], 0), **static)
+            return results, [0] * len(results)
         results = jax.vmap(partial(reference, **static), in_axes=tuple(axes))(*args)
         return results, [0] * len(results)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..dtypes import INT32_MAX, at_least_float32
@@ -181,8 +182,9 @@ def row_numbers_of(ids: Any, num_rows: int, mode: Mode = "fill") -> jax.Array:
     ids = jnp.asarray(ids).astype(jnp.int32)
     if mode == "clip":
         return jnp.clip(ids, 0, max(num_rows - 1, 0))
-    ids = jnp.where(ids < 0, ids + num_rows, ids)
-    return jnp.where((ids >= 0) & (ids < num_rows), ids, num_rows)
+    # `select` keeps the ids second, by which `argument_sharding` finds out how they are sharded.
+    ids = lax.select(ids >= 0, ids, ids + num_rows)
+    return lax.select((ids >= 0) & (ids < num_rows), ids, jnp.full_like(ids, num_rows))
 
 
 def row_sharding(table: jax.Array, row_numbers: jax.Array, wanted: Sharding) -> NamedSharding | None:

@@ -18,7 +18,7 @@ from .gather import GatherOptions, Mode, Sharding, gather, row_numbers_of, row_s
 from .layer_norm import NORM_EPSILON, normalize
 from .looked_up import LookedUpTable, record
 from .normalized_rows.api import normalized_rows
-from .normalized_rows.capabilities import has_kernel
+from .normalized_rows.capabilities import with_kernels
 from .normalized_rows.reference import Options
 from .options import NO_FREQUENCY, NO_ONE_HOT, Method
 from .rows import distinct, set_rows, take_rows
@@ -135,8 +135,9 @@ def normalized_lookup(
 ) -> jax.Array:
     """Returns `normalize(lookup(table, ids, **options), scale, bias, epsilon)`.
 
-    The arithmetic is in float32 whatever the dtypes. On one GPU or TPU a kernel runs if no option scales rows or
-    gradients.
+    The arithmetic is in float32 whatever the dtypes. In programs for GPU and TPU a kernel runs if no option scales rows
+    or gradients: on one device, and on each device of a mesh with Auto axes if the table is replicated and the ids are
+    sharded.
 
     Args:
       table: As in `lookup`.
@@ -163,7 +164,8 @@ def normalized_lookup(
     if plain and not isinstance(table, LookedUpTable) and table.shape[0] != 1:
         how = Options(float(epsilon), options.get("padding_idx"), in_bounds=mode != "fill", dtype=dtype)
         table, scale, bias = map(jnp.asarray, (table, scale, bias))
-        if has_kernel(how, table, scale, bias, ids):
+        how = with_kernels(how, table, scale, bias, ids)
+        if how.kernels:
             row_numbers = row_numbers_of(ids, table.shape[0], mode)
             if row_sharding(table, row_numbers, options.get("out_sharding")) is None:
                 return normalized_rows(how, table, scale, bias, row_numbers)

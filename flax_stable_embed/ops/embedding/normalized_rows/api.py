@@ -30,5 +30,4 @@ def normalized_rows(options: Options, table: Array, scale: Array, bias: Array, r
         row_numbers: (*batch), int32. The number `num_embeddings` gives a row of NaN.
     """
     scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
-    (y,) = lowering.forward.bind(table, scale, bias, row_numbers.ravel(), options=options)
-    return y.reshape(*row_numbers.shape, table.shape[1])
+    return lowering.forward.bind(table, scale, bias, row_numbers, options=options)[0]

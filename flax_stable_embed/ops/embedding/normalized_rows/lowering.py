@@ -2,6 +2,12 @@
 
 The derivative of the function is a primitive, and the gradient is the transpose of that primitive. vmap, derivatives of
 derivatives and platforms without a kernel take JAX's result for the reference.
+
+Where a kernel runs is decided when a program is lowered, for its platform and devices:
+
+    one device                                             the kernel, if it can take the arrays
+    several, a replicated table, and sharded row numbers   the kernel on the tokens of each device; gradients are summed
+    several otherwise                                      the reference, which XLA partitions
 """
 
 from collections.abc import Callable
@@ -11,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import ad
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from ...lowering import primitive
+from ...lowering import Program, kernels_compile_here, primitive
 from .capabilities import MOST_TOKENS_ON_TPU
 from .reference import Options, reference
 
@@ -29,12 +37,19 @@ def _import(module: str) -> Any:
     return import_module(f".{module}", __package__)
 
 
+def _may_run(program: Program, *, options: Options) -> bool:
+    """Returns whether the kernel of its platform runs in a program."""
+    platform = program.kernel_platform
+    return program.one_device and platform in options.kernels and (platform != "cuda" or kernels_compile_here())
+
+
 def _forward_reference(table, scale, bias, row_numbers, *, options):
     return (reference(options, table, scale, bias, row_numbers),)
 
 
 def _forward_kernel(module: str, table, scale, bias, row_numbers, *, options):
-    return (_import(module).forward(options, table, scale, bias, row_numbers),)
+    y = _import(module).forward(options, table, scale, bias, row_numbers.ravel())
+    return (y.reshape(*row_numbers.shape, -1),)
 
 
 def _tangent_reference(d_table, d_scale, d_bias, table, scale, row_numbers, *, options):
@@ -50,14 +65,74 @@ def _gradient_reference(dy, table, scale, row_numbers, *, options):
 
 
 def _gradient_kernel(module: str, dy, table, scale, row_numbers, *, options):
-    if module == "pallas_tpu" and row_numbers.size > MOST_TOKENS_ON_TPU:
-        return _gradient_reference(dy, table, scale, row_numbers, options=options)
-    return _import(module).gradient(options, dy, table, scale, row_numbers)
+    dy, row_numbers = dy.reshape(-1, dy.shape[-1]), row_numbers.ravel()
+    most = MOST_TOKENS_ON_TPU if module == "pallas_tpu" else row_numbers.size
+    parts = [slice(start, start + most) for start in range(0, row_numbers.size, most)]
+    found = [_import(module).gradient(options, dy[part], table, scale, row_numbers[part]) for part in parts]
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *found)
 
 
-forward = primitive("normalized_rows", _forward_reference, _kernels(_forward_kernel), flat=True)
+_forward_here = primitive(
+    "normalized_rows_here", _forward_reference, _kernels(_forward_kernel), may_run=_may_run, flat=True
+)
+_gradient_here = primitive(
+    "normalized_rows_gradient_here", _gradient_reference, _kernels(_gradient_kernel), may_run=_may_run
+)
+
+
+def _forward_for(program: Program, *, options: Options):
+    """Returns the function for the program that it is lowered into."""
+    batch = None if program.one_device else _sharded_batch(program, table=0, options=options)
+    if batch is None:
+        return partial(_forward_here.bind, options=options)
+    everywhere, of_tokens = PartitionSpec(), PartitionSpec(*batch.spec, None)
+    return _per_shard(
+        partial(_forward_here.bind, options=options), batch, (everywhere,) * 3 + (batch.spec,), [of_tokens]
+    )
+
+
+def _gradient_for(program: Program, *, options: Options):
+    """Returns the gradient for the program that it is lowered into."""
+    batch = None if program.one_device else _sharded_batch(program, table=1, options=options)
+    if batch is None:
+        return partial(_gradient_here.bind, options=options)
+    everywhere, of_tokens = PartitionSpec(), PartitionSpec(*batch.spec, None)
+    axes = [name for entry in batch.spec for name in (entry if isinstance(entry, tuple) else (entry,)) if name]
+
+    def summed(*args):
+        return [lax.psum(x, axes) for x in _gradient_here.bind(*args, options=options)]
+
+    return _per_shard(summed, batch, (of_tokens, everywhere, everywhere, batch.spec), [everywhere] * 3)
+
+
+def _sharded_batch(program: Program, *, table: int, options: Options) -> NamedSharding | None:
+    """Returns how the row numbers are sharded, if kernels run on the tokens of each device; else None.
+
+    Args:
+        program: The program, which knows the shardings of its arguments.
+        table: The index of the table among the operands. The row numbers are the last.
+        options: Static options.
+    """
+    of_table, of_ids = program.shardings[table], program.shardings[-1]
+    has_kernel = options.in_float32 and any(platform in options.kernels for platform in program.platforms)
+    if not has_kernel or of_table is None or not of_table.is_fully_replicated:
+        return None
+    if of_ids is None or of_ids.is_fully_replicated:
+        return None
+    context = jax.sharding.get_abstract_mesh()
+    return of_ids if context.empty or context.shape_tuple == of_ids.mesh.shape_tuple else None
+
+
+def _per_shard(function: Callable[..., Any], sharding: NamedSharding, in_specs: Any, out_specs: Any):
+    """Returns a function that runs on every device of a mesh with the arrays of that device."""
+    in_context = isinstance(sharding.mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
+    mesh = None if in_context else sharding.mesh
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+forward = primitive("normalized_rows", _forward_reference, choose=_forward_for, flat=True)
 tangent = primitive("normalized_rows_tangent", _tangent_reference, flat=True)
-gradient = primitive("normalized_rows_gradient", _gradient_reference, _kernels(_gradient_kernel))
+gradient = primitive("normalized_rows_gradient", _gradient_reference, choose=_gradient_for)
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, options: Options) -> Any:

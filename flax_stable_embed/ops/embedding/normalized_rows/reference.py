@@ -22,12 +22,16 @@ class Options(NamedTuple):
     padding_idx: The row that gets no gradient; None if every row gets one.
     in_bounds: True if the caller promises that every row number is in the table.
     dtype: Dtype of the output.
+    kernels: The platforms whose kernels can take the arrays, by JAX's names.
+    in_float32: True if the table is float32, so that gradients of parts of the tokens can be added.
     """
 
     epsilon: float
     padding_idx: int | None
     in_bounds: bool
     dtype: np.dtype
+    kernels: tuple[str, ...] = ()
+    in_float32: bool = False
 
 
 def reference(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:

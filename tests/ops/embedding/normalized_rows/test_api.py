@@ -1,5 +1,7 @@
 """Compares the kernels of normalized rows with the reference, under every transformation of JAX."""
 
+import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from flax_stable_embed.ops.embedding.normalized_rows import pallas_gpu, pallas_tpu
+from flax_stable_embed.ops.embedding.normalized_rows import capabilities, lowering, pallas_gpu, pallas_tpu
 from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
 from flax_stable_embed.ops.embedding.normalized_rows.capabilities import LEAST_FEATURES, MOST_FEATURES
 from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
+from flax_stable_embed.ops.lowering import kernel_or_reference, on_one_device, rule
 
 RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
@@ -132,21 +138,6 @@ def primitives_of(f, *args):
     return {equation.primitive.name for equation in jax.make_jaxpr(f)(*args).eqns}
 
 
-@pytest.fixture
-def one_gpu(monkeypatch):
-    one_device_of(monkeypatch, "gpu")
-
-
-@pytest.fixture
-def one_tpu(monkeypatch):
-    one_device_of(monkeypatch, "tpu")
-
-
-def one_device_of(monkeypatch, platform):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
 # --- the primitives --------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +211,6 @@ def test_scale_and_bias_may_have_dtypes_of_their_own():
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_the_operation_runs_without_jit_and_under_debug_nans():
     embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
@@ -230,7 +220,6 @@ def test_the_operation_runs_without_jit_and_under_debug_nans():
         embed.apply(params, jnp.array([99]))
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_a_batch_of_symbolic_size_uses_no_kernel():
     embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
@@ -267,8 +256,7 @@ def test_negative_row_numbers_touch_no_row_even_if_the_caller_promised_none():
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_gpu")
-def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
+def test_a_stable_embedding_is_one_operation_if_a_kernel_can_take_it(options, expected):
     options = {"num_embeddings": 11, "features": LEAST_FEATURES} | options
     embed, ids = fse.linen.StableEmbed(**options), jnp.arange(6).reshape(2, 3)
     params = embed.init(jax.random.key(0), ids)
@@ -289,24 +277,122 @@ def test_on_one_gpu_a_stable_embedding_is_one_operation(options, expected):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_tpu")
-def test_on_one_tpu_a_stable_embedding_is_one_operation(options, expected):
-    embed, ids = (
-        fse.linen.StableEmbed(**{"num_embeddings": 11, "features": LEAST_FEATURES} | options),
-        jnp.arange(6),
-    )
+def test_a_program_for_one_tpu_has_the_kernels_on_any_host(options, expected):
+    embed = fse.linen.StableEmbed(**{"num_embeddings": 11, "features": LEAST_FEATURES} | options)
+    ids = jnp.arange(6)
     params = embed.init(jax.random.key(0), ids)
-    assert ("normalized_rows" in primitives_of(embed.apply, params, ids)) is expected
+    assert kernels_for_tpu(step_of(embed), params, ids) == (2 if expected else 0)
 
 
-def test_several_devices_use_a_lookup_and_a_norm():
-    embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES), jnp.arange(6)
+def step_of(embed):
+    """Returns a function of parameters and ids that computes outputs and gradients."""
+
+    def step(params, ids):
+        y, pullback = jax.vjp(lambda params: embed.apply(params, ids), params)
+        return y, pullback(jnp.cos(y))[0]
+
+    return step
+
+
+def kernels_for_tpu(step, *args):
+    return jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+
+MESH_AXES = {"x": 4, "y": 2}
+ON_MESHES = {  # how ids and the table are sharded, and whether the kernels run
+    "data parallel": (P("x"), P(), True),
+    "over both axes": (P(("x", "y")), P(), True),
+    "a batch of two axes": (P("x", "y"), P(), True),
+    "replicated ids": (P(), P(), False),
+    "a table sharded over features": (P("x"), P(None, "y"), False),
+    "a table sharded over rows": (P("x"), P("x"), False),
+}
+
+
+def mesh_of(kind=AxisType.Auto):
+    return jax.make_mesh(tuple(MESH_AXES.values()), tuple(MESH_AXES), axis_types=(kind,) * 2)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets programs for CPU use the kernels for TPU, interpreted."""
+    for name in ("forward", "gradient"):
+        monkeypatch.setattr(pallas_tpu, name, partial(getattr(pallas_tpu, name), interpret=True))
+    rules = {
+        lowering._forward_here: (lowering._forward_reference, partial(lowering._forward_kernel, "pallas_tpu")),
+        lowering._gradient_here: (lowering._gradient_reference, partial(lowering._gradient_kernel, "pallas_tpu")),
+    }
+    for one, (plain, kernel) in rules.items():
+        may_run = kernel_or_reference(plain, kernel, lambda program, options: program.one_device)
+        mlir.register_lowering(one, rule(may_run, "cpu"), platform="cpu")
+    monkeypatch.setattr(capabilities, "PLATFORMS", ("cuda", "tpu", "cpu"))
+    yield
+    for one, (plain, _) in rules.items():
+        mlir.register_lowering(one, rule(kernel_or_reference(plain, None, on_one_device)), platform="cpu")
+
+
+@pytest.mark.parametrize("name", ON_MESHES)
+@pytest.mark.parametrize("sliced", [False, True], ids=["ids", "ids without the last"])
+def test_a_program_for_tpus_has_the_kernels_where_tokens_are_sharded(name, sliced):
+    spec, of_table, expected = ON_MESHES[name]
+    embed = fse.linen.StableEmbed(16, LEAST_FEATURES, padding_idx=3)
+    params = embed.init(jax.random.key(0), jnp.array([0]))
+    params, ids = placed(mesh_of(), params, of_table, jnp.zeros((8, 6), jnp.int32), spec)
+    step = step_of(embed)
+    shorter = (lambda params, ids: step(params, ids[:, :-1])) if sliced else step
+    divides = not (sliced and len(spec) > 1)  # 5 ids are not sharded over 2 devices
+    assert kernels_for_tpu(shorter, params, ids) == (2 if expected and divides else 0)
+
+
+def placed(mesh, params, of_table, ids, of_ids):
+    def place(x):
+        return jax.device_put(x, NamedSharding(mesh, of_table if x.ndim == 2 else P()))
+
+    return jax.tree.map(place, params), jax.device_put(ids, NamedSharding(mesh, of_ids))
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, expected) in ON_MESHES.items() if expected])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.one_in(4)
+def test_the_kernels_on_a_mesh_equal_the_reference_on_one_device(name, dtype, interpreted):
+    del interpreted
+    embed = fse.linen.StableEmbed(16, LEAST_FEATURES, padding_idx=3, dtype=dtype)
+    ids = jax.random.randint(jax.random.key(1), (8, 4), -2, 18)
     params = embed.init(jax.random.key(0), ids)
-    assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
+
+    dy = jax.random.normal(jax.random.key(2), (*ids.shape, LEAST_FEATURES)).astype(dtype)
+
+    def step(params, ids, dy):
+        y, pullback = jax.vjp(lambda params: embed.apply(params, ids), params)
+        return y, pullback(dy)[0]
+
+    want = jax.jit(step)(params, ids, dy)
+    spec = ON_MESHES[name][0]
+    args = *placed(mesh_of(), params, P(), ids, spec), jax.device_put(dy, NamedSharding(mesh_of(), spec))
+    compiled = jax.jit(step).lower(*args).compile()
+    found = compiled(*args)
+    kinds = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", compiled.as_text())
+    assert set(kinds) == {"all-reduce"}  # of the gradients
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2, atol=2e-5)
+
+
+def test_types_of_an_explicit_mesh_and_shards_of_the_user_take_a_lookup_and_a_norm():
+    embed = fse.linen.StableEmbed(16, LEAST_FEATURES)
+    params = embed.init(jax.random.key(0), jnp.array([0]))
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        args = placed(mesh, params, P(), jnp.zeros((8, 4), jnp.int32), P("x"))
+        assert "normalized_rows" not in primitives_of(embed.apply, *args)
+    mesh = mesh_of()
+    sharded = jax.shard_map(embed.apply, mesh=mesh, in_specs=(P(), P("x")), out_specs=P("x"))
+    found = jax.jit(sharded)(*placed(mesh, params, P(), jnp.zeros((8, 4), jnp.int32), P("x")))
+    np.testing.assert_allclose(found, embed.apply(params, jnp.zeros((8, 4), jnp.int32)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
-def test_the_operation_equals_a_lookup_and_a_norm(one_gpu, monkeypatch, mode):
+def test_the_operation_equals_a_lookup_and_a_norm(monkeypatch, mode):
     options = {"padding_idx": 0, "mode": mode, "dtype": jnp.bfloat16}
     embed, ids = fse.linen.StableEmbed(11, LEAST_FEATURES, **options), jnp.array([[0, 1, -1], [11, 5, 5]])
     params = embed.init(jax.random.key(0), ids)
@@ -315,14 +401,14 @@ def test_the_operation_equals_a_lookup_and_a_norm(one_gpu, monkeypatch, mode):
         return jnp.nansum(embed.apply(params, ids).astype(jnp.float32) ** 2)
 
     found = embed.apply(params, ids), jax.grad(loss)(params)
-    monkeypatch.undo()
+    monkeypatch.setattr(capabilities, "LEAST_FEATURES", LEAST_FEATURES + 1)
+    assert "normalized_rows" not in primitives_of(embed.apply, params, ids)
     expected = embed.apply(params, ids), jax.grad(loss)(params)
     assert found[0].dtype == jnp.bfloat16
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_no_ids_give_no_rows():
     embed = fse.linen.StableEmbed(11, LEAST_FEATURES)
     params = embed.init(jax.random.key(0), jnp.array([0]))
