@@ -14,8 +14,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.devices()  # reads XLA_FLAGS, which libtpu must not see: it ends the process for a flag of the CPU compiler
-os.environ.pop("XLA_FLAGS", None)
+# libtpu must not see XLA_FLAGS, because it ends the process for a flag of the CPU compiler. The workers of pytest-xdist
+# inherit the environment of a process that has removed them, so they find them under another name.
+os.environ.setdefault("CPU_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+os.environ["XLA_FLAGS"] = os.environ["CPU_XLA_FLAGS"]
+jax.devices()  # reads XLA_FLAGS
+del os.environ["XLA_FLAGS"]
 
 # The cache saves a tenth of the time, because many tests define their own functions that compile to equal programs.
 # Each process has its own folder, because JAX writes into it without a lock.

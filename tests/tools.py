@@ -16,6 +16,9 @@ from benchmarks.counted import collectives
 from flax_stable_embed.optim.engine.engine import Engine
 from tests.cases import OPTIMIZERS
 
+# For tests on purpose of small blocks that straddle devices, of which `init` warns.
+may_straddle = pytest.mark.filterwarnings("ignore:Some parameters are sharded so that blocks")
+
 SMALL = fse.StateFormat(min_size=0)  # 8 bits for every size, because the parameters of tests are small
 ALL_FP32 = ((".*", 32),)
 as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # `pure`: Flax 0.12.6 and earlier

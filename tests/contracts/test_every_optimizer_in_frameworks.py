@@ -35,6 +35,7 @@ from tests.tools import (
     is_codes,
     jitted,
     kinds,
+    may_straddle,
     moments,
     parameters,
     run,
@@ -320,6 +321,7 @@ NNX_SHARDINGS = [
 )
 @pytest.mark.recent_compiler  # that of JAX 0.8 shards some scales otherwise after a step
 @pytest.mark.one_in(13)
+@may_straddle
 def test_an_nnx_optimizer_keeps_its_shardings_on_a_mesh(case, kind, names, width):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):

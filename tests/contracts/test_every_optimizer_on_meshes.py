@@ -29,6 +29,7 @@ from tests.tools import (
     first_moment,
     gradients,
     jitted,
+    may_straddle,
     moments,
     parameters,
     run,
@@ -102,7 +103,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(case, kind, spec):
 @every_kind_of_optimizer
 @every_kind
 @pytest.mark.one_in(5)
-@pytest.mark.filterwarnings("ignore:Some parameters are sharded so that blocks")
+@may_straddle
 def test_blocks_that_straddle_devices_still_give_the_same_bits(case, kind):
     """`shards` is wrong here: an axis with two blocks of 32 is sharded over four devices."""
     tx, plain = build(case), parameters(kernel=(64, 64))

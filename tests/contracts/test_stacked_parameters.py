@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 from tests.cases import OPTIMIZERS
-from tests.tools import assert_same_bits, build, is_codes, jitted, jitted_fused
+from tests.tools import assert_same_bits, build, is_codes, jitted, jitted_fused, may_straddle
 
 NEAREST = fse.StateFormat(rounding="nearest")  # dither depends on the path and the index of an element
 LAYERS = 6
@@ -124,6 +124,7 @@ def test_without_the_rule_the_norm_of_a_stack_is_one_norm():
     "case", [c for c in OPTIMIZERS if c.name in ("adamw8bit", "lamb8bit", "lars8bit")], ids=lambda case: case.name
 )
 @pytest.mark.one_in(5)
+@may_straddle
 def test_stacked_layers_step_alike_on_a_mesh(case, kind):
     """The stack is sharded over its layers, as in a pipeline, and over an axis of the layers."""
     _, tx = pairs(case, 1)

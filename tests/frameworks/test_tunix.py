@@ -26,7 +26,7 @@ from tests.frameworks.tools import (
     loss_of,
     without_framework,
 )
-from tests.tools import as_pure
+from tests.tools import as_pure, may_straddle
 
 IDS = np.arange(32).reshape(4, 8)
 
@@ -122,6 +122,7 @@ def made(tx, shape):
 @every_optimizer
 @every_format
 @pytest.mark.one_in(7)
+@may_straddle
 def test_the_helpers_accept_the_state_and_a_checkpoint_opens_on_another_mesh(name, state_format, tmp_path):
     tx = build(name, state_format)
     model, optimizer = made(tx, (2, 4))

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
 from flax_stable_embed.optim.boxes import unbox
+from tests.tools import may_straddle
 
 TX = fse.scale_by_adam8bit(state_format=fse.StateFormat(min_size=0))
 
@@ -91,6 +92,7 @@ def test_metadata_can_hold_a_sharding_instead_of_names():
 
 
 @pytest.mark.parametrize(("size", "count", "expected"), [(128, 3, None), (32, 12, "b")])
+@may_straddle
 def test_a_known_mesh_takes_precedence_over_shards(size, count, expected):
     """Neither 3 nor 12 blocks can be split over 8 shards, but 12 can be split over the 4 devices of this axis."""
     tx = fse.scale_by_adam8bit(state_format=fse.StateFormat(block_size=size, min_size=0))

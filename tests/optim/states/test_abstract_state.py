@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceShar
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from tests.tools import assert_same_bits
+from tests.tools import assert_same_bits, may_straddle
 
 SMALL = fse.StateFormat(min_size=0)
 SHAPES = {"kernel": (256, 32), "wte": {"embedding": (64, 32)}, "bias": (32,)}
@@ -79,7 +79,7 @@ def marked(name):
 
 @pytest.mark.parametrize("name", [marked(name) for name in TRANSFORMS])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.filterwarnings("ignore:Some parameters are sharded so that blocks")
+@may_straddle
 def test_shardings_equal_those_of_the_real_state(name, kind):
     tx, mesh = TRANSFORMS[name](), mesh_of(kind)
     params = placed(mesh)
@@ -154,7 +154,7 @@ def test_a_state_in_host_memory_has_its_memory_kind():
     }
 
 
-@pytest.mark.filterwarnings("ignore:Some parameters are sharded so that blocks")
+@may_straddle
 def test_an_abstract_mesh_needs_no_devices():
     """Blocks straddle devices here, so codes are sharded and scales are not."""
     pod = AbstractMesh((256,), ("fsdp",))

@@ -26,6 +26,7 @@ from tests.tools import (
     gradients,
     is_codes,
     jitted,
+    may_straddle,
     parameters,
     run,
     types,
@@ -394,6 +395,7 @@ def test_the_state_is_sharded_like_the_parameter_and_stays_so(kind):
 
 
 @pytest.mark.parametrize("around", ["jit", "scan", "cond"])
+@may_straddle
 def test_codes_stay_sharded_if_blocks_straddle_devices(around):
     """Three blocks of 256 are sharded over four devices, and array types have no shardings."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
