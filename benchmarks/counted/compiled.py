@@ -75,6 +75,7 @@ class Case(NamedTuple):
     dtype: Any = jnp.float32
     along_rows: bool = False
     clips: bool = False  # by the global norm
+    how: str = "fused_update"  # or "update", or "in_place", both followed by `optax.apply_updates`
 
     @property
     def optimizer(self) -> Any:
@@ -85,7 +86,8 @@ class Case(NamedTuple):
         if self.codec is None:
             return optax.adamw(1e-3)
         state_format = fse.StateFormat(self.codec, self.rounding, block_axis=-1 if self.along_rows else None)
-        return fse.adamw8bit(1e-3, state_format=state_format, implementation=self.implementation)
+        tx = fse.adamw8bit(1e-3, state_format=state_format, implementation=self.implementation)
+        return fse.in_place(tx) if self.how == "in_place" else tx
 
     @property
     def blocks(self) -> Blocks:
@@ -102,6 +104,8 @@ CASES = {
     "`optax.adamw` after `clip_by_global_norm`, updates": Case(codec=None, clips=True),
     "`adamw8bit`, `xla`": Case(implementation="xla"),
     "`adamw8bit`": Case(),
+    "`adamw8bit`, `tx.update` and `apply_updates`": Case(how="update"),
+    "`adamw8bit`, `in_place` and `apply_updates`": Case(how="in_place"),
     "`adamw8bit` after `clip_by_global_norm`": Case(clips=True),
     "`adamw8bit`, nearest": Case(rounding="nearest"),
     "`adamw8bit`, stochastic": Case(rounding="stochastic"),
@@ -123,7 +127,7 @@ def compiled_step(case: Case, device: Any) -> Any:
 
     # JAX pairs donated arguments and results of one type in their order, so the parameters come first.
     def step(params, state, grads):
-        if case.codec is not None:
+        if case.codec is not None and case.how == "fused_update":
             return fse.fused_update(tx, grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state

@@ -16,17 +16,23 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
+from math import prod
 from typing import Any
-from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import flax_stable_embed as fse
 from flax_stable_embed.ops.embedding.normalized_rows.api import normalized_rows
 from flax_stable_embed.ops.embedding.normalized_rows.reference import Options, reference
 
 from ..harness import report
 from ..harness.modules import Shape
+from . import compiled as compiled_program
 from .compiled import QUIET, Stored, devices_of, operations
 
 CHIPS = ("v5e", "v6e")
@@ -56,8 +62,66 @@ def compiled(shape: Shape, way: str, what: str, device: Any, dtype: Any = jnp.fl
         ids,
         array(shape.tokens, shape.features, dtype=dtype),
     )
-    with patch.object(jax, "default_backend", lambda: "tpu"), patch.object(jax, "device_count", lambda: 1):
-        return jax.jit(step).lower(*args).compile()
+    return jax.jit(step).lower(*args).compile()
+
+
+# --- on meshes, next to Flax's modules --------------------------------------------------------------------------------
+
+ROWS, FEATURES, BATCH, LENGTH = 32_768, 2048, 32, 1024
+MESHES = {  # the shape of the mesh, and how table and ids are sharded
+    "one chip": ((1, 1), P(), P("data")),
+    "4 chips, replicated table": ((4, 1), P(), P("data")),
+    "4 chips, table over features": ((4, 1), P(None, "data"), P("data")),
+    "4 chips, table over rows": ((4, 1), P("data"), P("data")),
+    "2 x 2 chips, table over features": ((2, 2), P(None, "model"), P("data")),
+}
+
+
+class FlaxStableEmbed(linen.Module):
+    """Flax's modules with the equation of a stable embedding."""
+
+    num_embeddings: int
+    features: int
+    dtype: Any
+
+    @linen.compact
+    def __call__(self, ids: Any) -> Any:
+        rows = linen.Embed(self.num_embeddings, self.features, dtype=self.dtype)(ids)
+        return linen.LayerNorm(1e-5, self.dtype)(rows)
+
+
+MODULES = {"StableEmbed": (fse.linen.StableEmbed, FlaxStableEmbed), "Embed": (fse.linen.Embed, linen.Embed)}
+
+
+def on_mesh(module: Any, where: str, devices: Any) -> Any:
+    """Compiles outputs and gradients of a module of ROWS x FEATURES, whose gradients are sharded as its parameters."""
+    sizes, of_table, of_ids = MESHES[where]
+    mesh = Mesh(np.array(devices[: prod(sizes)]).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def place(x: Any, spec: P) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.tree.map(lambda x: place(x, of_table if x.ndim == 2 else P()), shapes)
+    ids = place(jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32), of_ids)
+    dy = place(jax.ShapeDtypeStruct((BATCH, LENGTH, FEATURES), module.dtype), of_ids)
+
+    def step(params: Any, ids: Any, dy: Any) -> Any:
+        y, pullback = jax.vjp(lambda params: module.apply(params, ids), params)
+        return y, pullback(dy)[0]
+
+    shardings = dy.sharding, jax.tree.map(lambda x: x.sharding, params)
+    return jax.jit(step, out_shardings=shardings).lower(params, ids, dy).compile()
+
+
+def measured_on_mesh(name: str, where: str, dtype: Any, devices: Any) -> dict[str, Any]:
+    """Returns the bytes that our module and Flax's move to and from the memory of one chip."""
+    ours, theirs = (on_mesh(kind(ROWS, FEATURES, dtype=dtype), where, devices).as_text() for kind in MODULES[name])
+    row = {"module": name, "where": where, "dtype": jnp.dtype(dtype).name, "kernels": compiled_program.kernels(ours)}
+    return row | {"ours": compiled_program.memory_bytes(ours), "theirs": compiled_program.memory_bytes(theirs)}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def moved_bytes(text: str, shape: Shape) -> int:
@@ -96,6 +160,8 @@ def measure(quick: bool) -> dict[str, Any]:
     results = {"environment": report.environment("lookups"), "compiler": version("libtpu")}
     cases = product(CHIPS[:1] if quick else CHIPS, QUICK if quick else SHAPES, (FORWARD, BOTH), WAYS)
     results["rows"] = [measured(*case, devices_of(case[0])[0]) for case in cases]
+    everywhere = product(MODULES, list(MESHES)[1:2] if quick else MESHES, (jnp.float32, jnp.bfloat16))
+    results["meshes"] = [measured_on_mesh(*case, devices_of("v5e")) for case in everywhere]
     return json.loads(json.dumps(results))
 
 
@@ -123,7 +189,22 @@ def markdown(results: dict[str, Any]) -> str:
         f"`python -m benchmarks lookups` at {env['commit']}: counts of the compiler (libtpu {results['compiler']}); "
         "nothing has run. `StableEmbed` in float32 on one chip: GB moved to and from its memory, and GB of temporaries."
     )
-    return about + "\n\n" + report.table(lines)
+    return about + "\n\n" + report.table(lines) + "\n\n" + _meshes(results["meshes"])
+
+
+def _meshes(rows: list[dict[str, Any]]) -> str:
+    """Returns the table of meshes: one line per mesh, two columns per module and dtype."""
+    kinds = list(dict.fromkeys((row["module"], row["dtype"]) for row in rows))
+    lines = [["v5e", *(f"`{module}`, {dtype}" for module, dtype in kinds)], ["---", *["--:"] * len(kinds)]]
+    for where in dict.fromkeys(row["where"] for row in rows):
+        here = {(row["module"], row["dtype"]): row for row in rows if row["where"] == where}
+        ratios = [f"{here[kind]['ours'] / here[kind]['theirs']:.2f}" for kind in kinds]
+        lines.append([where, *(f"{x}, kernels" if here[kind]["kernels"] else x for x, kind in zip(ratios, kinds))])
+    return (
+        "Bytes that one chip moves to and from its memory for outputs and gradients, relative to Flax's modules, for a "
+        f"float32 table of {ROWS:,} x {FEATURES:,} and {BATCH * LENGTH:,} tokens. Flax sums gradients of bfloat16 "
+        "outputs in bfloat16. Ours are sums in float32.\n\n" + report.table(lines)
+    )
 
 
 def _gb(n: int | None) -> str:

@@ -17,7 +17,7 @@ from ..counted import chips, collectives, compiled, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
 from ..tried import errors, quality_report, rounding, switch
-from . import goals, pictures, roofline
+from . import goals, paths, pictures, roofline
 
 BY_THE_EXAMPLE = ("language_model", "linear")
 MARKS = re.compile(r"^(<!-- (\w+): [^\n]*-->\n)(?:.*?\n)??(<!-- /\2 -->)", re.DOTALL | re.MULTILINE)
@@ -40,6 +40,7 @@ def quality() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "headline": lambda: state.headline(results_of(state)),
+    "paths": paths.markdown,
     "goals": lambda: goals.markdown(steps.newest()),
     "gpu": lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
     "compiled": lambda: compiled.markdown(results_of(compiled)),
