@@ -30,7 +30,7 @@ WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
 LEVELS = {
     "ops": [
         {"dtypes", "jax_compat", "rounding"},
-        {"sealed", "argument_sharding", "sharding"},
+        {"sealed", "argument_sharding", "sharding", "split_weights"},
         {"counter_random", "lowering", "sharded_like"},
         {"blockwise", "embedding"},
         {"blockwise_step"},

@@ -90,6 +90,21 @@ class Case(NamedTuple):
         return fse.in_place(tx) if self.how == "in_place" else tx
 
     @property
+    def updates_bytes(self) -> int:
+        """Returns the bytes per parameter of an array of updates, if the step makes one."""
+        return 4 * (self.how == "update")
+
+    @property
+    def least_bytes(self) -> int:
+        """Returns the bytes per parameter that an 8-bit step moves at least, without scales.
+
+        Parameter, gradient and codes are read, parameter and codes are written. A norm reads the gradient once more.
+        Updates are written and read, and the parameter is read once more.
+        """
+        wide = jnp.dtype(self.dtype).itemsize
+        return 3 * wide + 4 + wide * self.clips + 3 * self.updates_bytes
+
+    @property
     def blocks(self) -> Blocks:
         """Returns the blocks of its moments."""
         params = {"kernel": jax.ShapeDtypeStruct(self.shape, self.dtype)}

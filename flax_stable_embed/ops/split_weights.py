@@ -1,0 +1,71 @@
+"""Splits a float32 number into a bfloat16 and an integer remainder of 8 or 16 bits, and joins them again.
+
+With M the magnitude of the number as an integer of 31 bits (its bits without the sign), and d = 16 - (bits of the
+remainder):
+
+    shorten   M' = M                                                 16 bits: nothing is lost
+              M' = M rounded to a multiple of 2^8                     8 bits: to nearest even, or by random bits
+    split     T = (M' + 2^15) >> 16;   r = (M' - (T << 16)) >> d      T with the sign is the bfloat16
+    join      M' = max((T << 16) + (r << d), 0)
+
+The bfloat16 is the nearest one, with ties away from zero. With 16 bits, `join` gives the very bits of every float32
+that is not NaN. With 8 bits it gives 15 bits of mantissa. `split` of what `join` gives is the same pair, so a weight
+that does not change stays bit for bit. A bfloat16 that somebody set to zero stays zero, whatever its remainder: it joins
+to zero or to a subnormal number that splits into zero again.
+
+Everything is arithmetic of integers. So the bits are the same on every platform, and no flag that lets a compiler keep
+excess precision or flush subnormal numbers changes them. The idea of an integer remainder is that of NVIDIA's
+TransformerEngine (`store_param_remainders`); 8 bits are FlashOptim's (arXiv:2602.23349), in floating point there.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+INFINITY = np.int32(0x7F800000)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_QUIET_NAN = np.int32(0x7FC00000)
+_LARGEST_OF_24 = np.int32(0x7F7FFF00)  # the largest number below infinity with 15 bits of mantissa
+REMAINDERS = {24: np.dtype(np.int8), 32: np.dtype(np.int16)}  # by the bits of a weight in all
+
+
+def split_weight(x: Array, bits: int, noise: Array | None = None) -> tuple[Array, Array]:
+    """Returns a float32 array as bfloat16 and a remainder.
+
+    Args:
+        x: float32.
+        bits: 24 or 32, those of the bfloat16 and of the remainder.
+        noise: uint32 of the shape of `x`. With 24 bits, the magnitude is rounded up with the probability of the bits
+            that are lost, by the last 8 bits of the noise. If None, it is rounded to nearest even. Not for 32 bits.
+
+    Returns:
+        The bfloat16, and the remainder, int8 or int16. NaN becomes the quiet NaN.
+
+    >>> p, remainder = split_weight(jnp.float32([1.0, 1.0 + 2**-10, -3.0]), bits=32)
+    >>> p.tolist(), remainder.tolist()
+    ([1.0, 1.0, -3.0], [0, 8192, 0])
+    >>> join_weight(p, remainder).tolist()
+    [1.0, 1.0009765625, -3.0]
+    """
+    word = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = word & _MAGNITUDE
+    if bits == 24:
+        last = noise & np.uint32(255) if noise is not None else None
+        added = (127 + ((magnitude >> 8) & 1)) if last is None else lax.bitcast_convert_type(last, jnp.int32)
+        shortened = jnp.minimum((magnitude + added) & np.int32(~255), _LARGEST_OF_24)
+        magnitude = jnp.where(magnitude < INFINITY, shortened, magnitude)
+    magnitude = jnp.where(magnitude > INFINITY, _QUIET_NAN, magnitude)
+    top = (magnitude + np.int32(1 << 15)) >> 16
+    remainder = (magnitude - (top << 16)) >> (32 - bits)
+    half = (lax.shift_right_logical(word, np.int32(16)) & np.int32(0x8000)) | top
+    p = lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16)
+    return p, remainder.astype(REMAINDERS[bits])
+
+
+def join_weight(p: Array, remainder: Array) -> Array:
+    """Returns the float32 numbers that `split_weight` has split. The dtype of the remainder says their bits."""
+    shift = 16 - 8 * remainder.dtype.itemsize
+    half = lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.int32)
+    magnitude = ((half & np.int32(0x7FFF)) << 16) + (remainder.astype(jnp.int32) << shift)
+    sign = (half & np.int32(0x8000)) << 16
+    return lax.bitcast_convert_type(jnp.maximum(magnitude, 0) | sign, jnp.float32)
