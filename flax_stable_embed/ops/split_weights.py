@@ -10,8 +10,8 @@ remainder):
 
 The bfloat16 is the nearest one, with ties away from zero. With 16 bits, `join` gives the very bits of every float32
 that is not NaN. With 8 bits it gives 15 bits of mantissa. `split` of what `join` gives is the same pair, so a weight
-that does not change stays bit for bit. A bfloat16 that somebody set to zero stays zero, whatever its remainder: it joins
-to zero or to a subnormal number that splits into zero again.
+that does not change stays bit for bit. A bfloat16 that somebody set to zero stays zero, whatever its remainder. It
+joins to zero, or to a subnormal number that splits into zero again.
 
 Everything is arithmetic of integers. So the bits are the same on every platform, and no flag that lets a compiler keep
 excess precision or flush subnormal numbers changes them. The idea of an integer remainder is that of NVIDIA's
