@@ -12,8 +12,12 @@ from jax import Array
 
 try:
     from jax.extend.core import get_opaque_trace_state as get_opaque_trace_state
-except ImportError:  # JAX 0.9 and earlier
+
+    MOST_UNROLLED = 8  # iterations of a loop in a kernel for TPU
+except ImportError:  # JAX 0.9 and earlier, where a kernel for TPU unrolls one iteration or all
     from jax.core import get_opaque_trace_state as get_opaque_trace_state
+
+    MOST_UNROLLED = 1
 
 
 def varying_axes(x: Array) -> frozenset[str]:

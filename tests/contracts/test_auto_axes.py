@@ -374,7 +374,9 @@ def test_partition_specs_that_are_wrong_warn_and_move_no_data():
     wrong = {name: NamedSharding(mesh, SPECS["swapped"] if x.ndim == 2 else P()) for name, x in params.items()}
     tx = fse.adamw8bit(1e-3, partition_specs=wrong)
     args = params, tx.init(params), params
-    with pytest.warns(UserWarning, match=r"has P\('b', 'a'\) for a parameter of shape .* sharded as P\('a', 'b'\)"):
+    with pytest.warns(
+        UserWarning, match=r"has P\w*\('b', 'a'\) for a parameter of shape .* sharded as P\w*\('a', 'b'\)"
+    ):
         compiled = jax.jit(fused(tx)).lower(*args).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
     assert_same_bits(jax.device_get(compiled(*args)), jax.device_get(jax.jit(fused(fse.adamw8bit(1e-3)))(*args)))

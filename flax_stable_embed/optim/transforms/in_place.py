@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
 from ...ops.sealed import is_sealed, seal, sealed_type, words_of
+from ...ops.sharding import placed_like
 from ..arguments import check_transform
 from ..derivatives import refuse_derivative
 from ..fused_update import FusedTransformation, fused_update, is_fused, name_of
@@ -152,8 +153,10 @@ class InPlaceUpdate:
         aligned = is_update.ndim == new.ndim and all(n in (1, d) for n, d in zip(is_update.shape, new.shape))
         if is_update.size != 1 and not aligned:  # parts of updates were joined along an axis of the parameter
             raise TypeError(_ADVICE)
-        keeps = _unsealed(is_update, np.dtype(np.uint32)) == 0
-        return jnp.where(keeps, refuse_derivative(jnp.asarray(p), _NO_DERIVATIVE), _unsealed(new, self.dtype))
+        keeps, p = _unsealed(is_update, np.dtype(np.uint32)) == 0, jnp.asarray(p)
+        if keeps.size != 1:  # on a mesh with Explicit axes, JAX wants three arrays of one sharding
+            keeps = placed_like(jnp.broadcast_to(keeps, p.shape), p)
+        return jnp.where(keeps, refuse_derivative(p, _NO_DERIVATIVE), _unsealed(new, self.dtype))
 
     def _refuse(self, *_: Any) -> Any:
         raise TypeError(_ADVICE)

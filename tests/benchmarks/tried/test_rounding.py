@@ -26,7 +26,8 @@ def test_rounding_changes_updates_and_the_table_shows_by_how_much(measured):
     assert len(rounding.markdown(measured).splitlines()) == 4 + len(stored) + 5 + len(measured["by_decay"])
 
 
-def test_a_quick_run_writes_nothing(measured, monkeypatch, capsys):
+def test_a_quick_run_writes_nothing(monkeypatch, capsys):
+    measured = rounding.measure(shorter=200)
     monkeypatch.setattr(rounding, "measure", lambda shorter: measured)
     saved = []
     rounding.main(["--quick"], save=lambda *given: saved.append(given))

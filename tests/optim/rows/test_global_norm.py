@@ -68,7 +68,7 @@ def test_numbers_whose_squares_overflow_have_a_finite_norm_and_are_clipped(name,
     values = jnp.full((64, 64), value, dtype)
     grads = {"a": fse.SparseRows.of_lookups(jnp.arange(64), values, 100) if sparse else values, "b": jnp.ones(3, dtype)}
     stored = float(values[0, 0])
-    np.testing.assert_allclose(fse.global_norm(grads), 64 * stored, rtol=1e-6)
+    np.testing.assert_allclose(fse.global_norm(grads), 64 * stored, rtol=1e-5)
     tx = fse.clip_by_global_norm(1.0)
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
     np.testing.assert_allclose(fse.global_norm(updates), 1.0, rtol=4e-3)

@@ -25,6 +25,8 @@ from jax import Array, enable_x64, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ...jax_compat import MOST_UNROLLED
+
 LANES, SUBLANES = 128, 8  # of a float32 register
 PACKED = 16  # rows of a bfloat16 register
 TILE_BYTES = 2 << 20  # of rows copied at a time, enough to hide the latency of a copy
@@ -121,7 +123,7 @@ def _parameters() -> pltpu.CompilerParams:
 
 def _unroll(interpret: Any) -> int:
     """Returns how far to unroll a loop. The interpreter gets a shorter program."""
-    return 1 if interpret else SUBLANES
+    return 1 if interpret else MOST_UNROLLED
 
 
 def _exists(row_numbers: Array, table: Array) -> Array:
