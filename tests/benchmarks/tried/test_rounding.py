@@ -27,7 +27,8 @@ def test_rounding_changes_updates_and_the_table_shows_by_how_much(measured):
 
 
 def test_a_quick_run_writes_nothing(monkeypatch, capsys):
-    measured = rounding.measure(shorter=200)
+    monkeypatch.setattr(rounding, "DECAYS", (0.95,))
+    measured = rounding.measure(shorter=60)
     monkeypatch.setattr(rounding, "measure", lambda shorter: measured)
     saved = []
     rounding.main(["--quick"], save=lambda *given: saved.append(given))
