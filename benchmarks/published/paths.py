@@ -30,7 +30,15 @@ def markdown() -> str:
         *_of_embeddings(embeddings["meshes"]),
         *_of_cpu(full),
     ]
-    return report.table([HEAD, ["---", "---", "---", "--:", "--:", "---"], *map(list, rows)])
+    return report.table([HEAD, ["---", "---", "---", "--:", "--:", "---"], *_merged(rows)])
+
+
+def _merged(rows: list[Row]) -> list[list[str]]:
+    """Returns the rows as lines of a table. Platforms with the same numbers share a line."""
+    platforms: dict[tuple[str, ...], list[str]] = {}
+    for where, platform, *others in rows:
+        platforms.setdefault((where, *others), []).append(platform)
+    return [[where, ", ".join(dict.fromkeys(names)), *others] for (where, *others), names in platforms.items()]
 
 
 def _of_steps(rows: list[dict[str, Any]]) -> Iterator[Row]:
@@ -52,7 +60,7 @@ def _of_meshes(rows: list[dict[str, Any]]) -> Iterator[Row]:
     """Returns what the optimizer adds to the communication of a sharded training step."""
     for row in rows:
         if row["axes"] == "Auto" and row["step"] == collectives.FUSED and not row["straddling"]:
-            where = f"a training step, {row['mesh'][0]} x {row['mesh'][1]} chips (FSDP x tensor), Auto axes"
+            where = "training steps sharded by FSDP and tensor parallelism, Auto axes"
             added = sum(row["optimizer"]["arrays"].values())
             yield where, row["slice"], "collectives of the optimizer", "0", str(added), COUNTED
 
