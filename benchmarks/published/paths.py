@@ -49,7 +49,7 @@ def _of_steps(rows: list[dict[str, Any]]) -> Iterator[Row]:
         ("`tx.update`, then `optax.apply_updates`", "`adamw8bit`, `tx.update` and `apply_updates`", None),
         ("`fse.in_place(tx)`, in TrainState and nnx.Optimizer", "`adamw8bit`, `in_place` and `apply_updates`", None),
         ("`fse.fused_update`", "`adamw8bit`", None),
-        ("the same after `clip_by_global_norm`", "`adamw8bit` after `clip_by_global_norm`", clipped),
+        ("`fse.fused_update` after `clip_by_global_norm`", "`adamw8bit` after `clip_by_global_norm`", clipped),
     ):
         for chip in dict.fromkeys(row["chip"] for row in rows):
             theirs, ours = found[chip, base or "`optax.adamw`, updates"], found[chip, step]
@@ -73,7 +73,7 @@ def _of_gpus(every: list[dict[str, Any]]) -> Iterator[Row]:
             ("`tx.update`, the same", OURS.replace("fused_update", "update")),
         ):
             theirs, ours = rows[BASELINE]["device_ms"], rows[name]["device_ms"]
-            yield where, device, "ms, with the kernel before the one of today", f"{theirs:.1f}", f"{ours:.1f}", MEASURED
+            yield where, device, "ms, with the previous kernel", f"{theirs:.1f}", f"{ours:.1f}", MEASURED
 
 
 def _of_rounding(rows: list[dict[str, Any]], cases: list[dict[str, Any]]) -> Iterator[Row]:

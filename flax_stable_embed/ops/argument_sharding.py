@@ -2,8 +2,9 @@
 
 Under Auto axes, array types do not say how an array is sharded, so a function that is traced cannot know it. But
 `jax.jit` writes the shardings of its arguments into the program (MLIR) before it lowers the operations. The lowering
-rule of a primitive can read them there, if the operand is an argument of the program. It cannot where the operand is
-computed, or where the primitive is in a function of its own: the body of a scan or of a cond, or a nested jit.
+rule of a primitive can read them there. It follows an operand back to an argument through casts, slices, selects and
+barriers, or to a sharding constraint. It finds nothing behind other arithmetic, or where the primitive is in a function
+of its own: the body of a scan or of a cond, or a nested jit.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-_FOLLOWED = {  # operations whose result is sharded like an operand: the index of the operand, or None for the same one
+_FOLLOWED = {  # operations whose result is sharded like an operand: the index of the operand; None: that of the result
     "stablehlo.optimization_barrier": None,
     "stablehlo.convert": 0,
     "stablehlo.slice": 0,
@@ -28,8 +29,8 @@ def argument_sharding(module: Any, value: Any) -> NamedSharding | None:
         value: An operand of the operation that is lowered.
 
     Returns:
-        A sharding on an abstract mesh, whose axes have the names that the argument's mesh has. It divides the value
-        into equal shards.
+        A sharding with the axis names and sizes of the argument's mesh, without devices. It divides the value into
+        equal shards.
     """
     sharding = _sharding_of(module, value)
     if sharding is None:

@@ -389,3 +389,13 @@ def test_an_eager_step_runs_as_its_arrays_are_sharded():
     assert_same_bits(jax.device_get(found[0]["kernel"]), jax.device_get(want[0]["kernel"]))
     assert found[0]["kernel"].sharding == params["kernel"].sharding
     assert found[1][0].nu["kernel"].sharding == params["kernel"].sharding
+
+
+@pytest.mark.parametrize("name", ["lamb8bit", "adam8bit"])
+def test_a_step_that_does_not_read_the_parameter_sees_its_sharding(name):
+    """The state is on one device, as `jit` of `init` makes it for any optimizer of optax."""
+    tx = getattr(fse, name)(1e-3)
+    params = place(numbers(0), mesh_of(), SPECS["both"])
+    state = jax.jit(tx.init)(params)
+    for step in STEPS.values():
+        assert kernels_for_tpu(step(tx), params, state, params) == 2

@@ -8,7 +8,7 @@
 None works everywhere. A named implementation is used or raises an error.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -27,7 +27,11 @@ Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 def step_blockwise(
-    step: Step, operands: Operands, implementation: Implementation | None = None, spec: Spec | None = None
+    step: Step,
+    operands: Operands,
+    implementation: Implementation | None = None,
+    spec: Spec | None = None,
+    parameter: jax.Array | None = None,
 ):
     """Runs one step and returns `(output, codes, absmax)`.
 
@@ -36,6 +40,7 @@ def step_blockwise(
         operands: Its arrays.
         implementation: Name of the implementation. If None, the best one for platform and shape.
         spec: The sharding of the parameter, for a mesh with Auto axes, where array types do not say it.
+        parameter: The parameter, which may show its sharding even if the step does not read it.
 
     Raises:
         ValueError: The named implementation cannot take this array.
@@ -43,7 +48,7 @@ def step_blockwise(
     """
     check_implementation(implementation)
     if operands.g.shape:
-        out, codes, absmax = _step(step, operands, implementation, spec)
+        out, codes, absmax = _step(step, operands, implementation, spec, parameter)
         codes = tuple(map(sharded_like, codes, operands.codes))  # the compiler may gather them otherwise
         return sharded_like(out, operands.p) if step.fused else out, codes, absmax
     g, p, codes, absmax = jax.tree.map(lambda x: x.reshape(1), operands[:4])
@@ -51,7 +56,9 @@ def step_blockwise(
     return jax.tree.map(lambda x: x.reshape(()), _step(step, operands, implementation, None))
 
 
-def _step(step: Step, operands: Operands, implementation: Implementation | None, spec: Spec | None):
+def _step(
+    step: Step, operands: Operands, implementation: Implementation | None, spec: Spec | None, parameter: Any = None
+):
     flat, tree = jax.tree.flatten(operands)
     flat = [varying_like(x, *flat) for x in flat]  # inside of shard_map results vary over the axes of any operand
     shape = operands.g.shape
@@ -68,7 +75,7 @@ def _step(step: Step, operands: Operands, implementation: Implementation | None,
     else:
         kernels = (implementation,)
     local = LocalStep(step, tree, shape, kernels, implementation not in (None, "xla"))
-    return run_as_sharded(local, tree.unflatten(flat), spec)
+    return run_as_sharded(local, tree.unflatten(flat), spec, parameter if operands.p is None else operands.p)
 
 
 def refused(name: str, shape: tuple[int, ...], why: str) -> str:

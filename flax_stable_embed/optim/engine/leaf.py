@@ -134,7 +134,7 @@ class LeafStep(NamedTuple):
         key = None if step.rounding == "nearest" else rounding_key(step.rounding, plan.path, self.count)
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
         operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
-        out, codes, absmax = step_blockwise(step, operands, self.implementation, plan.placement)
+        out, codes, absmax = step_blockwise(step, operands, self.implementation, plan.placement, p)
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 
     def _narrowed(self, name: str, new: Array, old: Array) -> Array:

@@ -109,7 +109,7 @@ def test_kernels_equal_the_reference_for_blocks_along_every_axis(name, array):
 @pytest.mark.parametrize("rounding", ["nearest", "dither", "stochastic"])
 @pytest.mark.parametrize("codec", ["root", "dynamic", "linear"])
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.one_in(61)
+@pytest.mark.one_in(97)
 def test_kernels_equal_the_reference_for_every_codec_rounding_and_dtype(name, array, dtype, fused, rounding, codec):
     step, operands = step_and_operands(array, codec, rounding, dtype, fused)
     assert_same_step(*both(name, step, operands), operands.p)
@@ -118,7 +118,7 @@ def test_kernels_equal_the_reference_for_every_codec_rounding_and_dtype(name, ar
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("array", ["rows, odd tiles", "along rows, a short block"])
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 def test_non_finite_numbers_do_not_affect_other_elements_in_kernels(name, array, skip):
     step, operands = step_and_operands(array, skip=skip)
     rows = np.asarray(operands.g).copy()

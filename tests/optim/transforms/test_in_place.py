@@ -226,7 +226,7 @@ BATCHES = {
 @pytest.mark.parametrize("how", BATCHES)
 @pytest.mark.parametrize("n", [4, 16, 96])  # 16 and 96 are also the sizes of axes
 @pytest.mark.parametrize("skips", [False, True], ids=["all", "some"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 def test_updates_of_members_can_be_applied_to_all_at_once(how, n, skips):
     if how == "stack" and n > 4:
         return

@@ -1,4 +1,4 @@
-"""Looks up rows and normalizes them in one operation, for a stable embedding on one GPU or TPU.
+"""Looks up rows and normalizes them in one operation, for a stable embedding on GPU and TPU.
 
     y_i = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * scale + bias,    x = table[ids_i]
 
