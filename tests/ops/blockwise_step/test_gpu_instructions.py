@@ -94,9 +94,9 @@ def test_every_rule_gives_nearly_the_same_numbers(case, monkeypatch):
     """The rules come from real steps, with the options that the optimizers give them."""
     steps, run = [], api.run_as_sharded
 
-    def recorded(local, operands, spec):
+    def recorded(local, operands, *others):
         steps.append((local.step, operands.hyper))
-        return run(local, operands, spec)
+        return run(local, operands, *others)
 
     monkeypatch.setattr(api, "run_as_sharded", recorded)
     tx, params = build(case), {"kernel": jnp.ones((64, 320))}
