@@ -69,6 +69,6 @@ def test_codes_are_sharded_like_parameters(name, state_format):
     shapes = nnx.to_pure_dict(graph)
     for i in range(3):
         params, state = step(params, state, batch_of(shapes, i))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, shapes))

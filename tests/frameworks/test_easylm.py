@@ -71,7 +71,7 @@ def flow(tx, rules, steps=3):
     step = jax.jit(step, in_shardings=(where, None), out_shardings=where, donate_argnums=0)
     for i in range(steps):
         state = step(state, batch_of(shapes(), i))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return state
 
 

