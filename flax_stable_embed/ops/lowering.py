@@ -45,12 +45,12 @@ class Program(NamedTuple):
     shardings: tuple[NamedSharding | None, ...] = ()
 
 
-def program_of(context: Any, operands: Sequence[Any], platform: str | None = None) -> Program:
-    """Returns the program that a primitive is lowered into, from the context and the operands of a lowering rule."""
+def program_of(context: Any, platform: str | None, seen: Sequence[Any] = ()) -> Program:
+    """Returns the program of a lowering rule's context, with the shardings of the operands `seen`."""
     module = context.module_context
     axes = module.axis_context
     one_device = is_for_one_device(axes)
-    shardings = () if one_device else tuple(argument_sharding(module.module, x) for x in operands)
+    shardings = () if one_device else tuple(argument_sharding(module.module, x) for x in seen)
     devices = getattr(axes, "num_devices", 1), getattr(axes, "device_assignment", None)
     return Program(platform, module.platforms, one_device, *devices, shardings)
 
@@ -117,7 +117,7 @@ def primitive(
     ad.primitive_jvps[new] = derivative
     batching.primitive_batchers[new] = batched
     if choose is not None:
-        mlir.register_lowering(new, rule(choose), cacheable=False)
+        mlir.register_lowering(new, rule(choose, sees_operands=True), cacheable=False)
         return new
     mlir.register_lowering(new, rule(kernel_or_reference(reference, None, may_run)))
     for platform, kernel in (kernels or {}).items():
@@ -138,16 +138,19 @@ def kernel_or_reference(
     return choose
 
 
-def rule(choose: Callable[..., Function], platform: str | None = None) -> Callable[..., Any]:
+def rule(
+    choose: Callable[..., Function], platform: str | None = None, *, sees_operands: bool = False
+) -> Callable[..., Any]:
     """Returns the lowering rule that lowers the function that `choose` returns.
 
     Args:
         choose: Called as `choose(program, **static)`.
         platform: The platform that the rule is for, if it has a kernel.
+        sees_operands: Whether the program has the shardings of the operands.
     """
 
     def lower(context: Any, *args: Any, **static: Any) -> Any:
-        function = choose(program_of(context, args, platform), **static)
+        function = choose(program_of(context, platform, args if sees_operands else ()), **static)
         return mlir.lower_fun(function, multiple_results=True)(context, *args)
 
     return lower
