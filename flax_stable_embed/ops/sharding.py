@@ -4,6 +4,7 @@ Under a mesh with Explicit axes, the type of an array says how it is sharded, an
 Auto axes types say nothing and the compiler chooses. The functions here do nothing in that case.
 """
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -23,6 +24,14 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     """Returns whether array types say how they are sharded over every axis of a mesh."""
     return all(kind is AxisType.Explicit for kind in mesh.axis_types)
+
+
+def on_every_device(function: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any):
+    """Returns a `jax.shard_map` of a function. An abstract mesh is that of the context, if there is one."""
+    in_context = isinstance(mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
+    return jax.shard_map(
+        function, mesh=None if in_context else mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def where_it_divides(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ..blockwise.blocks import Blocks
-from ..sharding import explicit_sharding, is_explicit, placed_like
+from ..sharding import explicit_sharding, is_explicit, on_every_device, placed_like
 from .capabilities import Seen, Spec
 from .step import Operands
 
@@ -36,13 +36,8 @@ def per_shard(local: Callable, operands: Operands, sharding: NamedSharding):
     out_specs = sharded, (sharded,) * len(codes), (sharded,) * len(absmax)
     if explicit_sharding(codes[0]) is not None:
         operands = jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, specs)
-    in_context = isinstance(mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
-    mapped = jax.shard_map(
-        lambda shard: local(shard, place_of_shard(spec, mesh, shape)),
-        mesh=None if in_context else mesh,
-        in_specs=(specs,),
-        out_specs=out_specs,
-        check_vma=False,
+    mapped = on_every_device(
+        lambda shard: local(shard, place_of_shard(spec, mesh, shape)), mesh, in_specs=(specs,), out_specs=out_specs
     )
     return jax.tree.map(placed_like, mapped(operands), (codes[0], codes, absmax))
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ...lowering import Program, kernels_compile_here, primitive
+from ...sharding import on_every_device
 from .capabilities import MOST_TOKENS_ON_TPU
 from .reference import Options, reference
 
@@ -86,8 +87,8 @@ def _forward_for(program: Program, *, options: Options):
     if batch is None:
         return partial(_forward_here.bind, options=options)
     everywhere, of_tokens = PartitionSpec(), PartitionSpec(*batch.spec, None)
-    return _per_shard(
-        partial(_forward_here.bind, options=options), batch, (everywhere,) * 3 + (batch.spec,), [of_tokens]
+    return on_every_device(
+        partial(_forward_here.bind, options=options), batch.mesh, (everywhere,) * 3 + (batch.spec,), [of_tokens]
     )
 
 
@@ -102,7 +103,7 @@ def _gradient_for(program: Program, *, options: Options):
     def summed(*args):
         return [lax.psum(x, axes) for x in _gradient_here.bind(*args, options=options)]
 
-    return _per_shard(summed, batch, (of_tokens, everywhere, everywhere, batch.spec), [everywhere] * 3)
+    return on_every_device(summed, batch.mesh, (of_tokens, everywhere, everywhere, batch.spec), [everywhere] * 3)
 
 
 def _sharded_batch(program: Program, *, table: int, options: Options) -> NamedSharding | None:
@@ -121,13 +122,6 @@ def _sharded_batch(program: Program, *, table: int, options: Options) -> NamedSh
         return None
     context = jax.sharding.get_abstract_mesh()
     return of_ids if context.empty or context.shape_tuple == of_ids.mesh.shape_tuple else None
-
-
-def _per_shard(function: Callable[..., Any], sharding: NamedSharding, in_specs: Any, out_specs: Any):
-    """Returns a function that runs on every device of a mesh with the arrays of that device."""
-    in_context = isinstance(sharding.mesh, AbstractMesh) and not jax.sharding.get_abstract_mesh().empty
-    mesh = None if in_context else sharding.mesh
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 forward = primitive("normalized_rows", _forward_reference, choose=_forward_for, flat=True)
