@@ -149,6 +149,30 @@ def test_a_traced_norm_of_inject_hyperparams_is_used():
         np.testing.assert_allclose(optax.tree.norm(updates), 0.5 / (1 + k), rtol=1e-5)
 
 
+def test_a_loss_scale_may_change_from_step_to_step_and_rewrites_no_gradient():
+    """The optimizer is made in the step, from an array. The updates are those of the gradients without the scale."""
+
+    def make(loss_scale):
+        return fse.chain(optax.scale(1 / loss_scale), optax.clip_by_global_norm(0.5), fse.adamw8bit(1e-2))
+
+    @jax.jit
+    def step(params, state, grads, loss_scale):
+        scaled = jax.tree.map(lambda g: (g * loss_scale).astype(jnp.float16), grads)
+        return fse.fused_update(make(loss_scale), scaled, state, params)
+
+    params, tiny = parameters(), jax.tree.map(lambda g: g * 1e-9, gradients())  # zero in float16
+    plain = fse.chain(optax.clip_by_global_norm(0.5), fse.adamw8bit(1e-2))
+    found, state = params, make(1.0).init(params)
+    want, own = params, plain.init(params)
+    for scale in (2.0**30, 2.0**31, 2.0**32):
+        found, state = step(found, state, tiny, jnp.float32(scale))
+        want, own = jitted(plain)(tiny, own, want)[:2]
+        for a, b, p in zip(*map(jax.tree.leaves, (found, want, params))):
+            assert (np.asarray(a) != np.asarray(p)).mean() > 0.9
+            np.testing.assert_allclose(a - p, b - p, atol=2e-3)
+    assert step._cache_size() <= 1
+
+
 def test_a_scale_for_each_element_is_left_to_optax():
     tx = fse.chain(optax.scale(jnp.arange(64.0)[None]), fse.sgd8bit(1.0, **FP32))
     params = {"kernel": jnp.zeros((4, 64))}
