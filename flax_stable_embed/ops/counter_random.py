@@ -50,6 +50,14 @@ def uniform(rounding: Rounding, index: Array, key: Array) -> Array:
     return as_fraction(rounding, bits)
 
 
+def weight_bits(index: Array, key: Array) -> Array:
+    """Returns uint32 whose last 8 bits round a weight of 24 bits, for elements with these indices, uint32.
+
+    They are bits of the dither of `uniform`. Those above them decide how second moments are rounded.
+    """
+    return (index * DITHERED_ELEMENT + key) >> 16
+
+
 def as_fraction(rounding: Rounding, bits: Array) -> Array:
     """Returns the upper bits of uint32 as float32 in [0, 1): 16 of them for dither, and 24 otherwise."""
     kept = 16 if rounding == "dither" else 24

@@ -62,6 +62,32 @@ def split_weight(x: Array, bits: int, noise: Array | None = None) -> tuple[Array
     return p, remainder.astype(REMAINDERS[bits])
 
 
+def split_in_kernel(x: Array, bits: int, noise: Array | None) -> tuple[Array, Array]:
+    """Does what `split_weight` does, in fewer instructions and without 16-bit integers.
+
+    It takes results of arithmetic, which are no signaling NaN.
+    """
+    word = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = word & _MAGNITUDE
+    finite = magnitude
+    if bits == 24:
+        added = (127 + ((magnitude >> 8) & 1)) if noise is None else lax.bitcast_convert_type(noise, jnp.int32) & 255
+        finite = jnp.minimum((magnitude + added) & np.int32(~255), _LARGEST_OF_24)
+    magnitude = jnp.where(magnitude < INFINITY, finite, magnitude & _QUIET_NAN)
+    top = (magnitude + np.int32(1 << 15)) & np.int32(~0xFFFF)
+    remainder = (magnitude - top) >> (32 - bits)
+    p = lax.bitcast_convert_type(top | (word & np.int32(~_MAGNITUDE)), jnp.float32)
+    return p.astype(jnp.bfloat16), remainder.astype(REMAINDERS[bits])
+
+
+def join_in_kernel(p: Array, remainder: Array) -> Array:
+    """Does what `join_weight` does, without 16-bit integers."""
+    shift = 16 - 8 * remainder.dtype.itemsize
+    word = lax.bitcast_convert_type(p.astype(jnp.float32), jnp.int32)
+    magnitude = (word & _MAGNITUDE) + (remainder.astype(jnp.int32) << shift)
+    return lax.bitcast_convert_type(jnp.maximum(magnitude, 0) | (word & np.int32(~_MAGNITUDE)), jnp.float32)
+
+
 def join_weight(p: Array, remainder: Array) -> Array:
     """Returns the float32 numbers that `split_weight` has split. The dtype of the remainder says their bits."""
     shift = 16 - 8 * remainder.dtype.itemsize

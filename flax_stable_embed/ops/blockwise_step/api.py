@@ -33,7 +33,7 @@ def step_blockwise(
     spec: Spec | None = None,
     parameter: jax.Array | None = None,
 ):
-    """Runs one step and returns `(output, codes, absmax)`.
+    """Runs one step and returns `(output, codes, absmax)`. The output of a split parameter is a pair.
 
     Args:
         step: Everything static about the step.
@@ -50,9 +50,12 @@ def step_blockwise(
     if operands.g.shape:
         out, codes, absmax = _step(step, operands, implementation, spec, parameter)
         codes = tuple(map(sharded_like, codes, operands.codes))  # the compiler may gather them otherwise
-        return sharded_like(out, operands.p) if step.fused else out, codes, absmax
-    g, p, codes, absmax = jax.tree.map(lambda x: x.reshape(1), operands[:4])
-    operands = operands._replace(g=g, p=p, codes=codes, absmax=absmax)
+        if step.fused:
+            out = jax.tree.map(lambda x: sharded_like(x, operands.p), out)
+        return out, codes, absmax
+    fields = ("g", "p", "codes", "absmax", "remainder")
+    arrays = jax.tree.map(lambda x: x.reshape(1), {name: getattr(operands, name) for name in fields})
+    operands = operands._replace(**arrays)
     return jax.tree.map(lambda x: x.reshape(()), _step(step, operands, implementation, None))
 
 

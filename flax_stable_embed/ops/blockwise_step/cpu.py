@@ -18,6 +18,7 @@ from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -26,7 +27,7 @@ from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
 from ..blockwise.quantize import codes_of, split
 from ..counter_random import linear_index_of_tile
-from .reference import Stored, partitioned, plain
+from .reference import Stored, needs_index, partitioned, plain
 from .step import Operands, Step, without_overflow
 
 CHUNK = 1 << 18  # elements, 1 MB of float32: small enough for the caches, large enough to be split over cores
@@ -61,25 +62,35 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
     arrays = operands._replace(
         g=_bits(operands.g.reshape(view)),
         p=None if operands.p is None else _bits(operands.p.reshape(view)),
+        remainder=None if operands.remainder is None else operands.remainder.reshape(view),
         codes=tuple(c.reshape(view) for c in operands.codes),
         absmax=tuple(a.reshape(scales) for a in operands.absmax),
     )
     in_place = not step.fused and operands.g.dtype == step.dtype  # the update then overwrites the gradient
-    out = arrays.p if step.fused else arrays.g if in_place else _bits(jnp.zeros(view, step.dtype))
+    is_split = step.fused and step.split is not None
+    out: Any = arrays.g if in_place else _bits(jnp.zeros(view, step.dtype))
+    if step.fused:
+        out = (arrays.p, arrays.remainder) if is_split else arrays.p
 
     def one(at, lengths, carry):
         out, codes, absmax = carry
         before = arrays._replace(codes=codes, absmax=absmax)
-        before = before._replace(p=out) if step.fused else before._replace(g=out) if in_place else before
+        if is_split:
+            before = before._replace(p=out[0], remainder=out[1])
+        else:
+            before = before._replace(p=out) if step.fused else before._replace(g=out) if in_place else before
         chunk = _slice(before, at, lengths, size)
         chunk = chunk._replace(
             g=_of_bits(chunk.g, operands.g.dtype), p=None if chunk.p is None else _of_bits(chunk.p, operands.p.dtype)
         )
         index = None
-        if step.rounding != "nearest":
+        if needs_index(step):
             index = linear_index_of_tile(at.of_elements, chunk.g.shape, groups, local, origin, shape or local)
-        unchanged = (chunk.p if step.fused else chunk.g.astype(step.dtype), chunk.codes, chunk.absmax)
-        if lengths[1] % size == 0 and operands.g.dtype == jnp.float32:
+        old: Any = chunk.g.astype(step.dtype)
+        if step.fused:
+            old = (chunk.p, chunk.remainder) if is_split else chunk.p
+        unchanged = (old, chunk.codes, chunk.absmax)
+        if lengths[1] % size == 0 and operands.g.dtype == jnp.float32 and not is_split:
             split_again = [split(x, merged_step.blocks) for x in (unchanged[0], *chunk.codes)]
             stays = split_again[0], list(zip(split_again[1:], chunk.absmax))
             return _write(carry, plain(merged_step, chunk, index, partial(_store_once, stays)), at)
@@ -91,8 +102,12 @@ def run(step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ..
 
     out, codes, absmax = _loop(view, size, one, (out, arrays.codes, arrays.absmax))
     scales = step.blocks.absmax_shape(local)
-    out = _of_bits(out, step.dtype).reshape(local)
-    return out, tuple(c.reshape(local) for c in codes), tuple(a.reshape(scales) for a in absmax)
+    parts = [_of_bits(x, dtype).reshape(local) for x, dtype in zip(out if is_split else [out], step.outputs)]
+    return (
+        tuple(parts) if is_split else parts[0],
+        tuple(c.reshape(local) for c in codes),
+        tuple(a.reshape(scales) for a in absmax),
+    )
 
 
 def _store_once(stays: Stored, step: Step, out: Array, new: tuple[Array, ...], numbers: Array | None) -> Stored:
@@ -123,8 +138,9 @@ def _store_once(stays: Stored, step: Step, out: Array, new: tuple[Array, ...], n
 
 
 def _bits(x: Array) -> Array:
-    """Returns 16-bit numbers as integers. To read a chunk of bfloat16, XLA on CPU would cast the full array."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    """Returns 16-bit floats as integers. To read a chunk of bfloat16, XLA on CPU would cast the full array."""
+    is_half = x.dtype.itemsize == 2 and jnp.issubdtype(x.dtype, jnp.floating)
+    return lax.bitcast_convert_type(x, jnp.uint16) if is_half else x
 
 
 def _of_bits(x: Array, dtype: Any) -> Array:
@@ -142,6 +158,7 @@ def _slice(operands: Operands, at: Place, lengths: tuple[int, ...], size: int) -
     return operands._replace(
         g=chunk_of(operands.g),
         p=None if operands.p is None else chunk_of(operands.p),
+        remainder=None if operands.remainder is None else chunk_of(operands.remainder),
         codes=tuple(chunk_of(c) for c in operands.codes),
         absmax=tuple(_slice_at(a, at.of_scales, n) for a in operands.absmax),
     )
@@ -150,7 +167,7 @@ def _slice(operands: Operands, at: Place, lengths: tuple[int, ...], size: int) -
 def _write(carry, results, at: Place):
     (out, codes, absmax), (new_out, new_codes, new_absmax) = carry, results
     return (
-        _update_at(out, _bits(new_out), at.of_elements),
+        jax.tree.map(lambda x, new: _update_at(x, _bits(new), at.of_elements), out, new_out),
         tuple(_update_at(c, x, at.of_elements) for c, x in zip(codes, new_codes)),
         tuple(_update_at(a, x, at.of_scales) for a, x in zip(absmax, new_absmax)),
     )

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from ..lowering import Program, kernels_compile_here, primitive
 from ..sharding import explicit_sharding, is_explicit
 from .capabilities import PLATFORMS, Name, Seen, Spec
-from .per_shard import has_whole_blocks, per_shard, sharding_of
+from .per_shard import has_whole_blocks, like_results, per_shard, sharding_of
 from .reference import partitioned
 from .step import Operands, Step
 
@@ -54,14 +54,16 @@ class LocalStep:
 
     def join(self, results: Any):
         """Returns flat results of the primitive as output, codes and scales."""
-        out, *stored = results
+        outputs = len(self.step.outputs)
+        out, stored = results[0] if outputs == 1 else tuple(results[:outputs]), results[outputs:]
         n = len(self.step.moments)
         return out, tuple(stored[:n]), tuple(stored[n:])
 
 
 def types(*avals: Any, local: LocalStep) -> list[Any]:
     operands: Any = local.split(avals)[0]
-    return [operands.codes[0].update(dtype=local.step.dtype), *operands.codes, *operands.absmax]
+    outputs = [operands.codes[0].update(dtype=dtype) for dtype in local.step.outputs]
+    return [*outputs, *operands.codes, *operands.absmax]
 
 
 def _reference(*flat: Any, local: LocalStep):
@@ -139,7 +141,7 @@ def _seen_reference(*flat: Any, seen: SeenStep):
 
 
 def _seen_per_shard(*flat: Any, seen: SeenStep):
-    return jax.tree.leaves(per_shard(seen.local, seen.local.tree.unflatten(flat), seen.sharding))
+    return jax.tree.leaves(per_shard(seen.local, seen.local.step, seen.local.tree.unflatten(flat), seen.sharding))
 
 
 def _is_for_the_seen_devices(program: Program, *, seen: SeenStep) -> bool:
@@ -177,7 +179,7 @@ def run_sharded(local: LocalStep, operands: Operands, spec: Spec | None):
         fits = has_whole_blocks(sharding, local.step.blocks, local.shape)
         return SeenStep(local, sharding)(operands) if fits else local(operands)
     if has_whole_blocks(sharding, local.step.blocks, local.shape):
-        return per_shard(local, operands, sharding)
+        return per_shard(local, local.step, operands, sharding)
     if local.required:
         size, axis = local.step.blocks.size, local.step.blocks.axis
         raise NotImplementedError(
@@ -189,7 +191,8 @@ def run_sharded(local: LocalStep, operands: Operands, spec: Spec | None):
         return partitioned(local.step, operands)
     # Types cannot describe a block that straddles devices, but the compiler can. It combines the scales of its parts
     # and gathers nothing.
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (operands.codes[0], operands.codes, operands.absmax))
+    like = like_results(local.step, operands.codes, operands.absmax)
+    out = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
     return jax.sharding.auto_axes(lambda operands: partitioned(local.step, operands), out_sharding=out)(operands)
 
 

@@ -22,11 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..blockwise.codecs import TINY
+from ..split_weights import join_in_kernel, split_in_kernel
 from .gpu_codecs import gpu_codec
 from .gpu_instructions import Instructions, contracted
 from .kernel_codecs import magnitude_of
-from .kernel_scalars import bits_of_tile, scalars_of
-from .step import Operands, Step, apply_rule
+from .kernel_scalars import bits_of_tile, scalars_of, weight_bits_of_tile
+from .step import Operands, Output, Step, apply_rule
 
 # Elements of a tile of columns. Its number of columns is at most COLUMNS, and fewer in a small array, so that there are
 # PROGRAMS of them, two for each processor of a large GPU.
@@ -96,23 +97,25 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
 
 def run(
     step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = (), *, interpret: bool = False
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Output, tuple[Array, ...], tuple[Array, ...]]:
     """Runs the kernel on the array of one device, or its shard at `origin` of a global array of `shape`."""
     local = operands.g.shape
     plan = tiling(local, *step.blocks)
     of_scales = (plan.view[0], plan.blocks, *plan.view[2:])
-    arrays = [x.reshape(plan.view) for x in (operands.g, operands.p, *operands.codes) if x is not None]
+    read = (operands.g, operands.p, operands.remainder, *operands.codes)
+    arrays = [x.reshape(plan.view) for x in read if x is not None]
     scales = [x.reshape(of_scales) for x in operands.absmax]
     names = sorted(operands.hyper)
     numbers, integers = scalars_of(operands, origin)
 
     codes = arrays[-len(operands.codes) :]
-    outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype)]
+    outputs = [jax.ShapeDtypeStruct(plan.view, dtype) for dtype in step.outputs]
     outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*codes, *scales)]
-    first = 3 + (operands.p is not None)  # the index of the codes among the inputs
-    aliases = {first + k: 1 + k for k in range(2 * len(codes))} | ({3: 0} if step.fused else {})
-    out, *stored = pl.pallas_call(
-        partial(_kernel, Instructions(interpret), step, plan, names, (local, shape or local), operands.p is not None),
+    n, of_step = len(outputs) - 2 * len(codes), len(arrays) - len(codes)
+    aliases = {2 + of_step + k: n + k for k in range(2 * len(codes))}  # two vectors of scalars come first
+    aliases |= {3 + k: k for k in range(n)} if step.fused else {}
+    results = pl.pallas_call(
+        partial(_kernel, Instructions(interpret), step, plan, names, (local, shape or local), of_step),
         grid=(plan.programs,),
         out_shape=outputs,
         input_output_aliases=aliases,
@@ -120,22 +123,22 @@ def run(
         name=f"{step.rule.name}_8bit",
         interpret=interpret,
     )(numbers, integers, *arrays, *scales)
-    new_codes, absmax = stored[: len(codes)], stored[len(codes) :]
+    *of_shape, absmax = *(x.reshape(local) for x in results[: n + len(codes)]), results[n + len(codes) :]
     return (
-        out.reshape(local),
-        tuple(x.reshape(local) for x in new_codes),
+        of_shape[0] if n == 1 else tuple(of_shape[:n]),
+        tuple(of_shape[n:]),
         tuple(x.reshape(like.shape) for x, like in zip(absmax, operands.absmax)),
     )
 
 
-def _kernel(do: Instructions, step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integers, *references):
-    given = iter(references)
+def _kernel(do: Instructions, step: Step, plan: Tiling, names, shapes, of_step: int, numbers, integers, *references):
+    given, n = iter(references), len(step.moments)
 
-    def several() -> tuple:
-        return tuple(next(given) for _ in step.moments)
+    def take(count: int) -> list:
+        return [next(given) for _ in range(count)]
 
-    g, p = next(given), next(given) if has_p else None
-    codes, absmax, out, new_codes, new_absmax = several(), several(), next(given), several(), several()
+    g, *p = take(of_step)  # of the parameter nothing, itself, or a bfloat16 and its remainder
+    codes, absmax, out, new_codes, new_absmax = take(n), take(n), take(len(step.outputs)), take(n), take(n)
     program = pl.program_id(0)
     wide, blocks = np.int32(plan.across), np.int32(plan.blocks)
     across, rest = lax.rem(program, wide), lax.div(program, wide)
@@ -184,20 +187,28 @@ def _kernel(do: Instructions, step: Step, plan: Tiling, names, shapes, has_p: bo
 
     codecs = [gpu_codec(do, moment) for moment in step.moments]
     hyper = {name: numbers[k] for k, name in enumerate(names)}
-    key_and_place = [integers[k] for k in range(1 + len(shapes[0]))]
+    keys_and_place = [integers[k] for k in range(1 + len(shapes[0]) + step.rounds_weights)]
     old_scales = [spread(load(ref, of_scale, scale_inside)) for ref in absmax]
     rule = contracted(do, lambda g, p, old: apply_rule(step, g, p, tuple(old), hyper))
 
     def read(part: int) -> tuple:
         where, mask = at(part), inside(part)
-        return load(g, where, mask), None if p is None else load(p, where, mask), [load(c, where, mask) for c in codes]
+        return load(g, where, mask), [load(x, where, mask) for x in p], [load(c, where, mask) for c in codes]
 
-    def compute(part: int, g_in: Array, p_in: Array | None, of_codes: list[Array]) -> list[Array]:
+    def compute(part: int, g_in: Array, of_p: list[Array], of_codes: list[Array]) -> list[Array]:
         """Stores the output of a part and returns its new moments, all NaN where one is not finite."""
         mask = inside(part)
         old = [codec.dequantize(c, scale) for codec, c, scale in zip(codecs, of_codes, old_scales)]
+        p_in = join_in_kernel(*of_p) if len(of_p) == 2 else of_p[0] if of_p else None
         result, new = rule(g_in, p_in, old)
-        plgpu.store(out.at[at(part)], result, mask=mask)
+        results: tuple[Array, ...] = (result,)
+        if step.split and step.fused:
+            noise = None
+            if step.rounds_weights:
+                noise = weight_bits_of_tile(keys_and_place, *place(part), plan.groups, *shapes)
+            results = split_in_kernel(result, step.split, noise)
+        for ref, x in zip(out, results):
+            plgpu.store(ref.at[at(part)], x, mask=mask)
         new = do.nan_if_any_overflows(list(new))
         return new if mask is None else [jnp.where(mask, x, 0.0) for x in new]
 
@@ -212,7 +223,7 @@ def _kernel(do: Instructions, step: Step, plan: Tiling, names, shapes, has_p: bo
     for part, of_part in enumerate(new):
         random = None
         if step.rounding != "nearest":
-            random = bits_of_tile(step.rounding, key_and_place, *place(part), plan.groups, *shapes)
+            random = bits_of_tile(step.rounding, keys_and_place, *place(part), plan.groups, *shapes)
         for codec, x, factor, ref in zip(codecs, of_part, factors, new_codes):
             plgpu.store(ref.at[at(part)], codec.quantize(x, factor, random), mask=inside(part))
 

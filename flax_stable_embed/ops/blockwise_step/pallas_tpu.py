@@ -26,10 +26,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import TINY
+from ..split_weights import join_in_kernel, split_in_kernel
 from .capabilities import LANES, ROWS
 from .kernel_codecs import by_logarithm, kernel_codec, magnitude_of, without_overflow
-from .kernel_scalars import bits_of_tile, scalars_of
-from .step import Operands, Step, apply_rule
+from .kernel_scalars import bits_of_tile, scalars_of, weight_bits_of_tile
+from .step import Operands, Output, Step, apply_rule
 
 SUBLANES = 8  # of a float32 register; a register of 8-bit numbers has ROWS, and a loop takes as many at a time
 TILE_ROWS, TILE_COLUMNS = 512, 512
@@ -87,7 +88,7 @@ def tiling(shape: tuple[int, ...], axis: int, size: int) -> Tiling:
 
 def run(
     step: Step, operands: Operands, origin: tuple = (), shape: tuple[int, ...] = (), *, interpret: bool = False
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Output, tuple[Array, ...], tuple[Array, ...]]:
     """Runs the kernel on the array of one device, or its shard at `origin` of a global array of `shape`."""
     local = operands.g.shape
     if len(local) == 1:
@@ -95,7 +96,8 @@ def run(
     plan = tiling(local, *step.blocks)
     blocks = step.blocks.count(local)
     of_scales = tuple(blocks if k == plan.blocked else n for k, n in enumerate(plan.view))
-    arrays = [x.reshape(plan.view) for x in (operands.g, operands.p, *operands.codes) if x is not None]
+    read = (operands.g, operands.p, operands.remainder, *operands.codes)
+    arrays = [x.reshape(plan.view) for x in read if x is not None]
     scales = [x.reshape(of_scales) for x in operands.absmax]
     names = sorted(operands.hyper)
     numbers, integers = scalars_of(operands, origin)
@@ -118,17 +120,18 @@ def run(
     groups = pl.BlockSpec(tuple(group if k == plan.blocked else n for k, n in enumerate(plan.tile)), scales_at)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     inputs = [numbers, integers, *arrays, *scales]
-    outputs = [jax.ShapeDtypeStruct(plan.view, step.dtype), *[_like(x) for x in arrays[-len(operands.codes) :]]]
-    outputs += [_like(x) for x in scales]
-    first = 3 + (operands.p is not None)  # the index of the codes among the inputs
-    kept = len(operands.codes) + len(scales)
-    aliases = {first + k: 1 + k for k in range(kept)} | ({3: 0} if step.fused else {})
+    codes = arrays[-len(operands.codes) :]
+    outputs = [jax.ShapeDtypeStruct(plan.view, dtype) for dtype in step.outputs]
+    outputs += [_like(x) for x in (*codes, *scales)]
+    n, of_step = len(outputs) - len(codes) - len(scales), len(arrays) - len(codes)
+    aliases = {2 + of_step + k: n + k for k in range(len(codes) + len(scales))}  # two vectors of scalars come first
+    aliases |= {3 + k: k for k in range(n)} if step.fused else {}
     block = (step.blocks.size, *plan.inner[1:]) if across_rows else None
-    out, *stored = pl.pallas_call(
-        partial(_kernel, step, plan, names, (local, shape or local), operands.p is not None),
+    results = pl.pallas_call(
+        partial(_kernel, step, plan, names, (local, shape or local), of_step),
         grid=grid,
         in_specs=[scalars, scalars, *[tiles for _ in arrays], *[groups for _ in scales]],
-        out_specs=[tiles, *[tiles for _ in operands.codes], *[groups for _ in scales]],
+        out_specs=[*[tiles for _ in range(n + len(codes))], *[groups for _ in scales]],
         out_shape=outputs,
         input_output_aliases=aliases,
         scratch_shapes=[pltpu.VMEM(block, jnp.float32) for _ in operands.codes] if block else [],
@@ -138,25 +141,25 @@ def run(
         name=f"{step.rule.name}_8bit",
         interpret=interpret,
     )(*inputs)
-    codes, absmax = stored[: len(operands.codes)], stored[len(operands.codes) :]
-    old = operands.absmax
+    *of_shape, absmax = *(x.reshape(local) for x in results[: n + len(codes)]), results[n + len(codes) :]
     return (
-        out.reshape(local),
-        tuple(x.reshape(local) for x in codes),
-        tuple(x.reshape(like.shape) for x, like in zip(absmax, old)),
+        of_shape[0] if n == 1 else tuple(of_shape[:n]),
+        tuple(of_shape[n:]),
+        tuple(x.reshape(like.shape) for x, like in zip(absmax, operands.absmax)),
     )
 
 
 def _as_rows(step: Step, operands: Operands, origin: tuple, shape: tuple[int, ...], interpret: bool):
     """Runs the step of a vector, as an array with one block per row."""
     size = step.blocks.size
-    g, p, codes = jax.tree.map(lambda x: x.reshape(-1, size), operands[:3])
-    absmax = tuple(a[:, None] for a in operands.absmax)
-    operands = operands._replace(g=g, p=p, codes=codes, absmax=absmax)
+    fields = {name: getattr(operands, name) for name in ("g", "p", "codes", "remainder")}
+    fields = jax.tree.map(lambda x: x.reshape(-1, size), fields)
+    operands = operands._replace(**fields, absmax=tuple(a[:, None] for a in operands.absmax))
     origin = (origin[0] // size, jnp.int32(0)) if origin else ()
     by_rows = replace(step, blocks=Blocks(1, size))
     out, codes, absmax = run(by_rows, operands, origin, (shape[0] // size, size), interpret=interpret)
-    return out.reshape(-1), tuple(c.reshape(-1) for c in codes), tuple(a[:, 0] for a in absmax)
+    out, codes = jax.tree.map(lambda x: x.reshape(-1), (out, codes))
+    return out, codes, tuple(a[:, 0] for a in absmax)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
@@ -167,39 +170,51 @@ class _Refs(NamedTuple):
     """References to the tiles of each operand and result, in the memory of the kernel."""
 
     g: Any
-    p: Any
+    p: tuple  # nothing, the parameter, or a bfloat16 and its remainder
     codes: tuple
     absmax: tuple
-    out: Any
+    out: tuple
     new_codes: tuple
     new_absmax: tuple
     scratch: tuple
 
 
-def _kernel(step: Step, plan: Tiling, names, shapes, has_p: bool, numbers, integers, *references):
-    given = iter(references)
+def _kernel(step: Step, plan: Tiling, names, shapes, of_step: int, numbers, integers, *references):
+    given, n = iter(references), len(step.moments)
 
-    def several() -> tuple:
-        return tuple(next(given) for _ in step.moments)
+    def take(count: int) -> tuple:
+        return tuple(next(given) for _ in range(count))
 
-    g, p = next(given), next(given) if has_p else None
-    refs = _Refs(g, p, several(), several(), next(given), several(), several(), tuple(given))
+    g, *p = take(of_step)
+    refs = _Refs(g, tuple(p), take(n), take(n), take(len(step.outputs)), take(n), take(n), tuple(given))
     hyper = {name: numbers[k] for k, name in enumerate(names)}
     ids = {k: pl.program_id(j) for j, k in enumerate(plan.order)}
     body = _blocks_across_rows if plan.blocked < len(plan.view) - 1 else _blocks_along_rows
     starts = [ids[k] * np.int32(plan.tile[k] or 1) for k in range(len(plan.view))]
 
-    def uniform(offset, lengths):
-        """Returns random numbers for the elements at `offset` of the tile."""
+    def place(offset, lengths):
+        """Returns where the elements at `offset` of the tile start in the shard, and how many they are."""
         offset, lengths = list(offset), list(lengths)
         at = [s if n is None else s + offset.pop(0) for s, n in zip(starts, plan.tile)]
-        tile = [n and lengths.pop(0) for n in plan.tile]
-        return bits_of_tile(step.rounding, integers, at, tile, plan.groups, *shapes)
+        return at, [n and lengths.pop(0) for n in plan.tile], plan.groups, *shapes
 
-    body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform)
+    def uniform(offset, lengths):
+        """Returns random numbers for the elements at `offset` of the tile."""
+        return None if step.rounding == "nearest" else bits_of_tile(step.rounding, integers, *place(offset, lengths))
+
+    def store(out: Array, at: Any, offset, lengths) -> None:
+        """Stores the output, split if the parameter is."""
+        parts: tuple[Array, ...] = (out,)
+        if step.split and step.fused:
+            noise = weight_bits_of_tile(integers, *place(offset, lengths)) if step.rounds_weights else None
+            parts = split_in_kernel(out, step.split, noise)
+        for ref, part in zip(refs.out, parts):
+            ref[at] = part
+
+    body(step, plan, refs, hyper, starts[plan.blocked], shapes[0], uniform, store)
 
 
-def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
+def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform, store):
     size, columns = step.blocks.size, plan.inner[1:]
     turn = ROWS if len(columns) == 1 else max(1, TURN // prod(columns))
     turn = next(n for n in range(min(turn, size), 0, -1) if size % n == 0)
@@ -217,11 +232,15 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
             """Returns the rows of a turn, in the tile and in scratch memory."""
             return pl.ds(pl.multiple_of(k * size + i * turn, turn), turn), pl.ds(pl.multiple_of(i * turn, turn), turn)
 
+        def place(i):
+            """Returns where the elements of a turn start in the tile, and how many they are."""
+            return [k * size + i * turn, *[0 for _ in columns]], (turn, *columns)
+
         def first(i, largest):
             rows, kept = at(i)
             old = [codec.dequantize(c[rows], s) for codec, c, s in zip(codecs, refs.codes, scale)]
-            out, new = apply_rule(step, refs.g[rows], _part(refs.p, rows), tuple(old), hyper)
-            refs.out[rows] = out
+            out, new = apply_rule(step, refs.g[rows], _parameter(refs.p, rows), tuple(old), hyper)
+            store(out, rows, *place(i))
             new = without_overflow(new)
             if short:
                 row = start + k * size + i * turn + lax.broadcasted_iota(jnp.int32, new[0].shape, 0)
@@ -240,9 +259,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
 
         def second(i, _):
             rows, kept = at(i)
-            random = None
-            if step.rounding != "nearest":
-                random = uniform([k * size + i * turn, *[0 for _ in columns]], (turn, *columns))
+            random = uniform(*place(i))
             for codec, scratch, factor, ref in zip(codecs, refs.scratch, factors, refs.new_codes):
                 ref[rows] = codec.quantize(scratch[kept], factor, random)
 
@@ -251,7 +268,7 @@ def _blocks_across_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loc
     lax.fori_loop(np.int32(0), np.int32(plan.count), one_block, None)
 
 
-def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform):
+def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, local, uniform, store):
     height, width = plan.inner
     size = min(step.blocks.size, width)
     turn, first_block = min(ROWS, height), lax.div(start, np.int32(size))
@@ -266,9 +283,9 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             own = block == first_block + k
             scale = [jnp.sum(jnp.where(own, s, 0.0), axis=1, keepdims=True) for s in scales]
             old = [codec.dequantize(c[rows, lanes], s) for codec, c, s in zip(codecs, refs.codes, scale)]
-            p = _part(refs.p, (rows, lanes))
+            p, place = _parameter(refs.p, (rows, lanes)), ([i * turn, k * size], (turn, size))
             out, new = apply_rule(step, refs.g[rows, lanes], p, tuple(old), hyper)
-            refs.out[rows, lanes] = out
+            store(out, (rows, lanes), *place)
             new = without_overflow(new)
             if local[-1] % size:
                 lane = start + k * size + lax.broadcasted_iota(jnp.int32, new[0].shape, 1)
@@ -276,7 +293,7 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
             largest = [jnp.max(magnitude_of(x, m), axis=1, keepdims=True) for x, m in zip(new, step.moments)]
             absmax = [jnp.where(a >= TINY, a, 0.0) for a in largest]
             scales = [jnp.where(own, a, s) for a, s in zip(absmax, scales)]
-            random = uniform([i * turn, k * size], (turn, size)) if step.rounding != "nearest" else None
+            random = uniform(*place)
             for codec, x, a, ref in zip(codecs, new, absmax, refs.new_codes):
                 ref[rows, lanes] = codec.quantize(x, codec.factor(a), random)
         for ref, s in zip(refs.new_absmax, scales):
@@ -286,8 +303,10 @@ def _blocks_along_rows(step: Step, plan: Tiling, refs: _Refs, hyper, start, loca
     lax.fori_loop(np.int32(0), np.int32(height // turn), rows_at, None)
 
 
-def _part(ref: Any, at: Any) -> Any:
-    return None if ref is None else ref[at]
+def _parameter(refs: tuple, at: Any) -> Array | None:
+    """Returns a part of the parameter, joined if it is split; None if the step has no parameter."""
+    parts = [ref[at] for ref in refs]
+    return join_in_kernel(*parts) if len(parts) == 2 else parts[0] if parts else None
 
 
 def _fold(x: Array) -> Array:

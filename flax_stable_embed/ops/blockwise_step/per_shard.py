@@ -16,14 +16,15 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ..blockwise.blocks import Blocks
 from ..sharding import explicit_sharding, is_explicit, on_every_device, placed_like
 from .capabilities import Seen, Spec
-from .step import Operands
+from .step import Operands, Step
 
 
-def per_shard(local: Callable, operands: Operands, sharding: NamedSharding):
+def per_shard(local: Callable, step: Step, operands: Operands, sharding: NamedSharding):
     """Runs `local(operands, origin)` on every device of a mesh, and returns global `(output, codes, absmax)`.
 
     Args:
         local: The step of one device. Its `origin` is where the shard starts in the global array, along each axis.
+        step: Everything static about it.
         operands: The global arrays.
         sharding: How they are sharded. `has_whole_blocks` is true of it.
     """
@@ -33,13 +34,19 @@ def per_shard(local: Callable, operands: Operands, sharding: NamedSharding):
     sharded = PartitionSpec(*[names or None for names in spec])
     # Codes and scales are sharded alike: `has_whole_blocks` says that both have equal shards.
     specs = jax.tree.map(lambda x: sharded if jnp.ndim(x) == len(shape) else PartitionSpec(), operands)
-    out_specs = sharded, (sharded,) * len(codes), (sharded,) * len(absmax)
+    out_specs = jax.tree.map(lambda _: sharded, like_results(step, codes, absmax))
     if explicit_sharding(codes[0]) is not None:
         operands = jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, specs)
     mapped = on_every_device(
         lambda shard: local(shard, place_of_shard(spec, mesh, shape)), mesh, in_specs=(specs,), out_specs=out_specs
     )
-    return jax.tree.map(placed_like, mapped(operands), (codes[0], codes, absmax))
+    return jax.tree.map(placed_like, mapped(operands), like_results(step, codes, absmax))
+
+
+def like_results(step: Step, codes: tuple, absmax: tuple) -> tuple:
+    """Returns arrays that are sharded as the output, the codes and the scales of a step."""
+    outputs = len(step.outputs)
+    return codes[0] if outputs == 1 else (codes[0],) * outputs, codes, absmax
 
 
 def sharding_of(x: Any, spec: Spec | None) -> NamedSharding | None:

@@ -19,7 +19,9 @@ from jax import Array
 from ..blockwise.blocks import Blocks
 from ..blockwise.codecs import CODECS, Code, Codec
 from ..counter_random import Rounding
+from ..split_weights import REMAINDERS
 
+Output = Array | tuple[Array, ...]  # of a step: one array, or a new parameter that is split
 Need = Literal["square", "rounded", "step_size"]
 
 
@@ -70,6 +72,9 @@ class Step:
     `apply_rule` runs `rule`, and adds weight decay and the step size. The output is `u` in `dtype`. When `fused` it is
     `p + u`, and `dtype` is that of `p`. With `skip_nonfinite`, elements whose gradient is not finite keep their moments
     and their parameter.
+
+    With `split`, the parameter is a bfloat16 and a remainder, of 24 or 32 bits in all (`ops/split_weights.py`), and
+    `dtype` is float32. When fused, the output is the pair of the new ones.
     """
 
     rule: UpdateRule
@@ -79,6 +84,7 @@ class Step:
     fused: bool = False
     skip_nonfinite: bool = False
     dtype: np.dtype = np.dtype(np.float32)
+    split: int | None = None
 
     def with_storage(self, moments: tuple[Moment, ...], blocks: Blocks) -> "Step":
         """Returns the same step on moments that are stored in 8 bits."""
@@ -90,6 +96,16 @@ class Step:
         others: list[Rounding] = [moment.rounding for moment in self.moments if moment.rounding != "nearest"]
         return others[0] if others else "nearest"
 
+    @property
+    def outputs(self) -> tuple[np.dtype, ...]:
+        """The dtypes of the output: two if it is a split parameter, else one."""
+        return (np.dtype(jnp.bfloat16), REMAINDERS[self.split]) if self.split and self.fused else (self.dtype,)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the output is rounded by the bits of `weight_bits`."""
+        return self.fused and self.split == 24
+
 
 class Operands(NamedTuple):
     """The arrays of one step. `codes` and `absmax` have one entry per moment. `hyper` holds traced scalars by name."""
@@ -100,6 +116,8 @@ class Operands(NamedTuple):
     absmax: tuple[Array, ...]
     hyper: dict[str, Any]
     key: Array | None = None  # uint32 (), from `rounding_key`, if not all moments are rounded to nearest
+    remainder: Array | None = None  # if the parameter is split
+    weight_key: Array | None = None  # uint32 (), from `rounding_key` for dither, if the parameter has 24 bits
 
 
 def apply_rule(step: Step, g: Array, p: Any, moments: tuple[Array, ...], hyper: dict[str, Any], compute: Any = None):

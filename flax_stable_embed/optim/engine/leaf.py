@@ -51,7 +51,7 @@ class LeafStep(NamedTuple):
     skip_nonfinite: bool
     count: Array
 
-    def __call__(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail) -> tuple[Any, dict[str, Array]]:
         """Runs the step of one parameter: `(output, stored)`. Moments return to the memory that they came from."""
         memory = {name: plan.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
         stored = {name: in_memory(x, "device") for name, x in leaf.stored.items()}
