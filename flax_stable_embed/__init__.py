@@ -55,6 +55,10 @@ from .optim.transforms.percentile_clipping import PercentileClippingState as Per
 from .optim.transforms.percentile_clipping import percentile_clipping as percentile_clipping
 from .optim.transforms.quantize_state import QuantizedState as QuantizedState
 from .optim.transforms.quantize_state import quantize_state as quantize_state
+from .optim.transforms.split_weights import SplitWeightsState as SplitWeightsState
+from .optim.transforms.split_weights import from_master_weights as from_master_weights
+from .optim.transforms.split_weights import master_weights as master_weights
+from .optim.transforms.split_weights import split_weights as split_weights
 from .optim.transforms.stochastic_rounding import StochasticRoundState as StochasticRoundState
 from .optim.transforms.stochastic_rounding import stochastic_round_updates as stochastic_round_updates
 

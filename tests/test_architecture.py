@@ -36,7 +36,7 @@ LEVELS = {
         {"blockwise_step"},
     ],
     "optim": [
-        {"boxes", "derivatives"},
+        {"boxes", "derivatives", "split_parameter"},
         {"trees"},
         {"arguments", "placement"},
         {"fused_update"},

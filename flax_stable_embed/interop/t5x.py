@@ -21,6 +21,7 @@ from ..optim.methods.sgd import ScaleBySgd8bitState
 from ..optim.rows.catch_up import RowSparseState
 from ..optim.transforms.percentile_clipping import PercentileClippingState
 from ..optim.transforms.quantize_state import QuantizedState
+from ..optim.transforms.split_weights import SplitWeightsState
 from ..optim.transforms.stochastic_rounding import StochasticRoundState
 from ..optim.trees import is_hole
 
@@ -34,6 +35,7 @@ _STATES = (
     ScaleByLion8bitState,
     ScaleByRmsprop8bitState,
     ScaleBySgd8bitState,
+    SplitWeightsState,
     StochasticRoundState,
 )
 
@@ -48,7 +50,7 @@ def t5x_partition_rules(shards: int = 8) -> dict[type, Callable[[Any, Any], Any]
     logical axes, given those of the parameter p that x belongs to. Codes and fp32 moments get the axes of their
     parameter. Scales get them too, except for the blocked axis if the number of blocks is not a multiple of `shards`.
     Counts, formats, placeholders and arrays of another rank than p get None and are replicated. Any transform may be
-    inside `quantize_state`, `row_sparse` and `stochastic_round_updates`.
+    inside `quantize_state`, `row_sparse`, `split_weights` and `stochastic_round_updates`.
 
     Args:
         shards: The largest number of devices that one axis is sharded over. Use the `shards` of your `StateFormat`.

@@ -18,6 +18,10 @@ excess precision or flush subnormal numbers changes them. The idea of an integer
 TransformerEngine (`store_param_remainders`); 8 bits are FlashOptim's (arXiv:2602.23349), in floating point there.
 """
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -30,7 +34,7 @@ REMAINDERS = {24: np.dtype(np.int8), 32: np.dtype(np.int16)}  # by the bits of a
 
 
 def split_weight(x: Array, bits: int, noise: Array | None = None) -> tuple[Array, Array]:
-    """Returns a float32 array as bfloat16 and a remainder.
+    """Returns a float32 array as bfloat16 and a remainder. The derivative is that of `x.astype(bfloat16)`.
 
     Args:
         x: float32.
@@ -47,6 +51,11 @@ def split_weight(x: Array, bits: int, noise: Array | None = None) -> tuple[Array
     >>> join_weight(p, remainder).tolist()
     [1.0, 1.0009765625, -3.0]
     """
+    return _split(bits, x, noise)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _split(bits: int, x: Array, noise: Array | None) -> tuple[Array, Array]:
     word = lax.bitcast_convert_type(x, jnp.int32)
     magnitude = word & _MAGNITUDE
     if bits == 24:
@@ -60,6 +69,12 @@ def split_weight(x: Array, bits: int, noise: Array | None = None) -> tuple[Array
     half = (lax.shift_right_logical(word, np.int32(16)) & np.int32(0x8000)) | top
     p = lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16)
     return p, remainder.astype(REMAINDERS[bits])
+
+
+@_split.defjvp
+def _split_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    p, remainder = _split(bits, *primals)
+    return (p, remainder), (tangents[0].astype(p.dtype), np.zeros(remainder.shape, jax.dtypes.float0))
 
 
 def split_in_kernel(x: Array, bits: int, noise: Array | None) -> tuple[Array, Array]:
@@ -88,10 +103,20 @@ def join_in_kernel(p: Array, remainder: Array) -> Array:
     return lax.bitcast_convert_type(jnp.maximum(magnitude, 0) | (word & np.int32(~_MAGNITUDE)), jnp.float32)
 
 
+@jax.custom_jvp
 def join_weight(p: Array, remainder: Array) -> Array:
-    """Returns the float32 numbers that `split_weight` has split. The dtype of the remainder says their bits."""
+    """Returns the float32 numbers that `split_weight` has split. The dtype of the remainder says their bits.
+
+    The derivative is that of `p.astype(float32)`.
+    """
     shift = 16 - 8 * remainder.dtype.itemsize
     half = lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.int32)
     magnitude = ((half & np.int32(0x7FFF)) << 16) + (remainder.astype(jnp.int32) << shift)
     sign = (half & np.int32(0x8000)) << 16
     return lax.bitcast_convert_type(jnp.maximum(magnitude, 0) | sign, jnp.float32)
+
+
+@join_weight.defjvp
+def _join_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x = join_weight(*primals)
+    return x, tangents[0].astype(x.dtype)

@@ -14,12 +14,16 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
 
     Some also have `scaled_step(grads, state, params, scale, *, fused)`, a step on `scale * grads`. It does not write
     the product to memory, because the kernels multiply. It returns what `update` does, or `fused_update` if `fused`.
+
+    If `takes_split`, then `update`, `fused_update` and `scaled_step` take a `SplitParameter` in the place of a
+    parameter, and return the new one.
     """
 
     fused_update: Callable
     scaled_step: Callable
+    takes_split: bool
 
-    def __new__(cls, init, update, fused_update=None, scaled_step=None):
+    def __new__(cls, init, update, fused_update=None, scaled_step=None, *, takes_split=False):
         """Makes the pair `(init, update)`, which optax unpacks, with `fused_update` as an attribute.
 
         To JAX it is a pytree of two functions. If it is flattened and unflattened, it loses the attribute.
@@ -29,11 +33,13 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
             self.fused_update = fused_update
         if scaled_step is not None:
             self.scaled_step = scaled_step
+        self.takes_split = takes_split
         return self
 
-    def __getnewargs__(self):
+    def __getnewargs_ex__(self):
         """Returns the arguments from which `copy` makes a copy."""
-        return (*self, getattr(self, "fused_update", None), getattr(self, "scaled_step", None))
+        functions = (*self, getattr(self, "fused_update", None), getattr(self, "scaled_step", None))
+        return functions, {"takes_split": takes_split_parameters(self)}
 
 
 class ScalingTransformation(optax.GradientTransformationExtraArgs):
@@ -68,6 +74,11 @@ def check_members(state: Any, n: int) -> None:
 def is_fused(tx: Any) -> TypeGuard[FusedTransformation]:
     """Returns whether a transform can update the parameters in place."""
     return isinstance(tx, FusedTransformation) and hasattr(tx, "fused_update")
+
+
+def takes_split_parameters(tx: Any) -> bool:
+    """Returns whether the `fused_update` of a transform takes split parameters."""
+    return is_fused(tx) and getattr(tx, "takes_split", False)
 
 
 def name_of(tx: Any) -> str:

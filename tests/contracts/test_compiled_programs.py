@@ -21,6 +21,7 @@ from tests.tools import SMALL, assert_same_bits, build, every_kind_of_optimizer,
 WRAPPERS = {
     "quantize_state": lambda: fse.quantize_state(optax.adamw(1e-3), state_format=SMALL),
     "stochastic": lambda: fse.adamw8bit(1e-3, state_format=fse.StateFormat(min_size=0, rounding="stochastic")),
+    "split_weights": lambda: fse.split_weights(fse.adamw8bit(1e-3, state_format=SMALL)),
     "stochastic_round_updates": lambda: fse.stochastic_round_updates(fse.adamw8bit(1e-3, state_format=SMALL)),
     "row_sparse": lambda: fse.row_sparse(fse.adamw8bit(1e-3, state_format=SMALL)),
     "percentile_clipping": lambda: fse.chain(fse.percentile_clipping(), fse.adamw8bit(1e-3, state_format=SMALL)),

@@ -21,6 +21,7 @@ MODEL = Model(nnx.Rngs(0))
 TX = {case.name: lambda case=case: build(case) for case in OPTIMIZERS} | {
     "quantize_state": lambda: fse.quantize_state(optax.adam(1e-3)),
     "row_sparse": lambda: fse.row_sparse(fse.adamw8bit(1e-3)),
+    "split_weights": lambda: fse.split_weights(fse.adamw8bit(1e-3)),
     "stochastic_round_updates": lambda: fse.stochastic_round_updates(fse.adamw8bit(1e-3)),
 }
 CALLS = {

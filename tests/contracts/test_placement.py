@@ -12,6 +12,7 @@ from tests.tools import build, parameters, takes
 WRAPPERS = {
     "quantize_state": lambda: fse.quantize_state(optax.adamw(1e-3)),
     "quantize_state, bf16": lambda: fse.quantize_state(optax.adamw(1e-3), rules=((".*", "bf16"),)),
+    "split_weights": lambda: fse.split_weights(fse.adamw8bit(1e-3)),
     "stochastic_round_updates": lambda: fse.stochastic_round_updates(fse.adamw8bit(1e-3)),
     "row_sparse": lambda: fse.row_sparse(fse.adamw8bit(1e-3)),
     "row_sparse, catch_up": lambda: fse.row_sparse(fse.adamw8bit(1e-3), "catch_up"),

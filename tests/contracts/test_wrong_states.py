@@ -131,6 +131,7 @@ MADE_WITH = {
     "rules": {"rules": (("kernel", fse.Rule(8, fse.StateFormat("dynamic", min_size=0))),)},
 }
 INNER = {
+    "split_weights": fse.split_weights,
     "stochastic_round_updates": fse.stochastic_round_updates,
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
     "chain": lambda tx: optax.chain(optax.clip(1.0), tx),

@@ -19,6 +19,7 @@ from ...ops.blockwise_step.api import check_implementation
 from ..arguments import broadcast_mask, kind_of, refuse_sparse_rows
 from ..boxes import optim_bits, unbox
 from ..placement import SpecsByPath
+from ..split_parameter import SplitParameter, as_parameter
 from ..storage.format_code import format_vector
 from ..storage.moments import initial
 from ..storage.plan import LeafPlan, PlannedLeaf, Planner
@@ -178,7 +179,7 @@ class Engine:
         leaves = []
         for i, ((_, g), p) in enumerate(zip(pairs, p_leaves)):
             # NumPy arrays and Python numbers become JAX arrays. Without a gradient the parameter stays as it is.
-            g, p = (g, p) if g is None else (jnp.asarray(g), None if p is None else jnp.asarray(p))
+            g, p = (g, p) if g is None else (jnp.asarray(g), None if p is None else as_parameter(p))
             stored = {name: column[i] for name, column in columns.items()}
             leaves.append(Leaf(g, p, with_checked_scales(self.method, paths[i], stored)))
         return paths, leaves, tree, columns
@@ -186,9 +187,8 @@ class Engine:
     def _plan(self, path: str, leaf: Leaf) -> LeafPlan | None:
         """Plans a leaf as its state stores it; None where there is nothing to step."""
         if leaf.g is not None:
-            return self.planner.plan_stored(
-                path, leaf.g if leaf.p is None else leaf.p, stored_bits(self.method, path, leaf)
-            )
+            p = leaf.p.p if isinstance(leaf.p, SplitParameter) else leaf.p
+            return self.planner.plan_stored(path, leaf.g if p is None else p, stored_bits(self.method, path, leaf))
         # Without a gradient a parameter takes no step. How its moments are stored still counts for `format`.
         if leaf.stored and not any(is_none(x) for x in leaf.stored.values()):
             bits, shape = unstepped_bits(self.method, leaf)

@@ -8,6 +8,7 @@ with the formula of optax on arrays in float32 (or wider).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from ...ops.blockwise_step.step import Operands, Step, apply_rule, row_mean_squa
 from ...ops.counter_random import random_bits, rounding_key
 from ...ops.dtypes import at_least_float32
 from ...ops.rounding import stochastic_round
+from ..split_parameter import SplitParameter, joined
 from ..storage.moments import in_memory, memory_of, not_differentiated
 from ..storage.plan import LeafPlan
 from .method import Method
@@ -30,7 +32,7 @@ class Leaf(NamedTuple):
     """The arrays of one parameter at one step. `stored` has its moments and scales by the name of their field."""
 
     g: Any  # None where there is no gradient
-    p: Any  # None where the caller did not pass parameters
+    p: Any  # an array or a SplitParameter; None where the caller did not pass parameters
     stored: dict[str, Array]
 
 
@@ -52,13 +54,20 @@ class LeafStep(NamedTuple):
     count: Array
 
     def __call__(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail) -> tuple[Any, dict[str, Array]]:
-        """Runs the step of one parameter: `(output, stored)`. Moments return to the memory that they came from."""
+        """Runs the step of one parameter: `(output, stored)`.
+
+        Moments return to the memory that they came from. The output of a split parameter is the new one.
+        """
         memory = {name: plan.memory_kind or memory_of(x) for name, x in leaf.stored.items()}
         stored = {name: in_memory(x, "device") for name, x in leaf.stored.items()}
         if plan.bits in (8, "bf16"):
             stored = {name: not_differentiated(x, plan.path) for name, x in stored.items()}
         leaf = leaf._replace(stored=stored)
-        out, stored = self._with_tail(plan, leaf, hyper, tail)
+        if isinstance(leaf.p, SplitParameter):  # the output is always the new parameter
+            out, stored = self._replace(fused=True)._with_tail(plan, leaf, hyper, tail)
+            out = leaf.p.with_value(out)
+        else:
+            out, stored = self._with_tail(plan, leaf, hyper, tail)
         return out, {name: in_memory(x, memory[name]) for name, x in stored.items()}
 
     def _with_tail(self, plan: LeafPlan, leaf: Leaf, hyper: dict[str, Any], tail: Tail):
@@ -125,15 +134,22 @@ class LeafStep(NamedTuple):
         step = Step(self.method.rule, hyper=static, fused=fused, skip_nonfinite=self.skip_nonfinite, dtype=dtype)
         moments = tuple(stored[name] for name in names)
         if plan.blocks is None:
+            p = joined(p)
             out, new = apply_rule(step, g, p, tuple(m.astype(compute) for m in moments), traced, compute)
             new = [self._narrowed(f"{plan.path}/{n}", *pair) for n, *pair in zip(names, new, moments)]
             return out, stored | dict(zip(names, new))
+        remainder = weight_key = None
+        if isinstance(p, SplitParameter):
+            step = replace(step, split=p.bits)
+            p, remainder, weight_key = p.p, p.remainder, p.key
         step = step.with_storage(self.method.stored(plan), plan.blocks)
         absmax = tuple(stored[f"{name}_absmax"] for name in names)
         traced = {k: jnp.asarray(v, jnp.float32) for k, v in traced.items()}
         key = None if step.rounding == "nearest" else rounding_key(step.rounding, plan.path, self.count)
         needs_p = fused or "weight_decay" in hyper or "coupled_weight_decay" in hyper
         operands = Operands(g, p if needs_p else None, moments, absmax, traced, key)
+        if needs_p:
+            operands = operands._replace(remainder=remainder, weight_key=weight_key if fused else None)
         out, codes, absmax = step_blockwise(step, operands, self.implementation, plan.placement, p)
         return out, dict(zip(names, codes)) | {f"{name}_absmax": a for name, a in zip(names, absmax)}
 

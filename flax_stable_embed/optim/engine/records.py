@@ -1,6 +1,8 @@
 """Records the decisions of `init`, for `describe` and `convert_state`, which trace `init` and read its records."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -46,8 +48,15 @@ class StayedField(NamedTuple):
     reason: str
 
 
+class Remainder(NamedTuple):
+    """The remainder of a parameter that `split_weights` splits: the bits of both in all, and its bytes."""
+
+    bits: int
+    bytes: int
+
+
 class Record(NamedTuple):
-    """What one 8-bit transform keeps.
+    """What one 8-bit transform keeps, or `split_weights`.
 
     Attributes:
         format: The very array that its state has as `format`, by which the state is found in a larger one.
@@ -57,6 +66,7 @@ class Record(NamedTuple):
         moments: Where each moment is.
         method: The optimizer; None for `quantize_state`.
         stayed: Fields of a wrapped transform's state that stay as they are.
+        remainders: The remainders of split parameters, by path.
     """
 
     format: Array
@@ -66,6 +76,7 @@ class Record(NamedTuple):
     moments: list[StoredMoment]
     method: Method | None = None
     stayed: tuple[StayedField, ...] = ()
+    remainders: Mapping[str, Remainder] = MappingProxyType({})
 
 
 # Where `trace_init` collects records; None at all other times.

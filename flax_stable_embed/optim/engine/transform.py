@@ -111,7 +111,7 @@ def optimizer(
         del extra_args
         return step(grads, state, params, fused=True)
 
-    return FusedTransformation(init, update, fused_update, step)
+    return FusedTransformation(init, update, fused_update, step, takes_split=True)
 
 
 def _decay(tail: Tail, state: Any) -> tuple[Any, Any]:

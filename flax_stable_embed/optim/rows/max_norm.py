@@ -19,7 +19,7 @@ from ...ops.embedding.lookup import renorm
 from ...ops.embedding.options import check_max_norm
 from ...ops.embedding.rows import SparseRows, distinct, is_sparse_rows, set_rows, take_rows
 from ..arguments import check_transform
-from ..fused_update import FusedTransformation, fused_update, is_fused
+from ..fused_update import FusedTransformation, fused_update, is_fused, takes_split_parameters
 from ..trees import Mask, Params, Updates, is_none, path_name
 from .tables import are_tables, row_numbers_by_path
 
@@ -120,7 +120,7 @@ def with_max_norm(
         scaled_params, *_ = scale_rows(grads, params, token_ids)
         return fused_update(tx, grads, state, scaled_params, token_ids=token_ids, **extra_args)
 
-    return FusedTransformation(tx.init, update, fused if is_fused(tx) else None)
+    return FusedTransformation(tx.init, update, fused if is_fused(tx) else None, takes_split=takes_split_parameters(tx))
 
 
 def _looked_up_rows(

@@ -15,7 +15,7 @@ import optax
 
 from ...ops.embedding.rows import SparseRows, distinct, is_none_or_rows, is_sparse_rows, take_rows
 from ..arguments import check_transform
-from ..fused_update import FusedTransformation, is_fused
+from ..fused_update import FusedTransformation, is_fused, takes_split_parameters
 from ..trees import Mask, Params, Updates, path_name
 from .catch_up import RowHistory, RowSparseState, initial_state, measure_decays
 from .row_step import RowStep, StepInputs, step_on_rows
@@ -149,7 +149,8 @@ def row_sparse(
     def fused_update(grads, state, params, *, token_ids=None, **extra_args):
         return step(grads, state, params, token_ids, extra_args, fused=True)
 
-    return FusedTransformation(init, update, fused_update if is_fused(tx) else None)
+    fused = fused_update if is_fused(tx) else None
+    return FusedTransformation(init, update, fused, takes_split=takes_split_parameters(tx))
 
 
 def _step_inputs(grads: Updates, params: Params, state: Any, token_ids: Any, mask: Mask) -> StepInputs:

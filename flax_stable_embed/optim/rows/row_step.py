@@ -28,6 +28,7 @@ from ...ops.embedding.rows import SparseRows, placed_like_rows, set_rows, take_r
 from ...ops.sharding import explicit_sharding
 from ..boxes import as_jax
 from ..fused_update import fused_update
+from ..split_parameter import SplitParameter
 from ..storage.moments import is_codes, memory_of
 from ..storage.rules import table_shapes
 from ..trees import Params, is_none, path_name
@@ -203,8 +204,9 @@ def step_on_rows(
     def gather(place: int, table: Any, arrays: dict[int, Array], start: Any, size: int) -> tuple[Array, TableRows]:
         x = tables[place]
         indices, values = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x.indices, x.values))
-        p = None if table is None else take_rows(table, indices)
-        like = next((a for a in (table, *arrays.values()) if a is not None and a.ndim == 2), None)
+        p = None if table is None else _rows(table, indices)
+        stored = table.p if isinstance(table, SplitParameter) else table
+        like = next((a for a in (stored, *arrays.values()) if a is not None and a.ndim == 2), None)
         values = values if like is None else placed_like_rows(like, indices, values)
         rows = TableRows(values, p, {i: take_rows(a, indices) for i, a in arrays.items()})
         return indices, rows if catch_up is None else catch_up(place, indices, rows)
@@ -220,28 +222,50 @@ def step_on_rows(
         arrays = {i: set_rows(a, indices, state[i]) for i, a in before[place].items()}
         written = rows.with_drift(out[place], fused=step.fused)
         if step.fused:
-            target = set_rows(table, indices, written)
+            target = _with_rows(table, indices, written)
         else:
             target = jnp.zeros(x.values.shape, written.dtype, out_sharding=explicit_sharding(written))
             target = jax.lax.dynamic_update_slice_in_dim(target, written, 0, 0)
 
         def one_chunk(k: Any, carry: Any, place=place, table=table, size=size) -> Any:
-            arrays, target = carry
+            arrays, parts = carry
+            target = _whole(table, parts)
             start = first_sizes[place] + k * size
             indices, rows = gather(place, target if step.fused else table, arrays, start, size)
             out, state = step(inputs, {**zero_rows, place: rows}, others=False)
             written = rows.with_drift(out[place], fused=step.fused)
             arrays = {i: set_rows(a, indices, state[i]) for i, a in arrays.items()}
             if step.fused:
-                return arrays, set_rows(target, indices, written)
+                return arrays, _parts(_with_rows(target, indices, written))
             return arrays, jax.lax.dynamic_update_slice_in_dim(target, written, start, 0)
 
         if n_chunks := (x.indices.size - first_sizes[place]) // size:
-            arrays, target = jax.lax.fori_loop(0, n_chunks, one_chunk, (arrays, target))
+            arrays, parts = jax.lax.fori_loop(0, n_chunks, one_chunk, (arrays, _parts(target)))
+            target = _whole(table, parts)
         for i, a in arrays.items():
             state[i] = a
         out[place] = target if step.fused else x.with_values(target)
     return StepOutputs(out, state)
+
+
+def _rows(table: Any, indices: Array) -> Array:
+    """Returns rows of a table; in float32 if it is split."""
+    return table.rows(indices) if isinstance(table, SplitParameter) else take_rows(table, indices)
+
+
+def _with_rows(table: Any, indices: Array, rows: Array) -> Any:
+    """Returns a table with other values in some rows."""
+    return table.with_rows(indices, rows) if isinstance(table, SplitParameter) else set_rows(table, indices, rows)
+
+
+def _parts(x: Any) -> Any:
+    """Returns the arrays of a target, for a loop to carry."""
+    return (x.p, x.remainder) if isinstance(x, SplitParameter) else x
+
+
+def _whole(table: Any, parts: Any) -> Any:
+    """Returns the target again, of the arrays of `_parts`."""
+    return table.with_value(parts) if isinstance(parts, tuple) else parts
 
 
 def _chunk_size(x: SparseRows) -> int:

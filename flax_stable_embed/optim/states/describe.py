@@ -4,8 +4,8 @@ With shardings it also says how many bytes each device holds, and whether every 
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from ...ops.dtypes import at_least_float32
-from ..engine.records import Record, StayedField, trace_init
+from ..engine.records import Record, Remainder, StayedField, trace_init
 from ..placement import REPORTED, Placed, num_devices, placed_by_path
 from ..storage.plan import TARGET, LeafPlan
 from ..storage.straddling import straddling
@@ -77,6 +77,8 @@ class StateReport:
             `shards` is None where no sharding is known. `straddles` says which blocks are on more than one device, so
             that each step moves data between devices, and the way out; it is "" where none are.
         other_bytes: What else the state holds: counts, and the states of other transforms.
+        remainders: The `(bits, bytes)` of every parameter that `fse.split_weights` splits, by path: the bits of the
+            bfloat16 and its remainder in all, and the bytes of the remainder.
         stayed: One `(field, bytes, reason)` for every field of a wrapped transform (`fse.quantize_state`) that is not
             in `rows`. `other_bytes` includes these bytes.
         bytes_per_device: The bytes of the state that one device holds, without host memory; None where no sharding is
@@ -87,6 +89,7 @@ class StateReport:
 
     rows: tuple[Row, ...]
     other_bytes: int
+    remainders: Mapping[str, Remainder] = field(default_factory=dict, hash=False)
     stayed: tuple[StayedField, ...] = ()
     bytes_per_device: int | None = None
     bytes_in_host_memory: int = 0
@@ -94,25 +97,35 @@ class StateReport:
     @property
     def total_bytes(self) -> int:
         """All bytes of the state."""
-        return sum(row.bytes for row in self.rows) + self.other_bytes
+        return sum(row.bytes for row in self.rows) + self.remainder_bytes + self.other_bytes
+
+    @property
+    def remainder_bytes(self) -> int:
+        """The bytes of all remainders."""
+        return sum(remainder.bytes for remainder in self.remainders.values())
 
     @property
     def total_bytes_in_fp32(self) -> int:
         """All bytes of the state if every moment were in float32."""
-        return sum(row.bytes_in_fp32 for row in self.rows) + self.other_bytes
+        return sum(row.bytes_in_fp32 for row in self.rows) + self.remainder_bytes + self.other_bytes
 
     def __str__(self) -> str:
-        if not self.rows:
+        if not self.rows and not self.remainders:
             return f"No 8-bit transform of this library in it; the state has {self.other_bytes:,} bytes."
-        lines = [*_table(_folded(self.rows)), ""]
+        lines = [*_table(_folded(self.rows)), ""] if self.rows else []
         for bits in (8, 32, *sorted({r.bits for r in self.rows} - {8, 32})):
             rows = [r for r in self.rows if r.bits == bits]
             size, name = sum(r.bytes for r in rows), f"{bits}-bit" if isinstance(bits, int) else bits
             elements = sum(r.elements for r in rows)
+            if not rows and not self.rows:
+                continue
             lines.append(f"{name}: {_parameters(rows)}, {elements:,} elements, {size:,} bytes{_each(size, rows)}")
         if any(row.rounding for row in self.rows):
             lines += _wrapped("rounding: ", _grouped(self.rows, "rounding"))
-        lines += _wrapped("runs on: ", _grouped(self.rows, "implementation"))
+        if self.rows:
+            lines += _wrapped("runs on: ", _grouped(self.rows, "implementation"))
+        if self.remainders:
+            lines += _wrapped("split weights: ", _bits_of(self.remainders.values()))
         lines += [f"stayed as it is: {s.field}, {s.bytes:,} bytes, {s.reason}" for s in self.stayed]
         lines += [f"straddles devices: {r.path}: {r.straddles}" for r in self.rows if r.straddles]
         lines.append(f"other state: {self.other_bytes:,} bytes")
@@ -190,7 +203,9 @@ def describe(
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     meshes = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in placed.values()}
     on_device = (None, 0) if None in meshes or len(meshes) != 1 else _bytes_per_device(tx, params, placed)
-    return StateReport(rows, size - sum(row.bytes for row in rows), stayed, *on_device)
+    remainders = {path: found for _, record in records for path, found in record.remainders.items()}
+    others = size - sum(row.bytes for row in rows) - sum(found.bytes for found in remainders.values())
+    return StateReport(rows, others, remainders, stayed, *on_device)
 
 
 def _row(record: Record, plan: LeafPlan, known: Placed | None) -> Row:
@@ -300,6 +315,17 @@ def _grouped(rows: Iterable[Row], field: str) -> list[str]:
         by_name.setdefault(getattr(row, field), []).append(row)
     by_name.pop("", None)
     return [f"{name} ({_parameters(found)})" for name, found in by_name.items()]
+
+
+def _bits_of(remainders: Iterable[Remainder]) -> list[str]:
+    """Lists the bits of split weights, each with the number of its parameters and the bytes of their remainders."""
+    by_bits: dict[int, list[int]] = {}
+    for bits, size in remainders:
+        by_bits.setdefault(bits, []).append(size)
+    return [
+        f"{bits} bits ({len(sizes)} parameter{'s' * (len(sizes) > 1)}, {sum(sizes):,} bytes)"
+        for bits, sizes in sorted(by_bits.items())
+    ]
 
 
 def _wrapped(head: str, parts: list[str]) -> list[str]:

@@ -214,7 +214,7 @@ class Rules:
     def matches(self, path: str, shape: tuple[int, ...]) -> Iterator[int]:
         """Yields the indices in `user` of the rules that match a parameter, in order. The first one wins."""
         shape = self.global_shape(path, shape)
-        return (i for i, (pattern, _) in enumerate(self.user) if _matches(pattern, path, shape))
+        return (i for i, (pattern, _) in enumerate(self.user) if matches_pattern(pattern, path, shape))
 
     def global_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape that rules see. A step may represent a table by a few rows: rules see the table's shape."""
@@ -234,10 +234,10 @@ class _Path:
 
 
 def _normalize(rules: UserRules) -> list[tuple[re.Pattern | Where | _Path, Rule]]:
-    if isinstance(rules, tuple | list) and all(_is_pair(r) for r in rules):
-        return [(_pattern(pattern), _rule(value)) for pattern, value in rules]
+    if isinstance(rules, tuple | list) and all(is_pair(r) for r in rules):
+        return [(pattern_of(pattern), _rule(value)) for pattern, value in rules]
     labels, _ = jax.tree_util.tree_flatten_with_path(rules, is_leaf=lambda x: isinstance(x, Rule))
-    if _is_pair(rules):
+    if is_pair(rules):
         raise TypeError(f"`rules` must be a tuple of pairs, got a single pair {rules!r}. Use rules=({rules!r},).")
     if not labels or isinstance(rules, str):
         raise TypeError(
@@ -247,14 +247,16 @@ def _normalize(rules: UserRules) -> list[tuple[re.Pattern | Where | _Path, Rule]
     return [(_Path(path_name(path)), _rule(label)) for path, label in labels]
 
 
-def _is_pair(rule: Any) -> bool:
+def is_pair(rule: Any) -> bool:
+    """Returns whether a rule is a pair with a pattern."""
     if not isinstance(rule, tuple | list) or len(rule) != 2:
         return False
     is_label = _is_bits(rule[0]) or isinstance(rule[0], Rule)  # "bf16" is a label, not a pattern
     return not is_label and (isinstance(rule[0], str | re.Pattern | Where) or callable(rule[0]))
 
 
-def _pattern(pattern: Any) -> re.Pattern | Where:
+def pattern_of(pattern: Any) -> re.Pattern | Where:
+    """Returns a user's pattern, with a string as a regular expression."""
     if callable(pattern):
         raise TypeError(
             f"`rules` has the function {pattern!r} as a pattern. Use fse.where(function of a path and a shape)."
@@ -276,7 +278,8 @@ def _rule(value: Any) -> Rule:
     raise ValueError(f"`rules` must give 8, 32, 'bf16', 'rowwise' or a Rule for each pattern, got {value!r}.")
 
 
-def _matches(pattern: re.Pattern | Where | _Path, path: str, shape: tuple[int, ...]) -> bool:
+def matches_pattern(pattern: re.Pattern | Where | _Path, path: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a pattern matches a parameter."""
     if isinstance(pattern, _Path):
         return pattern.path == path
     return bool(pattern.predicate(path, shape) if isinstance(pattern, Where) else pattern.search(path))

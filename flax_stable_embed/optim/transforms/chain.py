@@ -9,12 +9,20 @@ gradients. The optimizer gets the number, and its kernels multiply:
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..fused_update import FusedTransformation, ScalingTransformation, check_members, is_fused
+from ..fused_update import (
+    FusedTransformation,
+    ScalingTransformation,
+    check_members,
+    is_fused,
+    takes_split_parameters,
+)
 from ..rows.global_norm import clip_by_global_norm
+from ..split_parameter import joined
 
 
 def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
@@ -44,8 +52,9 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     def step(grads, state, params, extra_args, *, fused):
         check_members(state, len(transforms))
         states, scale = [], None
+        params32 = jax.tree.map(joined, params) if others else params
         for tx, own in zip(others, state):
-            grads, own = tx.update(grads, own, params, **extra_args)
+            grads, own = tx.update(grads, own, params32, **extra_args)
             states.append(own)
         for factor, own in zip(scaling, state[len(others) :]):
             number, own = factor(grads, own, scale)
@@ -65,7 +74,8 @@ def chain(*transforms: optax.GradientTransformation) -> FusedTransformation:
     def fused(grads, state, params, **extra_args):
         return step(grads, state, params, extra_args, fused=True)
 
-    return FusedTransformation(optax.chain(*transforms).init, update, fused)
+    init = optax.chain(*transforms).init
+    return FusedTransformation(init, update, fused, takes_split=takes_split_parameters(last))
 
 
 def _last_factors(members: Sequence[Any]) -> list[Callable]:
