@@ -75,6 +75,7 @@ class Case(NamedTuple):
     dtype: Any = jnp.float32
     along_rows: bool = False
     clips: bool = False  # by the global norm
+    split: int | None = None  # bits of a bfloat16 parameter and its remainder
     how: str = "fused_update"  # or "update", or "in_place", both followed by `optax.apply_updates`
 
     @property
@@ -87,6 +88,7 @@ class Case(NamedTuple):
             return optax.adamw(1e-3)
         state_format = fse.StateFormat(self.codec, self.rounding, block_axis=-1 if self.along_rows else None)
         tx = fse.adamw8bit(1e-3, state_format=state_format, implementation=self.implementation)
+        tx = tx if self.split is None else fse.split_weights(tx, self.split)
         return fse.in_place(tx) if self.how == "in_place" else tx
 
     @property
@@ -98,17 +100,19 @@ class Case(NamedTuple):
     def least_bytes(self) -> int:
         """Returns the bytes per parameter that an 8-bit step moves at least, without scales.
 
-        Parameter, gradient and codes are read, parameter and codes are written. A norm reads the gradient once more.
+        Parameter, gradient, codes and remainder are read, parameter, codes and remainder are written. A norm reads the
+        gradient once more.
         Updates are written and read, and the parameter is read once more.
         """
         wide = jnp.dtype(self.dtype).itemsize
-        return 3 * wide + 4 + wide * self.clips + 3 * self.updates_bytes
+        remainder = 0 if self.split is None else self.split // 8 - 2
+        return 3 * wide + 4 + 2 * remainder + wide * self.clips + 3 * self.updates_bytes
 
     @property
     def blocks(self) -> Blocks:
         """Returns the blocks of its moments."""
         params = {"kernel": jax.ShapeDtypeStruct(self.shape, self.dtype)}
-        optimizer = self._replace(clips=False).optimizer
+        optimizer = self._replace(clips=False, split=None).optimizer
         absmax = jax.eval_shape(optimizer.init, params)[0].mu_absmax["kernel"].shape
         axis = next(k for k, (n, d) in enumerate(zip(absmax, self.shape)) if n != d)
         return Blocks(axis, self.shape[axis] // absmax[axis])
@@ -125,6 +129,9 @@ CASES = {
     "`adamw8bit`, nearest": Case(rounding="nearest"),
     "`adamw8bit`, stochastic": Case(rounding="stochastic"),
     "`adamw8bit`, bfloat16 parameters and gradients": Case(dtype=jnp.bfloat16),
+    "`split_weights(adamw8bit)`, 24 bits, bfloat16 gradients": Case(dtype=jnp.bfloat16, split=24),
+    "`split_weights(adamw8bit)`, 32 bits, bfloat16 gradients": Case(dtype=jnp.bfloat16, split=32),
+    "`split_weights(adamw8bit)`, 24 bits, nearest moments": Case(dtype=jnp.bfloat16, split=24, rounding="nearest"),
     "`adamw8bit`, blocks along rows": Case((32768, 1024), along_rows=True),
     "`adamw8bit`, `dynamic`": Case(codec="dynamic"),
     "`adamw8bit`, `linear`": Case(codec="linear"),
@@ -159,7 +166,21 @@ def compiling_for(device: Any) -> Any:
     return jax.set_mesh(Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,)))
 
 
-SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8, "f64": 8}
+SIZES = {
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s8": 1,
+    "u8": 1,
+    "pred": 1,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]\{([^}]*)\}")
 

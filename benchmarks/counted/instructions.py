@@ -53,6 +53,7 @@ class Case(NamedTuple):
     block_size: int | None = None
     block_axis: int | None = None
     fused: bool = True
+    split: int | None = None  # bits of a bfloat16 parameter and its remainder
 
     @property
     def transform(self) -> Any:
@@ -60,7 +61,8 @@ class Case(NamedTuple):
         options = {"momentum": 0.9} if self.optimizer == "sgd8bit" else {}
         blocks = {"block_size": self.block_size, "block_axis": self.block_axis}
         state_format = fse.StateFormat(self.codec, self.rounding, **blocks)
-        return getattr(fse, self.optimizer)(1e-3, state_format=state_format, rules=((".*", 8),), **options)
+        tx = getattr(fse, self.optimizer)(1e-3, state_format=state_format, rules=((".*", 8),), **options)
+        return tx if self.split is None else fse.split_weights(tx, self.split)
 
 
 CASES = {
@@ -69,6 +71,9 @@ CASES = {
     "stochastic": Case(rounding="stochastic"),
     "bfloat16": Case(dtype=jnp.bfloat16),
     "bfloat16, dither": Case(dtype=jnp.bfloat16, rounding="dither"),
+    "24 bits": Case(dtype=jnp.bfloat16, split=24),
+    "24 bits, dither": Case(dtype=jnp.bfloat16, rounding="dither", split=24),
+    "32 bits, dither": Case(dtype=jnp.bfloat16, rounding="dither", split=32),
     "`update`": Case(fused=False),
     "`dynamic`": Case(codec="dynamic"),
     "`linear`": Case(codec="linear"),

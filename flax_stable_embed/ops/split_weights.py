@@ -29,7 +29,6 @@ from jax import Array, lax
 INFINITY = np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _QUIET_NAN = np.int32(0x7FC00000)
-_LARGEST_OF_24 = np.int32(0x7F7FFF00)  # the largest number below infinity with 15 bits of mantissa
 REMAINDERS = {24: np.dtype(np.int8), 32: np.dtype(np.int16)}  # by the bits of a weight in all
 
 
@@ -61,8 +60,7 @@ def _split(bits: int, x: Array, noise: Array | None) -> tuple[Array, Array]:
     if bits == 24:
         last = noise & np.uint32(255) if noise is not None else None
         added = (127 + ((magnitude >> 8) & 1)) if last is None else lax.bitcast_convert_type(last, jnp.int32)
-        shortened = jnp.minimum((magnitude + added) & np.int32(~255), _LARGEST_OF_24)
-        magnitude = jnp.where(magnitude < INFINITY, shortened, magnitude)
+        magnitude = jnp.where(magnitude < INFINITY, (magnitude + added) & np.int32(~255), magnitude)
     magnitude = jnp.where(magnitude > INFINITY, _QUIET_NAN, magnitude)
     top = (magnitude + np.int32(1 << 15)) >> 16
     remainder = (magnitude - (top << 16)) >> (32 - bits)
@@ -80,27 +78,26 @@ def _split_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 def split_in_kernel(x: Array, bits: int, noise: Array | None) -> tuple[Array, Array]:
     """Does what `split_weight` does, in fewer instructions and without 16-bit integers.
 
-    It takes results of arithmetic, which are no signaling NaN.
+    It takes results of arithmetic, which are no signaling NaN. The sign stays in the word, because no sum of a finite
+    number carries into it.
     """
     word = lax.bitcast_convert_type(x, jnp.int32)
-    magnitude = word & _MAGNITUDE
-    finite = magnitude
+    finite = word
     if bits == 24:
-        added = (127 + ((magnitude >> 8) & 1)) if noise is None else lax.bitcast_convert_type(noise, jnp.int32) & 255
-        finite = jnp.minimum((magnitude + added) & np.int32(~255), _LARGEST_OF_24)
-    magnitude = jnp.where(magnitude < INFINITY, finite, magnitude & _QUIET_NAN)
-    top = (magnitude + np.int32(1 << 15)) & np.int32(~0xFFFF)
-    remainder = (magnitude - top) >> (32 - bits)
-    p = lax.bitcast_convert_type(top | (word & np.int32(~_MAGNITUDE)), jnp.float32)
-    return p.astype(jnp.bfloat16), remainder.astype(REMAINDERS[bits])
+        added = (127 + ((word >> 8) & 1)) if noise is None else lax.bitcast_convert_type(noise, jnp.int32) & 255
+        finite = (word + added) & np.int32(~255)
+    word = jnp.where((word & _MAGNITUDE) < INFINITY, finite, word & (_QUIET_NAN | np.int32(~_MAGNITUDE)))
+    top = (word + np.int32(1 << 15)) & np.int32(~0xFFFF)
+    remainder = (word - top) >> (32 - bits)
+    return lax.bitcast_convert_type(top, jnp.float32).astype(jnp.bfloat16), remainder.astype(REMAINDERS[bits])
 
 
 def join_in_kernel(p: Array, remainder: Array) -> Array:
-    """Does what `join_weight` does, without 16-bit integers."""
+    """Does what `join_weight` does, without 16-bit integers. If the sum changes the sign, the magnitude was zero."""
     shift = 16 - 8 * remainder.dtype.itemsize
     word = lax.bitcast_convert_type(p.astype(jnp.float32), jnp.int32)
-    magnitude = (word & _MAGNITUDE) + (remainder.astype(jnp.int32) << shift)
-    return lax.bitcast_convert_type(jnp.maximum(magnitude, 0) | (word & np.int32(~_MAGNITUDE)), jnp.float32)
+    joined = word + (remainder.astype(jnp.int32) << shift)
+    return lax.bitcast_convert_type(jnp.where((joined ^ word) < 0, word, joined), jnp.float32)
 
 
 @jax.custom_jvp

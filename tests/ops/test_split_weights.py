@@ -56,19 +56,16 @@ def test_32_bits_join_to_the_very_bits(numbers):
 
 
 def test_24_bits_join_to_the_nearest_number_of_15_bits(numbers):
-    """And never to infinity, unless the number is infinite. Compared in exact integers."""
+    """To infinity, too, as in any rounding to nearest. Compared in exact integers."""
     p, remainder = split(numbers, 24)
     assert remainder.dtype == np.int8
     found = words(join(p, remainder)).astype(np.int64) & 0x7FFFFFFF
     exact = words(numbers).astype(np.int64) & 0x7FFFFFFF
     assert (words(join(p, remainder)) >> 31 == words(numbers) >> 31).all()
     assert (found % 256 == 0).all()
-    below_largest = exact < 0x7F7FFF80
-    assert np.abs(found - exact)[below_largest].max() <= 128
-    ties = below_largest & (exact % 256 == 128)
+    assert np.abs(found - exact).max() <= 128
+    ties = exact % 256 == 128
     assert (found[ties] // 256 % 2 == 0).all()
-    assert ((found == 0x7F800000) == (exact == 0x7F800000)).all()
-    assert np.abs(found - exact).max() <= 255
 
 
 @pytest.mark.parametrize("bits", REMAINDERS)
@@ -145,6 +142,9 @@ def test_no_operation_is_of_floating_point():
     x, noise = jnp.ones(8), jnp.arange(8, dtype=jnp.uint32)
     programs = (lambda x: split_weight(x, 24, noise), (x,)), (join_weight, split_weight(x, 32))
     for function, args in programs:
-        for equation in jax.make_jaxpr(function)(*args).eqns:
+        (call,) = jax.make_jaxpr(function)(*args).eqns
+        equations = call.params["call_jaxpr"].eqns
+        assert len(equations) > 5
+        for equation in equations:
             floating = [v for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
             assert not floating or equation.primitive is lax.bitcast_convert_type_p, equation

@@ -4,7 +4,7 @@ With shardings it also says how many bytes each device holds, and whether every 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -89,7 +89,7 @@ class StateReport:
 
     rows: tuple[Row, ...]
     other_bytes: int
-    remainders: Mapping[str, Remainder] = field(default_factory=dict, hash=False)
+    remainders: dict[str, Remainder] = field(default_factory=dict, hash=False)
     stayed: tuple[StayedField, ...] = ()
     bytes_per_device: int | None = None
     bytes_in_host_memory: int = 0
