@@ -75,6 +75,15 @@ def _split_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return (p, remainder), (tangents[0].astype(p.dtype), np.zeros(remainder.shape, jax.dtypes.float0))
 
 
+def convert_remainder(remainder: Array, dtype: Any) -> Array:
+    """Returns the remainder of the same bfloat16 in another dtype of `REMAINDERS`, rounded to nearest."""
+    if remainder.dtype == dtype:
+        return remainder
+    wide = remainder.astype(jnp.int32)
+    changed = wide << 8 if dtype == jnp.int16 else jnp.minimum((wide + 128) >> 8, 127)
+    return changed.astype(dtype)
+
+
 def split_in_kernel(x: Array, bits: int, noise: Array | None) -> tuple[Array, Array]:
     """Does what `split_weight` does, in fewer instructions and without 16-bit integers.
 

@@ -1,11 +1,10 @@
 """Records the decisions of `init`, for `describe` and `convert_state`, which trace `init` and read its records."""
 
-from collections.abc import Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax import Array
 
@@ -55,6 +54,13 @@ class Remainder(NamedTuple):
     bytes: int
 
 
+class Split(NamedTuple):
+    """What `split_weights` keeps: the remainders by path of the parameter, and the values of its `format`."""
+
+    remainders: dict[str, Remainder]
+    code: np.ndarray
+
+
 class Record(NamedTuple):
     """What one 8-bit transform keeps, or `split_weights`.
 
@@ -66,7 +72,7 @@ class Record(NamedTuple):
         moments: Where each moment is.
         method: The optimizer; None for `quantize_state`.
         stayed: Fields of a wrapped transform's state that stay as they are.
-        remainders: The remainders of split parameters, by path.
+        split: What `split_weights` keeps; None for all others.
     """
 
     format: Array
@@ -76,7 +82,7 @@ class Record(NamedTuple):
     moments: list[StoredMoment]
     method: Method | None = None
     stayed: tuple[StayedField, ...] = ()
-    remainders: Mapping[str, Remainder] = MappingProxyType({})
+    split: Split | None = None
 
 
 # Where `trace_init` collects records; None at all other times.

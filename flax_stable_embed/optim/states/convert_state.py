@@ -15,6 +15,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
+from ...ops.split_weights import convert_remainder
 from ..engine.records import StoredMoment
 from ..storage.moments import dequantize_moment, in_memory, is_codes, memory_of, quantize_moment
 from ..trees import Params
@@ -41,6 +42,10 @@ def convert_state(
     `dynamic` codec, the largest element of a block loses 0.7% each time it is stored, if it is negative. "rowwise"
     stores the mean of each row. Decoded, every element of the row has that mean. The second moment of centered RMSprop
     is raised to the square of the mean where rounding has made it smaller, because optax would compute NaN.
+
+    Remainders of `fse.split_weights` keep the weights, to the bits that they have room for. They are zero where the
+    source has none, because the bfloat16 parameters are then all that is known. To continue a float32 run, use
+    `fse.from_master_weights`. To leave `split_weights`, take `fse.master_weights` and allow to reset "remainder".
 
     A step count of moments is taken from the count of the same moments. Any other count, such as the count of a
     schedule, is taken from the nearest one of its kind. A count on which only random bits depend may start at 0. A
@@ -102,6 +107,8 @@ def convert_state(
             if (mean := source.means.get(origin)) is not None and not is_codes(target.expected[name].dtype):
                 # Rounded moments need not satisfy nu >= mu^2, and the root of a negative variance is NaN.
                 x = jnp.maximum(x, jnp.square(_decoded(stored(mean), source.moments.get(mean))) * (1 + 2.0**-20))
+            if name in target.remainders:
+                x = convert_remainder(x, target.expected[name].dtype)
             values = _encoded(x, target.moments.get(name), target.expected[name])
         for k, x in zip(target.array_names(name), values):
             dtype = target.expected[k].dtype

@@ -203,7 +203,9 @@ def describe(
     size = sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     meshes = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in placed.values()}
     on_device = (None, 0) if None in meshes or len(meshes) != 1 else _bytes_per_device(tx, params, placed)
-    remainders = {path: found for _, record in records for path, found in record.remainders.items()}
+    remainders = {
+        path: found for _, record in records if record.split for path, found in record.split.remainders.items()
+    }
     others = size - sum(row.bytes for row in rows) - sum(found.bytes for found in remainders.values())
     return StateReport(rows, others, remainders, stayed, *on_device)
 

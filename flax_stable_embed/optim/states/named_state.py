@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.tree_util import GetAttrKey
 
-from ..engine.records import StoredMoment, trace_init
+from ..engine.records import Record, StoredMoment, trace_init
 from ..storage.format_code import format_code, format_difference, is_right
 from ..storage.moments import Sums, is_codes
 from ..trees import Params, path_name
@@ -46,7 +46,8 @@ class NamedState:
         without_counts: The 8-bit optimizers whose rule does not depend on the count.
         codes: The values that each array `format` must have.
         means: The name of the mean for each second moment of which a variance is computed.
-        moment_fields: The fields of the moments: "mu", "nu".
+        remainders: The names of the remainders of split weights.
+        moment_fields: The fields of the moments, "mu" and "nu", and "remainder".
         counts: The names of all step counts.
         shapes: The shape of every value, without scales and formats. A moment has the shape that it has decoded.
         value_counts: The counts that are stored next to a value. The others belong to schedules, for example.
@@ -60,9 +61,11 @@ class NamedState:
             raise ValueError(
                 f"A wrapper in `{argument}` hides the state of an 8-bit optimizer. Convert that optimizer's state."
             )
-        # The state of a transform inside `quantize_state` gets the names that it has without the wrapper.
-        wrapped = [place for place, record in records if record.method is None]
-        self.wrappers = [path_name((*place, GetAttrKey("inner"))) for place in wrapped]
+        # The state inside `quantize_state` and `split_weights` gets the names that it has without the wrapper.
+        # The fields of `split_weights` itself get a name more, because the state inside may have such fields too.
+        fields = [(*place, GetAttrKey(_field(record))) for place, record in records if record.method is None]
+        self.wrappers = sorted(map(path_name, fields), key=len, reverse=True)
+        self.splits = [path_name((*place, GetAttrKey(""))) for place, record in records if record.split]
         self.expected = dict(self.named(self.state))
         paths = [path for path, _ in jax.tree.leaves_with_path(self.state)]
         twice = [name for name, n in Counter(map(self.name, paths)).items() if n > 1]
@@ -76,6 +79,8 @@ class NamedState:
         self.formats, self.without_counts = {}, set()
         self.codes: dict[str, np.ndarray] = {}
         self.means: dict[str, str] = {}
+        self.remainders: set[str] = set()
+        placeholders: set[str] = set()
         self.sums = {self.name(path): sums for path, sums in _traces_of_optax(self.state)}
         for place, record in records:
             declared = record.method.moments if record.method else ()
@@ -88,10 +93,19 @@ class NamedState:
                 self.means |= {name: names[path, "mu"] for (path, field), name in names.items() if field == "nu"}
             vector = self.name((*place, GetAttrKey("format")))
             self.formats[vector] = record
-            self.codes[vector] = format_code(record.formats, list(record.plans.values()))
+            if record.split is None:
+                self.codes[vector] = format_code(record.formats, list(record.plans.values()))
+            else:
+                self.codes[vector] = record.split.code
+                remainder = self.name((*place, GetAttrKey("remainder")))
+                everywhere = [name for name in self.expected if name.startswith(f"{remainder}/")]
+                own = {f"{remainder}/{path}" for path in record.split.remainders}
+                self.remainders |= own
+                placeholders |= {name for name in everywhere if name not in own}
             if record.method is not None and not record.method.counts_steps:
                 self.without_counts.add(self.name(place))
         self.moment_fields = {moment.name for moment in self.moments.values()}
+        self.moment_fields |= {"remainder"} if self.remainders else set()
         self.counts = [
             name
             for name, x in self.expected.items()
@@ -99,7 +113,7 @@ class NamedState:
         ]
         shapes = {name: x.shape for name, x in self.expected.items()}
         shapes |= {name: moment.shape for name, moment in self.moments.items()}
-        not_values = {*self.formats, *self.scales.values()}
+        not_values = {*self.formats, *self.scales.values(), *placeholders}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in not_values}
         values = [name for name in self.shapes if name not in self.counts]
         self.value_counts = {count for name in values for count in self.counts_of(name).values()}
@@ -111,9 +125,13 @@ class NamedState:
     def name(self, path: tuple) -> str:
         """Returns a path as "0/mu/block/kernel"."""
         name = path_name(path)
-        for wrapper in self.wrappers:
+        for split in self.splits:
+            own = name.removeprefix(split)
+            if name.startswith(split) and own.partition("/")[0] in ("count", "remainder", "format"):
+                name = f"{split}split_weights/{own}"
+        for wrapper in self.wrappers:  # the longest first, so that one inside another is removed before it
             if name.startswith(f"{wrapper}/"):
-                return f"{wrapper.removesuffix('inner')}{name[len(wrapper) + 1 :]}"
+                name = f"{wrapper.removesuffix(last_part(wrapper))}{name[len(wrapper) + 1 :]}"
         return name
 
     def counts_of(self, name: str) -> dict[str, str]:
@@ -135,7 +153,8 @@ class NamedState:
         arrays = dict(self.named(state))
         for name, record in self.formats.items():
             if name in arrays and is_right(arrays[name], self.codes[name]) is False:
-                found = format_difference(arrays[name], record.formats) or "its `format` says so"
+                found = None if record.split else format_difference(arrays[name], record.formats)
+                found = found or "its `format` says so"
                 raise ValueError(
                     f"`state` was not made by `{self.argument}`: {found}. (A checkpoint loader that pads or truncates "
                     "arrays makes such states too.)"
@@ -156,6 +175,11 @@ class NamedState:
         for name, code in self.codes.items():
             right &= is_right(arrays[name], code)
         return right
+
+
+def _field(record: Record) -> str:
+    """Returns the field of a wrapper's state that holds the state inside."""
+    return "inner" if record.split is None else "inner_state"
 
 
 def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:

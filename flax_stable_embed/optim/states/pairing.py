@@ -73,7 +73,7 @@ def _pair_values(
         elif same:
             pairs[name] = same.pop()
             unpaired.pop(pairs[name])
-        elif not _is_allowed(name, allow_reset):
+        elif name not in target.remainders and not _is_allowed(name, allow_reset):
             problems.add(f"{name} of the target has no source", _field(end))
     for origin in unpaired:
         if not _is_allowed(origin, allow_reset):

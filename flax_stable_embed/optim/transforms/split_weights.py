@@ -24,7 +24,7 @@ from ...ops.split_weights import REMAINDERS, join_weight, split_weight
 from ..arguments import check_transform, kind_of
 from ..boxes import rebox, unbox
 from ..derivatives import straight_through
-from ..engine.records import RECORDS, Record, Remainder, trace_init
+from ..engine.records import RECORDS, Record, Remainder, Split, trace_init
 from ..fused_update import FusedTransformation, fused_update, takes_split_parameters
 from ..placement import device_of
 from ..split_parameter import SplitParameter, joined
@@ -122,7 +122,7 @@ def split_weights(tx: optax.GradientTransformation, bits: int = 24, rules: Any =
                 for path, x in pairs
                 if (of := found[path_name(path)]) is not None
             }
-            records += [*own, Record(vector, [], {}, {}, [], remainders=kept)]
+            records += [*own, Record(vector, [], {}, {}, [], split=Split(kept, chosen.code(found)))]
         return SplitWeightsState(jnp.zeros([], jnp.int32), tree.unflatten(remainder), inner_state, vector)
 
     def step(grads, state, params, extra_args, *, fused):
@@ -247,7 +247,8 @@ def _is_split_state(x: Any) -> bool:
 
 def _bits_of(tx: Any, params: Params) -> dict[str, int]:
     """Returns the bits of every parameter that `tx` splits, by path."""
-    found = {path: r.bits for _, record in trace_init(tx, params)[1] for path, r in record.remainders.items()}
+    splits = [record.split for _, record in trace_init(tx, params)[1] if record.split]
+    found = {path: remainder.bits for split in splits for path, remainder in split.remainders.items()}
     if not found and any(getattr(unbox(p), "dtype", None) == jnp.bfloat16 for p in jax.tree.leaves(params)):
         raise TypeError("`tx` must be a transform with fse.split_weights in it, but it splits no parameter.")
     return found

@@ -447,3 +447,44 @@ def test_describe_counts_the_remainders():
     assert "split weights: 24 bits (3 parameters, 32,768 bytes), 32 bits (1 parameter, 128 bytes)" in str(report)
     only = fse.describe(build("optax.sgd", 32), params)
     assert str(only).startswith("split weights: 32 bits (4 parameters, 65,664 bytes)")
+
+
+# --- Conversion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["adamw8bit", "quantize_state", "optax.adamw"])
+def test_convert_state_moves_a_run_between_24_and_32_bits(inner):
+    narrow, wide = build(inner, 24), build(inner, 32)
+    params, state = fse.from_master_weights(wide, masters())
+    params, state = fused(wide)(gradients(masters(), 0), state, params)
+    less = fse.convert_state(wide, narrow, params, state)
+    assert_same_bits(less.inner_state, state.inner_state)
+    exact, rounded = fse.master_weights(wide, params, state), fse.master_weights(narrow, params, less)
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded)):
+        np.testing.assert_allclose(a, b, rtol=2.0**-15)
+    again = fse.convert_state(narrow, wide, params, less)
+    assert_same_bits(fse.master_weights(wide, params, again), rounded)
+    assert_same_bits(fse.convert_state(wide, narrow, params, again), less)
+
+
+def test_convert_state_begins_and_ends_split_weights():
+    alone, tx = INNER["adamw8bit"](), build("adamw8bit", 24)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), masters())
+    _, state = updated(alone)(params, alone.init(params), params)
+    found = fse.convert_state(alone, tx, params, state)
+    assert_same_bits(found.inner_state, state)
+    assert found.count == 1 and not any(r.any() for r in jax.tree.leaves(found.remainder))
+    with pytest.raises(ValueError, match=r"remainder/block/kernel .*allow_reset=\('remainder',\)"):
+        fse.convert_state(tx, alone, params, found)
+    assert_same_bits(fse.convert_state(tx, alone, params, found, allow_reset="remainder"), state)
+
+
+def test_convert_state_sees_through_wrappers_and_other_optimizers():
+    before = fse.split_weights(optax.adamw(1e-3))
+    after = optax.MultiSteps(fse.in_place(fse.split_weights(fse.adamw8bit(1e-3, state_format=SMALL), 32)), 2)
+    params, state = fse.from_master_weights(before, masters())
+    params, state = updated(before)(gradients(masters(), 0), state, params)
+    found = fse.convert_state(
+        before, after, params, state, allow_reset=("acc_grads", "mini_step", "gradient_step", "skip_state")
+    )
+    assert_same_bits(fse.master_weights(after, params, found), fse.master_weights(before, params, state))
