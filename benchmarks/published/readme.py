@@ -16,7 +16,7 @@ from typing import Any
 from ..counted import chips, collectives, compiled, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
-from ..tried import errors, quality_report, rounding, switch
+from ..tried import errors, quality_report, rounding, switch, weights
 from . import goals, paths, pictures, roofline
 
 BY_THE_EXAMPLE = ("language_model", "linear")
@@ -51,6 +51,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "embedding": lambda: embedding.markdown(results_of(embedding)),
     "quality": quality,
     "rounding": lambda: rounding.markdown(results_of(rounding)),
+    "weights": lambda: weights.markdown(results_of(weights)),
+    "weights_bytes": weights.markdown_of_bytes,
+    "small_gradients": lambda: weights.markdown_of_small(results_of(weights)),
     "switch": lambda: switch.markdown(results_of(switch)),
     "state": lambda: state.markdown(results_of(state)),
     "collectives": lambda: collectives.markdown(results_of(collectives)),

@@ -60,7 +60,7 @@ class SplitParameter:
             noise = None
             if self.key is not None:
                 noise = placed_like(weight_bits(linear_index(self.shape), self.key), self.p)
-            x = split_weight(x, self.bits, noise)
+            x = split_weight(x.astype(jnp.float32), self.bits, noise)
         p, remainder = x
         return SplitParameter(p, remainder, self.key)
 
@@ -75,7 +75,7 @@ class SplitParameter:
             columns = jnp.arange(self.shape[1], dtype=jnp.uint32)[None]
             index = indices.astype(jnp.uint32)[:, None] * np.uint32(self.shape[1]) + columns
             noise = placed_like(weight_bits(index, self.key), rows)
-        p, remainder = split_weight(rows, self.bits, noise)
+        p, remainder = split_weight(rows.astype(jnp.float32), self.bits, noise)
         return SplitParameter(set_rows(self.p, indices, p), set_rows(self.remainder, indices, remainder), self.key)
 
 
