@@ -10,6 +10,8 @@ code of the running Python's standard library, so nothing is downloaded.
     python examples/language_model.py --compare --seeds 3
     python examples/language_model.py --compare --codec root linear --rounding nearest --embedding-bits 8
                                                                             shows that linear fails
+    python examples/language_model.py --compare --weights split24 bfloat16  weights in bfloat16, with and without a
+                                                                            remainder
     python examples/language_model.py --text mine.txt                       learns from your own text
 
 All output is under `runs/` (or --dir): metrics.jsonl and checkpoints of each run, and comparison.{md,png,json}.
@@ -39,6 +41,7 @@ import flax_stable_embed as fse
 
 EMBEDDINGS = {"embed": fse.nnx.Embed, "stable": fse.nnx.StableEmbed}
 CODECS = ["root", "dynamic", "linear"]
+WEIGHTS = ["float32", "split32", "split24", "bfloat16"]
 HEAD_FEATURES = 64
 WEIGHT_DECAY = 0.1  # as in GPT-3
 VALIDATION_WINDOWS, VALIDATION_GROUPS = 64, 8  # one group at a time, which needs less memory
@@ -109,7 +112,19 @@ def make_optimizer(args) -> optax.GradientTransformation:
         return optax.chain(clip, optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=decayed))
     rules = (("embedding$", 8),) if args.embedding_bits == 8 else ()  # by default embeddings keep fp32
     options = {"rules": rules, "state_format": fse.StateFormat(codec=args.codec[0], rounding=args.rounding)}
-    return fse.in_place(fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options)))
+    tx = fse.chain(clip, fse.adamw8bit(schedule, weight_decay=WEIGHT_DECAY, mask=decayed, **options))
+    if args.weights[0].startswith("split"):
+        tx = fse.split_weights(tx, bits=int(args.weights[0].removeprefix("split")))
+    return fse.in_place(tx)
+
+
+def start(args, params, tx):
+    """Returns parameters and state of a new run. Parameters that are not float32 are bfloat16."""
+    if args.weights[0].startswith("split"):
+        return jax.jit(functools.partial(fse.from_master_weights, tx))(params)
+    if args.weights[0] == "bfloat16":
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    return params, jax.jit(tx.init)(params)
 
 
 def decayed(params):
@@ -118,7 +133,11 @@ def decayed(params):
 
 
 def loss_of(params, graphdef, windows):
-    """Returns the mean cross-entropy of the tokens of each window after the first, in nats."""
+    """Returns the mean cross-entropy of the tokens of each window after the first, in nats.
+
+    It is computed in float32 from parameters of any dtype. Gradients have the dtype of the parameters.
+    """
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     logits = nnx.merge(graphdef, params)(windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
@@ -156,8 +175,8 @@ def train(args) -> dict:
     tx = make_optimizer(args)
     if args.optimizer == "adamw8bit" and not args.quiet:
         print(fse.describe(tx, params))
-    opt_state = jax.jit(tx.init)(params)
-    start, saved = folder.restore({"params": params, "opt_state": opt_state})
+    params, opt_state = start(args, params, tx)
+    first, saved = folder.restore({"params": params, "opt_state": opt_state})
     params, opt_state = saved["params"], saved["opt_state"]
 
     length = args.context + 1  # the last token of a window is only a target
@@ -167,9 +186,9 @@ def train(args) -> dict:
     train_step, validation_loss = make_steps(graphdef, tx)
     windows = jax.ShapeDtypeStruct((args.batch, length), np.int32)
     train_step = train_step.lower(params, opt_state, windows).compile()
-    metrics = folder.open_metrics(after=start)
-    bar = tqdm(initial=start, total=args.steps, desc=settings["name"], mininterval=0.5)
-    for step in range(start + 1, args.steps + 1):
+    metrics = folder.open_metrics(after=first)
+    bar = tqdm(initial=first, total=args.steps, desc=settings["name"], mininterval=0.5)
+    for step in range(first + 1, args.steps + 1):
         # A batch depends only on seed and step, so a checkpoint does not store a position in the text.
         windows = corpus.batch(text.train, args.seed, step, batch_size=args.batch, length=length)
         began = time.perf_counter()
@@ -194,12 +213,15 @@ def settings_of(args, text_key: str) -> dict:
     codec, embedding_bits = (args.codec[0], args.embedding_bits) if args.optimizer == "adamw8bit" else ("fp32", 32)
     embedding = args.embedding + ("" if embedding_bits == 32 else str(embedding_bits))
     rounding = args.rounding if args.optimizer == "adamw8bit" else None
+    weights = args.weights[0] if args.optimizer == "adamw8bit" else "float32"
+    shown = None if weights == "float32" else weights
     same = ("embedding", "seed", "steps", "batch", "context", "vocab", "width", "layers", "learning_rate")
     return {
-        "name": "-".join(filter(None, [args.optimizer, codec, rounding, embedding, f"seed{args.seed}"])),
+        "name": "-".join(filter(None, [args.optimizer, codec, rounding, shown, embedding, f"seed{args.seed}"])),
         "optimizer": args.optimizer,
         "codec": codec,
         "rounding": rounding,
+        "weights": weights,
         "embedding_bits": embedding_bits,
         "text": text_key,
         **{option: getattr(args, option) for option in same},
@@ -210,11 +232,12 @@ def compare(args) -> list[dict]:
     """Trains with fp32 and every 8-bit codec, from the same seeds and data, each run in its own process."""
     key = corpus.load(args.dir, args.vocab, args.text).key
     given = [argument for argument in sys.argv[1:] if argument != "--compare"]
-    variants = [("adamw", "root"), *(("adamw8bit", codec) for codec in args.codec)]
+    variants = [("adamw", "root", "float32")]
+    variants += [("adamw8bit", codec, weights) for codec in args.codec for weights in args.weights]
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
-        for optimizer, codec in variants:
-            own = ["--optimizer", optimizer, "--codec", codec, "--seed", str(seed), "--quiet"]
+        for optimizer, codec, weights in variants:
+            own = ["--optimizer", optimizer, "--codec", codec, "--weights", weights, "--seed", str(seed), "--quiet"]
             if subprocess.run([sys.executable, __file__, *given, *own]).returncode:
                 sys.exit("The comparison was interrupted. Run it with --resume to continue.")
             settings = settings_of(arguments().parse_args([*given, *own]), key)
@@ -233,6 +256,7 @@ def arguments() -> argparse.ArgumentParser:
     option("--optimizer", choices=["adamw", "adamw8bit"], default="adamw8bit")
     option("--embedding", choices=EMBEDDINGS, default="stable")
     option("--codec", choices=CODECS, nargs="+", default=["root"], help="several with --compare")
+    option("--weights", choices=WEIGHTS, nargs="+", default=["float32"], help="of adamw8bit; several with --compare")
     option("--rounding", choices=["nearest", "dither", "stochastic"], help="of 8-bit moments, if not by their decay")
     option("--embedding-bits", type=int, choices=[8, 32], default=32, help="for moments of the embedding")
     option("--compare", action="store_true", help="compare fp32 AdamW with adamw8bit, for every codec")
@@ -257,8 +281,9 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     """Trains one run or a comparison, and reports."""
     args = arguments().parse_args()
-    if len(args.codec) > 1 and not args.compare:
-        sys.exit("A run has one `--codec`. Several need --compare.")
+    for name in ("codec", "weights"):
+        if len(getattr(args, name)) > 1 and not args.compare:
+            sys.exit(f"A run has one `--{name}`. Several need --compare.")
     command = shlex.join(["python", "examples/language_model.py", *sys.argv[1:]])
     began = time.perf_counter()
     runs = compare(args) if args.compare else [train(args)]

@@ -30,6 +30,7 @@ STATE_CLASSES = {  # in the order of the table
     "codes": "state: 8-bit codes",
     "scales": "state: scales of the codes",
     "others": "state: other fp32 arrays",
+    "remainders": "state: remainders of bfloat16 weights",
     "embeddings": "state: embeddings",
 }
 # Okabe and Ito's palette: blue, vermillion, green, purple can be told apart with any kind of color vision.
@@ -45,6 +46,8 @@ def state_bytes(opt_state) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         if is_embedding(path):
             classes["embeddings"] += leaf.nbytes
+        elif ".remainder" in jax.tree_util.keystr(path):
+            classes["remainders"] += leaf.nbytes
         elif "absmax" in jax.tree_util.keystr(path):
             classes["scales"] += leaf.nbytes
         elif leaf.dtype.itemsize == 1 and leaf.ndim > 1:
@@ -87,11 +90,12 @@ def write_run(folder: Path, settings: dict, params, opt_state, compiled_step) ->
     """Writes the report of a finished run into its folder and returns it."""
     metrics = run_folder.read_metrics(folder / "metrics.jsonl")
     sizes = [(is_embedding(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    codec = settings["codec"]
+    codec, weights = settings["codec"], settings["weights"]
     run = {
         **settings,
-        "label": f"{settings['optimizer']}, {codec}",
+        "label": ", ".join([settings["optimizer"], codec] + [weights] * (weights != "float32")),
         "parameters": sum(size for _, size in sizes),
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         "embedding_parameters": sum(size for embedding, size in sizes if embedding),
         "first_loss": metrics[0]["loss"],
         "validation_loss": metrics[-1]["validation_loss"],
@@ -173,7 +177,10 @@ def markdown(summary: dict) -> str:
     seeds = len(next(iter(groups.values())))
     row("optimizer state outside embeddings, bytes per parameter", lambda g: f"{bytes_per_parameter(g[0]):.2f}")
     for key, name in STATE_CLASSES.items():
-        row(name, lambda g, key=key: megabytes(g[0]["state_bytes"][key]))
+        if any(run["state_bytes"].get(key) for run in summary["runs"]):
+            row(name, lambda g, key=key: megabytes(g[0]["state_bytes"].get(key, 0)))
+    if any("split" in label or "bfloat16" in label for label in groups):
+        row("parameters", lambda g: megabytes(g[0]["parameter_bytes"]))
     row("state: total", lambda g: megabytes(sum(g[0]["state_bytes"].values())))
     row(f"validation loss, nats per token{f' (mean of {seeds} seeds)' if seeds > 1 else ''}", loss)
     row("first training loss", lambda g: f"{mean(run['first_loss'] for run in g):.4f}")
@@ -309,7 +316,7 @@ def publish(comparison: Path, name: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", nargs="?", type=Path, default=Path("runs/comparison.json"))
-    parser.add_argument("--publish", metavar="NAME", help="language_model or linear")
+    parser.add_argument("--publish", metavar="NAME", help="language_model, linear or weights_trained")
     args = parser.parse_args()
     print(published(json.loads(args.comparison.read_text())))
     if args.publish:

@@ -8,10 +8,12 @@ shardings. No array is allocated, and nothing is compiled. The memory of a chip 
 documentation of TPU versions.
 """
 
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
@@ -39,20 +41,27 @@ class Slice(NamedTuple):
 SLICES = (
     Slice("7B", "v5e:4x4", (16, 1)),
     Slice("7B", "v5e:4x4", (4, 4)),
+    Slice("7B", "v5e:16x16", (16, 16)),
     Slice("7B", "v5p:2x2x2", (8, 1)),
     Slice("70B", "v5e:16x16", (16, 16)),
     Slice("70B", "v5p:8x8x8", (64, 8)),
 )
 
 
-def optimizers(shards: int) -> dict[str, optax.GradientTransformation]:
-    """Returns the optimizers by name, for a mesh that splits no axis into more than this number of shards."""
+def optimizers(shards: int) -> dict[str, tuple[Any, optax.GradientTransformation]]:
+    """Returns dtype of parameters and optimizer by name, for a mesh that splits no axis into more shards than this."""
     state_format = fse.StateFormat(shards=shards)
+    adamw8bit = fse.adamw8bit(1e-4, state_format=state_format)
     in_host = ((".*", fse.Rule(memory_kind="pinned_host")),)
     return {
-        "`optax.adamw`": optax.adamw(1e-4),
-        "`adamw8bit`": fse.adamw8bit(1e-4, state_format=state_format),
-        '`adamw8bit`, `memory_kind="pinned_host"`': fse.adamw8bit(1e-4, rules=in_host, state_format=state_format),
+        "`optax.adamw`": (jnp.float32, optax.adamw(1e-4)),
+        "`optax.adamw`, bfloat16": (jnp.bfloat16, optax.adamw(1e-4)),
+        "`adamw8bit`": (jnp.float32, adamw8bit),
+        '`adamw8bit`, `memory_kind="pinned_host"`': (
+            jnp.float32,
+            fse.adamw8bit(1e-4, rules=in_host, state_format=state_format),
+        ),
+        "`split_weights(adamw8bit)`, bfloat16": (jnp.bfloat16, fse.split_weights(adamw8bit)),
     }
 
 
@@ -66,9 +75,10 @@ def measured(one: Slice) -> list[dict[str, Any]]:
     """Returns one row per optimizer."""
     model, mesh = MODELS[one.model], AbstractMesh(one.mesh, ("fsdp", "tensor"))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model.specs())
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), shardings)
     rows = []
-    for name, tx in optimizers(max(one.mesh)).items():
+    for name, (dtype, tx) in optimizers(max(one.mesh)).items():
+        shape = partial(jax.ShapeDtypeStruct, dtype=dtype)
+        params = jax.tree.map(lambda x, s, shape=shape: shape(x.shape, sharding=s), model.shapes(), shardings)
         state = fse.abstract_state(tx, params)
         rows.append(
             one._asdict()
@@ -93,23 +103,23 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Returns the table."""
-    head = ["model", "slice", "fsdp x tensor", "optimizer", "parameters", "state", "both, share of memory", "host"]
-    lines = [head, [*["---"] * 4, *["--:"] * 4]]
+    head = ["model", "slice", "fsdp x tensor", "optimizer", "parameters", "gradients", "state"]
+    lines = [[*head, "all, share of memory", "host"], [*["---"] * 4, *["--:"] * 5]]
     for row in results["rows"]:
-        both = row["parameters"] + row["state"]
-        share = both / MEMORY[row["slice"].partition(":")[0]]
-        sizes = [f"{row[key] / 1e9:.3f} GB" for key in ("parameters", "state")]
+        every = 2 * row["parameters"] + row["state"]
+        share = every / MEMORY[row["slice"].partition(":")[0]]
+        sizes = [f"{row[key] / 1e9:.3f} GB" for key in ("parameters", "parameters", "state")]
         host = f"{row['host'] / 1e9:.3f} GB" if row["host"] else ""
         mesh = " x ".join(map(str, row["mesh"]))
         lines.append(
-            [row["model"], row["slice"], mesh, row["optimizer"], *sizes, f"{both / 1e9:.3f} GB, {share:.0%}", host]
+            [row["model"], row["slice"], mesh, row["optimizer"], *sizes, f"{every / 1e9:.3f} GB, {share:.0%}", host]
         )
     counts = ", ".join(f"{name}: {n / 1e9:.2f} billion" for name, n in results["parameters"].items())
     memory = ", ".join(f"{chip} {size / 1e9:.0f} GB" for chip, size in MEMORY.items())
     about = (
-        f"`python -m benchmarks chips`: float32 parameters of Llama 2 ({counts} parameters) and their optimizer state, "
-        f"bytes per chip ({memory}). Gradients and activations are not included. `shards` is the size of the larger "
-        "mesh axis, so no block is split between two chips."
+        f"`python -m benchmarks chips`: parameters of Llama 2 ({counts} parameters), their gradients and their "
+        f"optimizer state, bytes per chip ({memory}). They are float32 unless it says bfloat16. Activations are not "
+        "included. `shards` is the size of the larger mesh axis, so no block is split between two chips."
     )
     return about + "\n\n" + report.table(lines)
 

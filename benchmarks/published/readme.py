@@ -16,10 +16,10 @@ from typing import Any
 from ..counted import chips, collectives, compiled, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
-from ..tried import errors, quality_report, rounding, switch, weights
+from ..tried import errors, finetuning, quality_report, rounding, switch, weights
 from . import goals, paths, pictures, roofline
 
-BY_THE_EXAMPLE = ("language_model", "linear")
+BY_THE_EXAMPLE = ("language_model", "linear", "weights_trained")
 MARKS = re.compile(r"^(<!-- (\w+): [^\n]*-->\n)(?:.*?\n)??(<!-- /\2 -->)", re.DOTALL | re.MULTILINE)
 
 
@@ -53,6 +53,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "rounding": lambda: rounding.markdown(results_of(rounding)),
     "weights": lambda: weights.markdown(results_of(weights)),
     "weights_bytes": weights.markdown_of_bytes,
+    "finetuning": lambda: finetuning.markdown(results_of(finetuning)),
     "small_gradients": lambda: weights.markdown_of_small(results_of(weights)),
     "switch": lambda: switch.markdown(results_of(switch)),
     "state": lambda: state.markdown(results_of(state)),

@@ -87,6 +87,20 @@ def test_a_comparison_writes_a_table_a_plot_and_a_summary_and_rejects_the_linear
 
 
 @pytest.mark.slow
+def test_weights_in_bfloat16_with_a_remainder_train_like_float32(tmp_path):
+    options = "--compare --weights float32 split24 split32 --steps 20".split()
+    finish(command(tmp_path, *options))
+    summary = json.loads((tmp_path / "comparison.json").read_text())
+    labels = ["adamw, fp32", "adamw8bit, root", "adamw8bit, root, split24", "adamw8bit, root, split32"]
+    assert [run["label"] for run in summary["runs"]] == labels
+    assert all(difference["within_limit"] for difference in summary["differences"].values())
+    fp32, alone, split24, split32 = summary["runs"]
+    assert fp32["parameter_bytes"] == alone["parameter_bytes"] == 2 * split24["parameter_bytes"]
+    assert 0 < split24["state_bytes"]["remainders"] < split32["state_bytes"]["remainders"]
+    assert "remainders of bfloat16 weights" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_8bit_state_has_the_expected_bytes(tmp_path):
     printed = finish(command(tmp_path, "--steps", "2"))
     run = json.loads((tmp_path / "adamw8bit-root-stable-seed0" / "run.json").read_text())
