@@ -31,6 +31,7 @@ BENCHMARKS = {
     "gpu": Benchmark("measured", "kernels on a GPU, next to XLA and other libraries: time, answers", "6 min, a GPU"),
     "compiled": Benchmark("counted", "AdamW compiled for TPU and GPU: bytes, instructions", "5 min, extra tpu or cuda"),
     "instructions": Benchmark("counted", "the GPU kernels: instructions, registers", "2 min, extra cuda"),
+    "gradients": Benchmark("counted", "memory of gradients in a training step: bytes", "1 min, extra tpu or cuda"),
     "collectives": Benchmark("counted", "a sharded training step compiled for TPU: communication", "1 h, extra tpu"),
     "lookups": Benchmark("counted", "StableEmbed compiled for TPU: bytes moved, temporaries", "5 min, extra tpu"),
     "chips": Benchmark("counted", "Llama 2 and its optimizer state on every chip of a slice: bytes", "1 min"),

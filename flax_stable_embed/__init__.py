@@ -6,6 +6,7 @@ Replace `optax.adamw` by `adamw8bit` to store optimizer moments in 8 bits, and `
 
 from importlib.metadata import version as _version
 
+from . import experimental as experimental
 from . import interop as interop
 from . import linen as linen
 from . import nnx as nnx
@@ -35,6 +36,7 @@ from .optim.methods.rmsprop import scale_by_rmsprop8bit as scale_by_rmsprop8bit
 from .optim.methods.sgd import ScaleBySgd8bitState as ScaleBySgd8bitState
 from .optim.methods.sgd import scale_by_sgd8bit as scale_by_sgd8bit
 from .optim.methods.sgd import sgd8bit as sgd8bit
+from .optim.microbatches import microbatch_mean as microbatch_mean
 from .optim.rows.catch_up import RowSparseState as RowSparseState
 from .optim.rows.global_norm import clip_by_global_norm as clip_by_global_norm
 from .optim.rows.global_norm import global_norm as global_norm

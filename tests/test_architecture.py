@@ -23,6 +23,7 @@ ALLOWED = {
     "nnx": {"jax", "numpy", "flax", "ops.embedding"},
     "optim": {"jax", "numpy", "optax", "ops"},
     "interop": {"jax", "numpy", "optax", "flax", "ops", "optim", "linen", "nnx"},
+    "experimental": {"optim"},
 }
 WITH_FLAX = {"optim/boxes.py", "optim/rows/row_value_and_grad.py"}
 
@@ -39,10 +40,10 @@ LEVELS = {
         {"boxes", "derivatives", "split_parameter"},
         {"trees"},
         {"arguments", "placement"},
-        {"fused_update"},
+        {"fused_update", "microbatches"},
         {"storage"},
         {"engine", "rows"},
-        {"methods", "states", "transforms"},
+        {"methods", "states", "step_in_backward", "transforms"},
     ],
 }
 FACES = {"ops"}  # folders whose `__init__` is their public face and imports from all of their levels

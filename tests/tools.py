@@ -202,7 +202,7 @@ def kinds(tree):
 
 def public_names():
     """Yields every public name of the package and its value."""
-    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop, fse.interop.bitsandbytes):
+    for module in (fse, fse.linen, fse.nnx, fse.ops, fse.interop, fse.interop.bitsandbytes, fse.experimental):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("flax_stable_embed")
             if ours and not name.startswith("_") and not inspect.ismodule(value):

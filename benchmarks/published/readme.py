@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..counted import chips, collectives, compiled, instructions, lookups, state
+from ..counted import chips, collectives, compiled, gradients, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
 from ..tried import errors, finetuning, quality_report, rounding, switch, weights
@@ -45,6 +45,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gpu": lambda: "\n\n".join(map(gpu.markdown, gpu.everywhere())),
     "compiled": lambda: compiled.markdown(results_of(compiled)),
     "instructions": lambda: instructions.markdown(results_of(instructions)),
+    "gradients": lambda: gradients.markdown(results_of(gradients)),
     "lookups": lambda: lookups.markdown(results_of(lookups)),
     "models": lambda: models.markdown(results_of(models)),
     "benchmarks": lambda: steps.markdown(steps.newest()),
