@@ -7,6 +7,7 @@ maybe_update_params_sharding_with_opt) and `trainers/pre_train/train.py` (train_
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -21,6 +22,7 @@ from tests.frameworks.tools import (
     assert_same_numbers,
     batch_of,
     build,
+    by_path,
     every_format,
     every_optimizer,
     loss_of,
@@ -61,21 +63,26 @@ def logical(init, *names):
 
 
 class Layer(nn.Module):
+    dtype: jnp.dtype = jnp.float32
+
     @nn.compact
     def __call__(self, x, _):
         init = nn.initializers.ones
-        x = nn.RMSNorm(scale_init=logical(init, "embed"))(x)
-        up = nn.Dense(768, use_bias=False, kernel_init=logical(init, "embed", "mlp"))(x)
+        x = nn.RMSNorm(scale_init=logical(init, "embed"), param_dtype=self.dtype)(x)
+        kernel_init = logical(init, "embed", "mlp")
+        up = nn.Dense(768, use_bias=False, kernel_init=kernel_init, param_dtype=self.dtype)(x)
         return x + jnp.mean(up), None
 
 
 class Decoder(nn.Module):
-    """An embedding and layers that a scan stacks along axis 1, as in MaxText."""
+    """An embedding and layers that a scan stacks along axis 1, as in MaxText. `dtype` is its `weight_dtype`."""
+
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, ids):
         table = logical(nn.initializers.ones, "vocab", "embed")
-        tokens = fse.linen.Embed(128, 64, embedding_init=table, name="token_embedder")
+        tokens = fse.linen.Embed(128, 64, embedding_init=table, param_dtype=self.dtype, name="token_embedder")
         layers = nn.scan(
             Layer,
             variable_axes={"params": 1},
@@ -83,13 +90,13 @@ class Decoder(nn.Module):
             length=2,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(name="layers")(tokens(ids), None)
+        x, _ = layers(dtype=self.dtype, name="layers")(tokens(ids), None)
         return tokens.attend(x)
 
 
-def linen_flow(tx, *, zero1=False, offload=False, steps=3):
+def linen_flow(tx, *, zero1=False, offload=False, steps=3, dtype=jnp.float32):
     """Runs MaxText's Linen flow: abstract TrainState with boxes, its specs, jitted init, donated steps."""
-    mesh, model = mesh_of((2, 2, 2)), Decoder()
+    mesh, model = mesh_of((2, 2, 2)), Decoder(dtype)
 
     def init(key):
         return TrainState.create(apply_fn=model.apply, params=model.init(key, IDS), tx=tx)
@@ -168,16 +175,18 @@ def test_the_linen_flow_keeps_the_state_in_host_memory(name):
 class Stack(nnx.Module):
     """The same parameters in NNX: a table and two layers stacked along axis 1."""
 
-    def __init__(self, rngs):
+    def __init__(self, rngs, dtype):
         metadata = {"out_sharding": ("vocab", "embed")}
         init = nnx.initializers.ones
-        self.token_embedder = fse.nnx.Embed(128, 64, embedding_init=init, embedding_metadata=metadata, rngs=rngs)
+        options = {"embedding_init": init, "embedding_metadata": metadata, "param_dtype": dtype}
+        self.token_embedder = fse.nnx.Embed(128, 64, **options, rngs=rngs)
 
         @nnx.split_rngs(splits=2)
         @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: 1}), transform_metadata={nnx.PARTITION_NAME: "layers"})
         def layers(rngs):
             metadata = {"out_sharding": ("embed", "mlp")}
-            return nnx.Linear(64, 768, use_bias=False, kernel_init=init, kernel_metadata=metadata, rngs=rngs)
+            options = {"kernel_init": init, "kernel_metadata": metadata, "param_dtype": dtype}
+            return nnx.Linear(64, 768, use_bias=False, **options, rngs=rngs)
 
         self.layers = layers(rngs)
 
@@ -187,12 +196,12 @@ class TrainStateNNX(nnx.Module):
         self.model, self.optimizer = model, optimizer
 
 
-def nnx_flow(tx, *, zero1=False, offload=False, steps=3):
+def nnx_flow(tx, *, zero1=False, offload=False, steps=3, dtype=jnp.float32):
     """Runs MaxText's NNX flow: abstract state without a mesh, shardings from metadata, jitted init, donated steps."""
     mesh = mesh_of((2, 2, 2))
 
     def make():
-        model = Stack(nnx.Rngs(0))
+        model = Stack(nnx.Rngs(0), dtype)
         return TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
     def placed(variable):
@@ -268,3 +277,26 @@ def test_the_nnx_flow_keeps_the_state_in_host_memory(name):
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
     assert_codes_are_sharded_like_parameters(state, params)
     assert_same_numbers((params, state), without_framework(tx, params))
+
+
+# --- weight_dtype=bfloat16 --------------------------------------------------------------------------------------------
+
+SPLIT = fse.in_place(fse.split_weights(build("adamw8bit")))
+
+
+@pytest.mark.parametrize("flow", ["linen", "nnx"])
+def test_split_weights_train_bfloat16_parameters_and_shard_their_remainders_like_them(flow):
+    if flow == "linen":
+        state = linen_flow(SPLIT, dtype=jnp.bfloat16)
+        params, (count, remainder, *_) = state.params, state.opt_state
+    else:
+        params, state = nnx_flow(SPLIT, dtype=jnp.bfloat16)
+        count, remainder = state["count"], state["remainder"]
+    params, remainder = by_path(params), by_path(remainder)
+    assert int(count) == 3 and params.keys() == remainder.keys()
+    want, _ = without_framework(SPLIT, params)
+    for path, p in params.items():
+        assert (p.dtype, remainder[path].shape) == (jnp.bfloat16, p.shape), path
+        assert remainder[path].sharding.is_equivalent_to(p.sharding, p.ndim), path
+        np.testing.assert_allclose(np.asarray(p, np.float32), np.asarray(want[path], np.float32), rtol=2**-8)
+    assert any(not p.sharding.is_fully_replicated for p in params.values())

@@ -49,7 +49,8 @@ def without_framework(tx, shapes, steps=3):
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
     state = jax.jit(tx.init)(params)
     for i in range(steps):
-        params, state, _ = jitted(tx)(batch_of(shapes, i), state, params)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), batch_of(shapes, i), params)
+        params, state, _ = jitted(tx)(grads, state, params)
     return params, state
 
 
