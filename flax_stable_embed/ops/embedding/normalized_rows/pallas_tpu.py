@@ -11,6 +11,9 @@ rows that have tokens are normalized, once. They were copied while the program w
 In HBM a row of a float32 array consists of segments of 128 lanes, stored 8 rows apart. For a sum in full registers, the
 segments become the rows of a matrix: the array is viewed as (tokens / 8, segments, 8, 128), its layout in memory.
 
+A single row of a bfloat16 array cannot be copied, because rows are stored in pairs. So the two halves of a row of
+bfloat16 gradients are packed into uint32 first, which takes half of the bytes of float32.
+
 What limits them: memory for wide rows, and for narrow rows the dozen instructions that start a copy. They have been
 compiled for v5e, v5p and v6e, and have not run on hardware yet.
 """
@@ -77,10 +80,14 @@ def gradient(
     with enable_x64(False):  # noqa: FBT003  (Mosaic knows no 64-bit indices)
         (tokens, features), tiles, segments = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
         codes, starts, outside = _sorted_tokens(table, row_numbers)
-        height = pl.cdiv(segments, SUBLANES) * SUBLANES
-        chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(height)))
-        dy = jnp.pad(dy.astype(jnp.float32), ((0, codes.size - tokens), (0, 0)))
-        dy = dy.reshape(-1, SUBLANES, segments, LANES).transpose(0, 2, 1, 3)
+        packed = dy.dtype == jnp.bfloat16 and segments % 2 == 0
+        dy = _packed(dy) if packed else dy.astype(jnp.float32)
+        words = segments // 2 if packed else segments
+        copied = pl.cdiv(words, SUBLANES) * SUBLANES  # rows of the matrix that a token's copy becomes
+        height = 2 * copied if packed else copied  # and of its sum
+        chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(copied)))
+        dy = jnp.pad(dy, ((0, codes.size - tokens), (0, 0)))
+        dy = dy.reshape(-1, SUBLANES, words, LANES).transpose(0, 2, 1, 3)
         of_norm = jax.ShapeDtypeStruct((SUBLANES, features), jnp.float32)
         sums = pl.BlockSpec(of_norm.shape, lambda i, *_: (0, 0))
         d_table, d_scale, d_bias = pl.pallas_call(
@@ -95,7 +102,7 @@ def gradient(
                 ],
                 out_specs=[pl.BlockSpec((ROWS, features), lambda i, *_: (i, 0)), sums, sums],
                 scratch_shapes=[
-                    pltpu.VMEM((chunks, SUBLANES, height, LANES), jnp.float32),
+                    pltpu.VMEM((chunks, SUBLANES, copied, LANES), dy.dtype),
                     pltpu.SemaphoreType.DMA((chunks,)),
                     pltpu.VMEM((2, ROWS, features), table.dtype),
                     pltpu.SemaphoreType.DMA((2,)),
@@ -198,6 +205,22 @@ def _sorted_tokens(table: Array, row_numbers: Array) -> tuple[Array, Array, Arra
     return jnp.pad(codes, (0, -tokens % SUBLANES)), starts, outside[-1]
 
 
+def _packed(dy: Array) -> Array:
+    """Packs the halves of bfloat16 rows: uint32 with the first half of a row in the lower bits."""
+    first, second = (
+        lax.bitcast_convert_type(half.astype(jnp.float32), jnp.uint32) for half in jnp.split(dy, 2, axis=1)
+    )
+    return (first >> 16) | second
+
+
+def _unpacked(x: Array) -> Array:
+    """Returns packed rows as float32: those of the first half of the segments, then those of the second."""
+    if x.dtype != jnp.uint32:
+        return x
+    halves = x << 16, x & np.uint32(0xFFFF0000)
+    return jnp.concatenate([lax.bitcast_convert_type(half, jnp.float32) for half in halves], axis=0)
+
+
 def _token(code: Array) -> Array:
     return code >> 9
 
@@ -217,7 +240,9 @@ def _is_first(code: Array) -> Array:
 def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_table, d_scale, d_bias, *scratch):
     ring, arrived, x, read, wanted, total, known, filled = scratch
     step, steps = pl.program_id(0), pl.num_programs(0)
-    slot, segments, height = step & 1, dy.shape[1], ring.shape[2]
+    slot, segments, words = step & 1, d_table.shape[1] // LANES, dy.shape[1]
+    height = total.shape[0] // (ROWS + SUBLANES)
+    places = [k if k < words else ring.shape[2] + k - words for k in range(segments)]  # of segments in a sum
     chunks, start, end = codes.shape[0] // SUBLANES, starts[step], starts[step + 1]
 
     def fetch_terms(chunk):
@@ -227,7 +252,7 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
         def _(k):
             token = _token(codes[chunk * SUBLANES + k])
             source = dy.at[token >> 3, :, token & 7]
-            pltpu.make_async_copy(source, ring.at[place, k, pl.ds(0, segments)], arrived.at[place]).start()
+            pltpu.make_async_copy(source, ring.at[place, k, pl.ds(0, words)], arrived.at[place]).start()
 
     def fetch_rows(tile, slot):
         """Copies all rows of a tile at once if it has at least as many tokens, else each row that has a token."""
@@ -250,12 +275,12 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
 
     def add(chunk, total_of_row):
         place = chunk & (ring.shape[0] - 1)
-        pl.when(chunk * SUBLANES >= start)(lambda: _wait(ring.at[place, :, pl.ds(0, segments)], arrived.at[place]))
+        pl.when(chunk * SUBLANES >= start)(lambda: _wait(ring.at[place, :, pl.ds(0, words)], arrived.at[place]))
 
         def add_one(k, total_of_row):
             token = chunk * SUBLANES + k
             code, own = codes[token], (token >= start) & (token < end)
-            total_of_row = ring[place, k] + jnp.where(_is_first(code), 0.0, total_of_row)
+            total_of_row = _unpacked(ring[place, k]) + jnp.where(_is_first(code), 0.0, total_of_row)
             row = jnp.where(own, _row(code), NOWHERE)
             total[pl.ds(pl.multiple_of(row * height, SUBLANES), height)] = total_of_row
             known[pl.ds(row, 1)] = jnp.full((1, LANES), step)
@@ -270,7 +295,7 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
     def totals(group):
         """Returns the sums of eight rows, (8, features), zero for rows without tokens, and which rows have tokens."""
         exists = known[pl.ds(group * SUBLANES, SUBLANES)][:, :1] == step
-        of_segments = [total[pl.ds(group * SUBLANES * height + k, SUBLANES, stride=height)] for k in range(segments)]
+        of_segments = [total[pl.ds(group * SUBLANES * height + k, SUBLANES, stride=height)] for k in places]
         return jnp.where(exists, jnp.concatenate(of_segments, axis=1), 0.0), exists
 
     def finish(group):

@@ -69,6 +69,8 @@ CASES_ON_TPU = {
     "ids outside, and a last tile that is full": {"rows": ROWS, "outside": True, "tokens": 100},
     "ids outside and padding": {"outside": True, "padding_idx": 8, "tokens": 70},
     "bfloat16 output": {"out": jnp.bfloat16},
+    "bfloat16 output, features that cannot be halved": {"out": jnp.bfloat16, "features": 3 * LANES},
+    "bfloat16 output, halves that do not fill registers": {"out": jnp.bfloat16, "features": 18 * LANES},
 }
 
 
