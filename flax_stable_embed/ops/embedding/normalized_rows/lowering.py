@@ -5,9 +5,9 @@ derivatives and platforms without a kernel take JAX's result for the reference.
 
 Where a kernel runs is decided when a program is lowered, for its platform and devices:
 
-    one device                                             the kernel, if it can take the arrays
-    several, a replicated table, and sharded row numbers   the kernel on the tokens of each device; gradients are summed
-    several otherwise                                      the reference, which XLA partitions
+    one device                        the kernel, if it can take the arrays
+    several, and known shardings      the kernel on each device (`on_meshes.py`)
+    several otherwise                 the reference, which XLA partitions
 """
 
 from collections.abc import Callable
@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.interpreters import ad
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ...lowering import Program, kernels_compile_here, primitive
-from ...sharding import on_every_device
 from .capabilities import MOST_TOKENS_ON_TPU
+from .on_meshes import forward_on, gradient_on, placement
+from .packing import unpacked
 from .reference import Options, reference
 
 MODULES = {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}  # the kernels for each platform, by JAX's name
@@ -41,7 +40,9 @@ def _import(module: str) -> Any:
 def _may_run(program: Program, *, options: Options) -> bool:
     """Returns whether the kernel of its platform runs in a program."""
     platform = program.kernel_platform
-    return program.one_device and platform in options.kernels and (platform != "cuda" or kernels_compile_here())
+    if not program.one_device or platform not in options.kernels:
+        return False
+    return platform != "cuda" or (kernels_compile_here() and not options.is_part)
 
 
 def _forward_reference(table, scale, bias, row_numbers, *, options):
@@ -62,7 +63,7 @@ def _tangent_reference(d_table, d_scale, d_bias, table, scale, row_numbers, *, o
 
 def _gradient_reference(dy, table, scale, row_numbers, *, options):
     of_parameters = partial(reference, options, row_numbers=row_numbers)
-    return jax.vjp(of_parameters, table, scale, jnp.zeros_like(scale))[1](dy)
+    return jax.vjp(of_parameters, table, scale, jnp.zeros_like(scale))[1](unpacked(dy).astype(options.dtype))
 
 
 def _gradient_kernel(module: str, dy, table, scale, row_numbers, *, options):
@@ -83,45 +84,26 @@ _gradient_here = primitive(
 
 def _forward_for(program: Program, *, options: Options):
     """Returns the function for the program that it is lowered into."""
-    batch = None if program.one_device else _sharded_batch(program, table=0, options=options)
-    if batch is None:
-        return partial(_forward_here.bind, options=options)
-    everywhere, of_tokens = PartitionSpec(), PartitionSpec(*batch.spec, None)
-    return on_every_device(
-        partial(_forward_here.bind, options=options), batch.mesh, (everywhere,) * 3 + (batch.spec,), [of_tokens]
-    )
+
+    def chosen(*args: Any):
+        how = None if program.one_device else placement(program, 0, args[0], args[-1], options)
+        if how is None:
+            return _forward_here.bind(*args, options=options)
+        return forward_on(how, _forward_here.bind, options)(*args)
+
+    return chosen
 
 
 def _gradient_for(program: Program, *, options: Options):
     """Returns the gradient for the program that it is lowered into."""
-    batch = None if program.one_device else _sharded_batch(program, table=1, options=options)
-    if batch is None:
-        return partial(_gradient_here.bind, options=options)
-    everywhere, of_tokens = PartitionSpec(), PartitionSpec(*batch.spec, None)
-    axes = [name for entry in batch.spec for name in (entry if isinstance(entry, tuple) else (entry,)) if name]
 
-    def summed(*args):
-        return [lax.psum(x, axes) for x in _gradient_here.bind(*args, options=options)]
+    def chosen(*args: Any):
+        how = None if program.one_device else placement(program, 1, args[1], args[-1], options)
+        if how is None:
+            return _gradient_here.bind(*args, options=options)
+        return gradient_on(how, _gradient_here.bind, options)(*args)
 
-    return on_every_device(summed, batch.mesh, (of_tokens, everywhere, everywhere, batch.spec), [everywhere] * 3)
-
-
-def _sharded_batch(program: Program, *, table: int, options: Options) -> NamedSharding | None:
-    """Returns how the row numbers are sharded, if kernels run on the tokens of each device; else None.
-
-    Args:
-        program: The program, which knows the shardings of its arguments.
-        table: The index of the table among the operands. The row numbers are the last.
-        options: Static options.
-    """
-    of_table, of_ids = program.shardings[table], program.shardings[-1]
-    has_kernel = options.in_float32 and any(platform in options.kernels for platform in program.platforms)
-    if not has_kernel or of_table is None or not of_table.is_fully_replicated:
-        return None
-    if of_ids is None or of_ids.is_fully_replicated:
-        return None
-    context = jax.sharding.get_abstract_mesh()
-    return of_ids if context.empty or context.shape_tuple == of_ids.mesh.shape_tuple else None
+    return chosen
 
 
 forward = primitive("normalized_rows", _forward_reference, choose=_forward_for, flat=True)

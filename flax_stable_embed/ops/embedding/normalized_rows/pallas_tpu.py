@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...jax_compat import MOST_UNROLLED
+from .packing import can_be_packed, packed, unpacked
 
 LANES, SUBLANES = 128, 8  # of a float32 register
 PACKED = 16  # rows of a bfloat16 register
@@ -37,6 +38,7 @@ MOST_TOKENS = 256  # of a forward tile
 ROWS = 64  # of the table, per program of the gradient
 OUTSIDE, NOWHERE = ROWS, ROWS + 1  # rows for tokens outside the table, and for tokens of other tiles
 MOST_CHUNKS = 32  # of 8 tokens in the ring
+NOT_A_ROW, ELSEWHERE = -1, -2  # for tokens outside the table, and for rows that other devices have
 VMEM_BYTES = 32 << 20
 
 
@@ -46,12 +48,13 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
         (tokens,), features = row_numbers.shape, table.shape[1]
         tile = min(MOST_TOKENS, TILE_BYTES // (4 * features)) // PACKED * PACKED
         tiles = pl.cdiv(tokens, tile)
-        row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, -1)
+        number = jnp.where(_is_elsewhere(options, row_numbers, table), ELSEWHERE, NOT_A_ROW)
+        row_numbers = jnp.where(_exists(row_numbers, table), row_numbers, number)
         row_numbers = jnp.pad(row_numbers, (0, tiles * tile - tokens)).reshape(tiles, 1, tile)
         numbers = partial(pl.BlockSpec, (None, None, tile), memory_space=pltpu.SMEM)
         vector = pl.BlockSpec((1, features), lambda i: (0, 0))
         return pl.pallas_call(
-            partial(_forward, options.epsilon, _unroll(interpret)),
+            partial(_forward, options, _unroll(interpret)),
             grid=(tiles,),
             in_specs=[
                 numbers(lambda i: (i, 0, 0)),
@@ -66,6 +69,7 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
                 pltpu.VMEM((2, tile, features), table.dtype),
                 pltpu.SMEM((2,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
+                *[pltpu.VMEM((tile, LANES), jnp.int32)] * options.is_part,
             ],
             compiler_params=_parameters(),
             name="normalized_rows",
@@ -76,15 +80,16 @@ def forward(options: Any, table: Array, scale: Array, bias: Array, row_numbers: 
 def gradient(
     options: Any, dy: Array, table: Array, scale: Array, row_numbers: Array, interpret: Any = False
 ) -> tuple[Array, Array, Array]:
-    """Returns the gradients of table, scale and bias for that of the outputs, (tokens, features)."""
+    """Returns the gradients of table, scale and bias for that of the outputs, (tokens, features) or packed."""
     with enable_x64(False):  # noqa: FBT003  (Mosaic knows no 64-bit indices)
-        (tokens, features), tiles, segments = dy.shape, pl.cdiv(table.shape[0], ROWS), table.shape[1] // LANES
-        codes, starts, outside = _sorted_tokens(table, row_numbers)
-        packed = dy.dtype == jnp.bfloat16 and segments % 2 == 0
-        dy = _packed(dy) if packed else dy.astype(jnp.float32)
-        words = segments // 2 if packed else segments
+        tokens, features, tiles = dy.shape[0], table.shape[1], pl.cdiv(table.shape[0], ROWS)
+        segments = features // LANES
+        codes, starts, outside = _sorted_tokens(options, table, row_numbers)
+        dy = packed(dy) if can_be_packed(dy) else dy
+        dy = dy if dy.dtype == jnp.uint32 else dy.astype(jnp.float32)
+        words = dy.shape[1] // LANES
         copied = pl.cdiv(words, SUBLANES) * SUBLANES  # rows of the matrix that a token's copy becomes
-        height = 2 * copied if packed else copied  # and of its sum
+        height = copied * segments // words  # and of its sum
         chunks = min(MOST_CHUNKS, TILE_BYTES // (4 * SUBLANES * LANES * pl.next_power_of_2(copied)))
         dy = jnp.pad(dy, ((0, codes.size - tokens), (0, 0)))
         dy = dy.reshape(-1, SUBLANES, words, LANES).transpose(0, 2, 1, 3)
@@ -137,43 +142,78 @@ def _exists(row_numbers: Array, table: Array) -> Array:
     return (row_numbers >= 0) & (row_numbers < table.shape[0])
 
 
-def _forward(epsilon: float, unroll: int, numbers, next_numbers, table, scale, bias, y, x, outside, arrived):
+def _is_elsewhere(options: Any, row_numbers: Array, table: Array) -> Array:
+    return (row_numbers == table.shape[0] + 1) & options.is_part
+
+
+def _forward(options: Any, unroll: int, numbers, next_numbers, table, scale, bias, y, x, missing, arrived, *of_part):
     step = pl.program_id(0)
     slot, (tile, features) = step & 1, y.shape
 
     def fetch(numbers: Any, slot: Array) -> None:
-        """Starts the copies of a tile, and records whether a row number is negative."""
+        """Starts the copies of a tile, and counts the rows that are not in the table.
 
-        def one(k, signs):
+        In a part of a table most rows are not. Only those that are get a copy.
+        """
+
+        def one(k, count):
             row = numbers[k]
-            source = table.at[pl.ds(jnp.maximum(row, 0), 1)]
-            pltpu.make_async_copy(source, x.at[slot, pl.ds(k, 1)], arrived.at[slot]).start()
-            return signs | row
+            copy = pltpu.make_async_copy(
+                table.at[pl.ds(jnp.maximum(row, 0), 1)], x.at[slot, pl.ds(k, 1)], arrived.at[slot]
+            )
+            if options.is_part:
+                pl.when(row >= 0)(copy.start)
+            else:
+                copy.start()
+            return count + (row < 0)
 
-        outside[slot] = lax.fori_loop(0, tile, one, jnp.int32(0), unroll=unroll)
+        missing[slot] = lax.fori_loop(0, tile, one, jnp.int32(0), unroll=unroll)
 
-    pl.when(step == 0)(lambda: fetch(numbers, slot))
+    @pl.when(step == 0)
+    def _():
+        fetch(numbers, slot)
+        for elsewhere in of_part:
+            elsewhere[...] = jnp.full_like(elsewhere, -1)
+
     pl.when(step + 1 < pl.num_programs(0))(lambda: fetch(next_numbers, 1 - slot))
-    _wait(x.at[slot], arrived.at[slot])
+    if options.is_part:
+        _wait_for_rows(tile - missing[slot], x.at[slot], arrived.at[slot])
+    else:
+        _wait(x.at[slot], arrived.at[slot])
 
-    @pl.when(outside[slot] < 0)
+    @pl.when(missing[slot] > 0)
     def _():
         @pl.loop(0, tile)
         def _(k):
-            @pl.when(numbers[k] < 0)
+            @pl.when(numbers[k] == NOT_A_ROW)
             def _():
                 x[slot, pl.ds(k, 1)] = jnp.full((1, features), np.nan, x.dtype)
+
+            for elsewhere in of_part:
+
+                @pl.when(numbers[k] == ELSEWHERE)
+                def _(elsewhere=elsewhere):
+                    elsewhere[pl.ds(k, 1)] = jnp.full((1, LANES), step)
 
     @pl.loop(0, tile // PACKED)
     def _(k):
         rows = pl.ds(pl.multiple_of(k * PACKED, PACKED), PACKED)
-        unit, _ = _standardized(x[slot, rows], epsilon)
-        y[rows] = (unit * scale[...] + bias[...]).astype(y.dtype)
+        unit, _ = _standardized(x[slot, rows], options.epsilon)
+        result = unit * scale[...] + bias[...]
+        for elsewhere in of_part:
+            result = jnp.where(elsewhere[rows][:, :1] == step, -0.0, result)
+        y[rows] = result.astype(y.dtype)
 
 
 def _wait(copied: Any, semaphore: Any) -> None:
     """Waits for as many bytes as `copied` has, from any number of copies."""
     pltpu.make_async_copy(copied, copied, semaphore).wait()
+
+
+def _wait_for_rows(count: Array, x: Any, semaphore: Any) -> None:
+    """Waits for the copies of so many rows."""
+    for k in range(x.shape[0].bit_length()):
+        pl.when((count >> k) & 1 == 1)(lambda k=k: _wait(x.at[pl.ds(0, 1 << k)], semaphore))
 
 
 def _standardized(x: Array, epsilon: float) -> tuple[Array, Array]:
@@ -187,38 +227,25 @@ def _mean(x: Array) -> Array:
     return jnp.sum(x, axis=1, keepdims=True) / x.shape[1]
 
 
-def _sorted_tokens(table: Array, row_numbers: Array) -> tuple[Array, Array, Array]:
+def _sorted_tokens(options: Any, table: Array, row_numbers: Array) -> tuple[Array, Array, Array]:
     """Returns the codes of tokens sorted by row, where each tile of rows starts, and whether any token has no row.
 
     A code holds the number of the token, its row in the tile, whether to read this row, and whether it is the first
-    token of its row. The codes are padded with zeros to a multiple of 8.
+    token of its row. The codes are padded with zeros to a multiple of 8. Tokens whose rows other devices have come last
+    and are not in a tile.
     """
     tokens, tiles = row_numbers.size, pl.cdiv(table.shape[0], ROWS)
-    known = jnp.where(_exists(row_numbers, table), row_numbers, table.shape[0])
+    number = table.shape[0] + _is_elsewhere(options, row_numbers, table)
+    known = jnp.where(_exists(row_numbers, table), row_numbers, number)
     rows, order = lax.sort((known, lax.iota(jnp.int32, tokens)), num_keys=1)
+    end = jnp.sum(rows <= table.shape[0], dtype=jnp.int32) if options.is_part else np.int32(tokens)
     outside = rows == table.shape[0]
     first = rows != jnp.pad(rows[:-1], (1, 0), constant_values=-1)
     local = jnp.where(outside, OUTSIDE, rows % ROWS)
     codes = (order << 9) | (local << 2) | ((first & ~outside) << 1) | first
     inner = jnp.searchsorted(rows, jnp.arange(1, tiles) * ROWS, method="compare_all").astype(jnp.int32)
-    starts = jnp.pad(inner, (1, 1), constant_values=(0, tokens))
-    return jnp.pad(codes, (0, -tokens % SUBLANES)), starts, outside[-1]
-
-
-def _packed(dy: Array) -> Array:
-    """Packs the halves of bfloat16 rows: uint32 with the first half of a row in the lower bits."""
-    first, second = (
-        lax.bitcast_convert_type(half.astype(jnp.float32), jnp.uint32) for half in jnp.split(dy, 2, axis=1)
-    )
-    return (first >> 16) | second
-
-
-def _unpacked(x: Array) -> Array:
-    """Returns packed rows as float32: those of the first half of the segments, then those of the second."""
-    if x.dtype != jnp.uint32:
-        return x
-    halves = x << 16, x & np.uint32(0xFFFF0000)
-    return jnp.concatenate([lax.bitcast_convert_type(half, jnp.float32) for half in halves], axis=0)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.reshape(end, 1)])
+    return jnp.pad(codes, (0, -tokens % SUBLANES)), starts, jnp.any(outside) if options.is_part else outside[-1]
 
 
 def _token(code: Array) -> Array:
@@ -243,7 +270,8 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
     slot, segments, words = step & 1, d_table.shape[1] // LANES, dy.shape[1]
     height = total.shape[0] // (ROWS + SUBLANES)
     places = [k if k < words else ring.shape[2] + k - words for k in range(segments)]  # of segments in a sum
-    chunks, start, end = codes.shape[0] // SUBLANES, starts[step], starts[step + 1]
+    start, end = starts[step], starts[step + 1]
+    chunks = (starts[steps] + SUBLANES - 1) >> 3 if options.is_part else codes.shape[0] // SUBLANES
 
     def fetch_terms(chunk):
         place = chunk & (ring.shape[0] - 1)
@@ -280,7 +308,7 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
         def add_one(k, total_of_row):
             token = chunk * SUBLANES + k
             code, own = codes[token], (token >= start) & (token < end)
-            total_of_row = _unpacked(ring[place, k]) + jnp.where(_is_first(code), 0.0, total_of_row)
+            total_of_row = unpacked(ring[place, k], axis=0) + jnp.where(_is_first(code), 0.0, total_of_row)
             row = jnp.where(own, _row(code), NOWHERE)
             total[pl.ds(pl.multiple_of(row * height, SUBLANES), height)] = total_of_row
             known[pl.ds(row, 1)] = jnp.full((1, LANES), step)
@@ -318,13 +346,12 @@ def _gradient(options: Any, unroll: int, codes, starts, dy, table, scale, d_tabl
             filled[k] = -1
         d_scale[...] = jnp.zeros_like(d_scale)
         d_bias[...] = jnp.zeros_like(d_bias)
-        pl.loop(0, min(ring.shape[0], chunks))(fetch_terms)
+        pl.loop(0, jnp.minimum(ring.shape[0], chunks) if options.is_part else min(ring.shape[0], chunks))(fetch_terms)
         fetch_rows(step, slot)
 
     pl.when(step + 1 < steps)(lambda: fetch_rows(step + 1, 1 - slot))
     lax.fori_loop(start >> 3, (end + SUBLANES - 1) >> 3, add, jnp.zeros((height, LANES), jnp.float32))
-    for k in range(ROWS.bit_length()):
-        pl.when((wanted[slot] >> k) & 1 == 1)(lambda k=k: _wait(x.at[slot, pl.ds(0, 1 << k)], read.at[slot]))
+    _wait_for_rows(wanted[slot], x.at[slot], read.at[slot])
 
     @pl.loop(0, ROWS // SUBLANES)
     def _(group):

@@ -7,6 +7,7 @@ The kernels compute the same. Where none can run, this runs.
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -24,6 +25,8 @@ class Options(NamedTuple):
     dtype: Dtype of the output.
     kernels: The platforms whose kernels can take the arrays, by JAX's names.
     in_float32: True if the table is float32, so that gradients of parts of the tokens can be added.
+    is_part: True if the table has a part of the rows, and other devices have the others. The row number
+        `num_embeddings + 1` stands for theirs: the output is -0.0, which changes no sum, and nothing gets a gradient.
     """
 
     epsilon: float
@@ -32,10 +35,16 @@ class Options(NamedTuple):
     dtype: np.dtype
     kernels: tuple[str, ...] = ()
     in_float32: bool = False
+    is_part: bool = False
 
 
 def reference(options: Options, table: Array, scale: Array, bias: Array, row_numbers: Array) -> Array:
     """Returns the normalized rows, (*batch, features)."""
     wide = at_least_float32(table.dtype)
     how = GatherOptions(options.padding_idx, by_frequency=False, sharding=None, dtype=wide, in_bounds=options.in_bounds)
-    return normalize(gather(how, table, row_numbers), scale, bias, options.epsilon).astype(options.dtype)
+    rows = gather(how, table, row_numbers)
+    if not options.is_part:
+        return normalize(rows, scale, bias, options.epsilon).astype(options.dtype)
+    elsewhere = (row_numbers == table.shape[0] + 1)[..., None]
+    y = normalize(jnp.where(elsewhere, 0.0, rows), scale, bias, options.epsilon).astype(options.dtype)
+    return jnp.where(elsewhere, jnp.array(-0.0, y.dtype), y)

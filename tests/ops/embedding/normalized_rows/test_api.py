@@ -24,7 +24,9 @@ RUN = pallas_gpu.RUN
 FLOAT32 = np.dtype(np.float32)
 
 
-def case(rows=9, features=12, tokens=40, dtype=jnp.float32, out=jnp.float32, padding_idx=None, outside=False):
+def case(
+    rows=9, features=12, tokens=40, dtype=jnp.float32, out=jnp.float32, padding_idx=None, outside=False, elsewhere=False
+):
     """Returns options, parameters, row numbers and a gradient of the output. Lower rows have more tokens."""
     keys = jax.random.split(jax.random.key(rows * features + tokens), 5)
     table = jax.random.normal(keys[0], (rows, features)).astype(dtype)
@@ -32,8 +34,10 @@ def case(rows=9, features=12, tokens=40, dtype=jnp.float32, out=jnp.float32, pad
     row_numbers = (jax.random.uniform(keys[2], (tokens,)) ** 3 * rows).astype(jnp.int32)
     if outside:
         row_numbers = row_numbers.at[::7].set(rows)
+    if elsewhere:
+        row_numbers = jnp.where(jnp.arange(tokens) % 4, rows + 1, row_numbers)
     dy = jax.random.normal(keys[3], (tokens, features)).astype(out)
-    return Options(1e-5, padding_idx, False, np.dtype(out)), (table, scale, bias), row_numbers, dy
+    return Options(1e-5, padding_idx, False, np.dtype(out), is_part=elsewhere), (table, scale, bias), row_numbers, dy
 
 
 CASES = {
@@ -69,6 +73,9 @@ CASES_ON_TPU = {
     "ids outside, and a last tile that is full": {"rows": ROWS, "outside": True, "tokens": 100},
     "ids outside and padding": {"outside": True, "padding_idx": 8, "tokens": 70},
     "bfloat16 output": {"out": jnp.bfloat16},
+    "rows of other devices": {"elsewhere": True, "tokens": 300},
+    "rows of other devices, and ids outside": {"elsewhere": True, "outside": True, "out": jnp.bfloat16},
+    "rows of other devices alone": {"elsewhere": True, "tokens": pallas_tpu.MOST_TOKENS + 9, "rows": 3 * ROWS + 5},
     "bfloat16 output, features that cannot be halved": {"out": jnp.bfloat16, "features": 3 * LANES},
     "bfloat16 output, halves that do not fill registers": {"out": jnp.bfloat16, "features": 18 * LANES},
 }
@@ -90,7 +97,9 @@ def test_the_kernels_for_tpu_equal_the_reference(name):
 def test_the_kernels_for_tpu_wait_for_the_copies_they_read():
     """Unwritten memory is NaN, and copies arrive as late as they can."""
     late = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
-    assert_equals_the_reference(pallas_tpu, late, rows=3 * ROWS + 5, features=2 * LANES, tokens=300, outside=True)
+    sizes = {"rows": 3 * ROWS + 5, "features": 2 * LANES, "tokens": 300}
+    assert_equals_the_reference(pallas_tpu, late, outside=True, **sizes)
+    assert_equals_the_reference(pallas_tpu, late, outside=True, elsewhere=True, **sizes)
 
 
 def assert_equals_the_reference(kernels, interpret: Any = True, **of_case):
@@ -99,6 +108,7 @@ def assert_equals_the_reference(kernels, interpret: Any = True, **of_case):
     expected, pullback = jax.vjp(lambda *args: reference(options, *args, row_numbers), table, scale, bias)
     gradients = kernels.gradient(options, dy, table, scale, row_numbers, interpret=interpret)
     eps = {2: 2**-7, 4: 3e-6}
+    np.testing.assert_array_equal(np.signbit(y[row_numbers > len(table)]), True)
     for ours, theirs in zip((y, *gradients), (expected, *pullback(dy))):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
@@ -307,7 +317,12 @@ ON_MESHES = {  # how ids and the table are sharded, and whether the kernels run
     "a batch of two axes": (P("x", "y"), P(), True),
     "replicated ids": (P(), P(), False),
     "a table sharded over features": (P("x"), P(None, "y"), False),
-    "a table sharded over rows": (P("x"), P("x"), False),
+    "a table sharded over rows": (P("x"), P("x"), True),
+    "a table sharded over rows by another axis": (P("x"), P("y"), True),
+    "a table sharded over rows by one of two axes": (P(("x", "y")), P("y"), True),
+    "a table sharded over rows by two axes": (P("x"), P(("y", "x")), True),
+    "a table sharded over rows, replicated ids": (P(), P("x"), True),
+    "a table sharded over rows, a batch of two axes": (P("x", "y"), P("x"), False),
 }
 
 
@@ -369,12 +384,13 @@ def test_the_kernels_on_a_mesh_equal_the_reference_on_one_device(name, dtype, in
         return y, pullback(dy)[0]
 
     want = jax.jit(step)(params, ids, dy)
-    spec = ON_MESHES[name][0]
-    args = *placed(mesh_of(), params, P(), ids, spec), jax.device_put(dy, NamedSharding(mesh_of(), spec))
+    spec, of_table, _ = ON_MESHES[name]
+    args = *placed(mesh_of(), params, of_table, ids, spec), jax.device_put(dy, NamedSharding(mesh_of(), spec))
     compiled = jax.jit(step).lower(*args).compile()
     found = compiled(*args)
     kinds = re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", compiled.as_text())
-    assert set(kinds) == {"all-reduce"}  # of the gradients
+    assert set(kinds) == {"all-reduce"} or len(of_table)  # of the gradients
+    assert found[1]["params"]["embedding"].sharding.spec == of_table or not len(of_table)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2, atol=2e-5)
