@@ -137,7 +137,7 @@ def normalized_lookup(
 
     The arithmetic is in float32 whatever the dtypes. In programs for GPU and TPU a kernel runs if no option scales rows
     or gradients: on one device, and on each device of a mesh with Auto axes if the table is replicated and the ids are
-    sharded.
+    sharded, or if the rows of the table are sharded (TPU only).
 
     Args:
       table: As in `lookup`.

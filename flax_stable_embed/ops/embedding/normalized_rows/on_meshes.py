@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ...lowering import Program
 from ...sharding import on_every_device
@@ -37,7 +37,7 @@ class Placement(NamedTuple):
     gathers: Whether a device gathers the table.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
     ids: PartitionSpec
     gathers: bool
@@ -180,10 +180,10 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _used(mesh: Mesh, entry: Any) -> tuple[str, ...]:
+def _used(mesh: Mesh | AbstractMesh, entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes of an entry of a partition spec that shard an array: those of more than one device."""
     return tuple(name for name in _names(entry) if mesh.shape[name] > 1)
 
 
-def _size(mesh: Mesh, axes: Any) -> int:
+def _size(mesh: Mesh | AbstractMesh, axes: Any) -> int:
     return prod(mesh.shape[name] for name in axes)

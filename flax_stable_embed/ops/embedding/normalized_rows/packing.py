@@ -1,4 +1,4 @@
-"""Packs the halves of bfloat16 rows into uint32. On TPU, single rows of uint32 can be copied, those of bfloat16 cannot."""
+"""Packs the halves of bfloat16 rows into uint32, because single rows of bfloat16 cannot be copied on TPU."""
 
 import jax.numpy as jnp
 import numpy as np
