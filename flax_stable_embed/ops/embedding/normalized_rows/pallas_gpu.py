@@ -142,12 +142,14 @@ def _rows_of(features: int) -> tuple:
     """Returns functions that load a vector or row and that address a row, and a mask of its elements (None: all)."""
     length = pl.next_power_of_2(features)
     inside = None if length == features else jnp.arange(length) < features
+    # From JAX 0.12 on, a slice that starts at a constant must end inside, also with a mask.
+    start = 0 if inside is None else pl.program_id(0) * 0
 
     def at(row: Any) -> tuple:
-        return (row, pl.ds(0, length))
+        return (row, pl.ds(start, length))
 
     def load(ref: Any, row: Any = None) -> Array:
-        where = (pl.ds(0, length),) if row is None else at(row)
+        where = (pl.ds(start, length),) if row is None else at(row)
         return plgpu.load(ref.at[where], mask=inside, other=None if inside is None else 0).astype(jnp.float32)
 
     return load, at, inside
