@@ -45,9 +45,13 @@ from .optim.rows.row_sparse import row_sparse as row_sparse
 from .optim.rows.row_value_and_grad import row_value_and_grad as row_value_and_grad
 from .optim.rows.row_value_and_grad import sum_microbatches as sum_microbatches
 from .optim.states.abstract_state import abstract_state as abstract_state
+from .optim.states.adapt_state import AdaptedValue as AdaptedValue
+from .optim.states.adapt_state import AdaptReport as AdaptReport
+from .optim.states.adapt_state import adapt_state as adapt_state
 from .optim.states.convert_state import convert_state as convert_state
 from .optim.states.describe import StateReport as StateReport
 from .optim.states.describe import describe as describe
+from .optim.states.reset_moments import reset_moments as reset_moments
 from .optim.storage.rules import Rule as Rule
 from .optim.storage.rules import where as where
 from .optim.storage.state_format import StateFormat as StateFormat

@@ -91,7 +91,7 @@ def convert_state(
     arrays = source.arrays(state)
     pairs = pair(source, target, arrays, (allow_reset,) if isinstance(allow_reset, str) else allow_reset)
     made = dict(target.named(tx_to.init(params)))
-    places = {name: (_sharding(x), memory_of(x)) for name, x in made.items()}
+    places = {name: place_of(x) for name, x in made.items()}
     for name in pairs:  # free the memory of arrays that are replaced below
         for replaced in target.array_names(name):
             made.pop(replaced)
@@ -102,19 +102,19 @@ def convert_state(
 
     for name, origin in pairs.items():
         values = stored(origin)
-        if not _same_codes(source.moments.get(origin), target.moments.get(name)):
-            x = _decoded(values, source.moments.get(origin))
+        if not same_codes(source.moments.get(origin), target.moments.get(name)):
+            x = decoded(values, source.moments.get(origin))
             if (mean := source.means.get(origin)) is not None and not is_codes(target.expected[name].dtype):
                 # Rounded moments need not satisfy nu >= mu^2, and the root of a negative variance is NaN.
-                x = jnp.maximum(x, jnp.square(_decoded(stored(mean), source.moments.get(mean))) * (1 + 2.0**-20))
+                x = jnp.maximum(x, jnp.square(decoded(stored(mean), source.moments.get(mean))) * (1 + 2.0**-20))
             if name in target.remainders:
                 x = convert_remainder(x, target.expected[name].dtype)
-            values = _encoded(x, target.moments.get(name), target.expected[name])
+            values = encoded(x, target.moments.get(name), target.expected[name])
         for k, x in zip(target.array_names(name), values):
             dtype = target.expected[k].dtype
             x = x if x.dtype == dtype else x.astype(dtype)
             x = _unless_wrong(right, x, jnp.nan) if jnp.issubdtype(dtype, jnp.inexact) else x
-            made[k] = _placed(x, *places[k])
+            made[k] = placed(x, *places[k])
     for name in target.formats:
         made[name] = _unless_wrong(right, made[name], 255)
     return jax.tree.structure(target.state).unflatten(made[name] for name in target.expected)
@@ -125,14 +125,15 @@ def _unless_wrong(right: bool | Array, x: Array, wrong: float) -> Array:
     return x if right is True else jnp.where(right, x, wrong)
 
 
-def _same_codes(a: StoredMoment | None, b: StoredMoment | None) -> bool:
-    """Returns whether both store a moment as the same codes."""
-    if a is None or b is None or a.moment is None or b.moment is None:
+def same_codes(a: StoredMoment | None, b: StoredMoment | None, shift: int = 0) -> bool:
+    """Returns whether both store a moment as the same codes. `b` may have more axes in front, by `shift`."""
+    if a is None or b is None or a.moment is None or b.moment is None or a.blocks is None:
         return False
-    return (a.moment.signed, a.moment.codec, a.blocks) == (b.moment.signed, b.moment.codec, b.blocks)
+    moved = a.blocks._replace(axis=a.blocks.axis + shift)
+    return (a.moment.signed, a.moment.codec, moved) == (b.moment.signed, b.moment.codec, b.blocks)
 
 
-def _decoded(values: list[Array], stored: StoredMoment | None) -> Array:
+def decoded(values: list[Array], stored: StoredMoment | None) -> Array:
     """Returns a value from the arrays that store it."""
     if stored is None:
         return values[0]
@@ -142,7 +143,7 @@ def _decoded(values: list[Array], stored: StoredMoment | None) -> Array:
     return jnp.broadcast_to(values[0], stored.shape)  # "rowwise": one value per row
 
 
-def _encoded(x: Array, stored: StoredMoment | None, want: Any) -> tuple[Array, ...]:
+def encoded(x: Array, stored: StoredMoment | None, want: Any) -> tuple[Array, ...]:
     """Returns the arrays that store a value. `want` has the shape and dtype of the first one."""
     if stored is not None and stored.moment is not None and stored.blocks is not None:
         return quantize_moment(x.astype(jnp.float32), stored.moment, stored.blocks)
@@ -151,14 +152,17 @@ def _encoded(x: Array, stored: StoredMoment | None, want: Any) -> tuple[Array, .
     return (x if x.dtype == want.dtype else x.astype(want.dtype),)
 
 
-def _sharding(x: Array) -> Any:
-    """Returns the sharding of an array; None if it is not committed to devices, like counts that `init` makes."""
+def place_of(x: Array) -> tuple[Any, str]:
+    """Returns the sharding and the memory of an array.
+
+    The sharding is None if the array is not committed to devices, like counts that `init` makes.
+    """
     if isinstance(x, Tracer):
-        return jax.typeof(x).sharding
-    return x.sharding if x.committed else None
+        return jax.typeof(x).sharding, memory_of(x)
+    return x.sharding if x.committed else None, memory_of(x)
 
 
-def _placed(x: Array, sharding: Any, memory_kind: str) -> Array:
+def placed(x: Array, sharding: Any, memory_kind: str) -> Array:
     """Puts an array on the devices and into the memory of the array that it replaces."""
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding, may_alias=False)  # a count that is taken twice could not be donated
