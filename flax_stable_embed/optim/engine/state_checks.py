@@ -87,7 +87,8 @@ def stored_bits(method: Method, path: str, leaf: Leaf) -> Bits:
         if x.shape != ((*g.shape[:-1], 1) if rows else g.shape) or kind not in (bits, 32) or complex_for_real:
             raise ValueError(
                 f"The gradient of parameter {path!r} is {g.dtype} of shape {g.shape}, but its `{m.name}` in the state "
-                f"is {x.dtype} of shape {x.shape}: was the state made by `init` of the same parameters?"
+                f"is {x.dtype} of shape {x.shape}: was the state made by `init` of the same parameters? If a parameter "
+                "has changed its shape, adapt the state: fse.adapt_state."
             )
     return bits
 

@@ -100,8 +100,8 @@ class RowHistory:
             if known and known != (rows,):
                 raise ValueError(
                     f"The state of {inputs.paths[place]!r} has {known[0]} rows, but the table has {rows}. Call "
-                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, make "
-                    "a new state with `init`."
+                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, "
+                    "adapt the state: fse.adapt_state."
                 )
             if not known:
                 raise ValueError(

@@ -88,8 +88,8 @@ class StepInputs(NamedTuple):
             elif x.ndim == 2 and x.shape[0] > 1 and x.shape[1] in (1, features):
                 raise ValueError(
                     f"The state of {self.paths[place]!r} has {x.shape[0]} rows, but the table has {num_rows}. Call "
-                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, make "
-                    "a new state with `init`, and copy the moments of the rows that stay."
+                    "`update` with the parameters that the state was made for. If the table has grown or shrunk, "
+                    "adapt the state: fse.adapt_state."
                 )
             elif x.size > 1:
                 raise TypeError(

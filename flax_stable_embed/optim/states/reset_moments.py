@@ -30,8 +30,8 @@ def reset_moments(tx: optax.GradientTransformation, state: Any, params: Params, 
 
     The count stays, so Adam's bias correction no longer corrects moments that start at zero. With a gradient that does
     not change, the k-th step after a reset has $(1 - b_1^k) / \sqrt{1 - b_2^k}$ times the usual length. With the
-    default decays that is 3.2 at the first step, and 6.6 at the 12th. Lower the learning rate for some steps, or that of
-    the parameter by a rule (`lr_scale`).
+    default decays that is 3.2 at the first step, and 6.6 at the 12th. Lower the learning rate for some steps, or that
+    of the parameter by a rule (`lr_scale`).
 
     It runs under `jit`, also with masks that are computed there. Every array stays sharded as it is.
 
