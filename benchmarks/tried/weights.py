@@ -38,9 +38,9 @@ class Way(NamedTuple):
     """A way to store weights.
 
     bytes: The bytes per weight.
-    start: Returns what is stored of float32 weights.
+    start: Returns the stored form of float32 weights.
     read: Returns the float32 weights.
-    store: Returns what is stored of the sum of weights and update: `store(stored, update, step)`.
+    store: Returns the stored form of the sum of weights and update: `store(stored, update, step)`.
     """
 
     bytes: int

@@ -84,7 +84,7 @@ def adapt_state(
 ) -> tuple[Any, AdaptReport]:
     r"""Adapts a state to parameters that have changed, so that a run continues with a changed model.
 
-    A parameter keeps its moments at the indices that its old and its new shape share. What is new starts as in
+    A parameter keeps its moments at the indices that its old and its new shape share. New elements start as in
     `tx.init(new_params)`, with zeros or the initial value of the optimizer. A parameter that is only in `new_params` is
     new, and the moments of one that is only in `params` are dropped. Step counts, schedules and everything else that
     does not belong to a parameter continue. The report names every value and what became of it.
@@ -105,7 +105,7 @@ def adapt_state(
         new_tx: Another optimizer for the new parameters. The adapted state is given to `fse.convert_state`.
         renames: Old paths and their new ones, {"h_0/mlp": "blocks_0/mlp"}. A path stands for everything below it, too.
             Or a function from an old path to the new one.
-        stack: Paths of new stacked parameters, and the old ones of which they consist, in the order along a first axis:
+        stack: Paths of new stacked parameters, and the old ones that they stack, in the order along a first axis:
             {"layers": ["layer_0", "layer_1"]}.
         unstack: Paths of old stacked parameters, and the new ones that they become: {"layers": ["layer_0", "layer_1"]}.
         kept_rows: Paths of new parameters, and for each row (along the first axis) the number of the old row that it
@@ -116,9 +116,9 @@ def adapt_state(
 
     Raises:
         TypeError: `tx` or `new_tx` is not an optax transform.
-        ValueError: `state` is not a state of `tx` for `params`. A parameter changes its number of axes, or what is
-            stacked is not of one shape. A path is not among the parameters. `kept_rows` have another length, or rows
-            that do not exist. A value that belongs to no parameter would change its shape.
+        ValueError: `state` is not a state of `tx` for `params`. A parameter changes its number of axes, or layers that
+            are stacked have several shapes. A path is not among the parameters. `kept_rows` have another length, or
+            rows that do not exist. A value that belongs to no parameter would change its shape.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.adamw8bit(1e-3, rules=(("embedding", 8),))
@@ -265,7 +265,7 @@ def path_at_the_end(value: str, paths: Mapping[str, Any]) -> str | None:
 
 
 class _Plan:
-    """The old values of which each value of the new state consists.
+    """The old values from which each value of the new state is made.
 
     Attributes:
         source: The old state.
@@ -422,7 +422,7 @@ def _joined(plan: _Plan, name: str, parts: Sequence[Part], olds: Sequence[Array]
 
 
 def _records_of_rows(source: NamedState, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns, for the names of the records of rows in a state of `row_sparse`, what a row has that is up to date."""
+    """Returns the record of a row that is up to date, for the name of every array of records of `row_sparse`."""
     found: dict[str, Any] = {}
     is_record = lambda x: isinstance(x, RowSparseState)  # noqa: E731
     for place, record in jax.tree.leaves_with_path(source.state, is_leaf=is_record):

@@ -1,4 +1,4 @@
-r"""Trains bfloat16 parameters as float32 ones, of which the state holds the bits that bfloat16 lacks.
+r"""Trains bfloat16 parameters as float32 ones. The state holds the bits that bfloat16 lacks.
 
     w = join(p, r);   w <- w + tx(g, w);   (p, r) <- split(w)
 
@@ -380,7 +380,7 @@ def _key(bits: int, path: str, count: Array) -> Array | None:
 
 
 def _zeros(box: Any, bits: int | None, memory_kind: str | None) -> Any:
-    """Makes the remainder of a parameter that is what it is, in its wrapper; or a placeholder."""
+    """Makes the remainder of a parameter that is exact, in its wrapper; or a placeholder."""
     x = unbox(box)
     if not is_array(box):
         return box if is_hole(x) else jnp.zeros([], jnp.int8)
@@ -397,7 +397,7 @@ def _as_float32(x: Any) -> Any:
 
 
 def _stepped(old: Any, base: Any, out: Any, *, is_new: bool) -> Any:
-    """Returns a parameter after a step, of which `tx` returned an update, rows of one, or the new parameter."""
+    """Returns a parameter after a step. `tx` returned an update, rows of an update, or the new parameter."""
     if isinstance(out, SplitParameter):
         return out
     if out is None:

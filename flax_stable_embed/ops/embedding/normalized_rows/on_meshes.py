@@ -1,6 +1,6 @@
 """Normalized rows and their gradient on a mesh with Auto axes, with a kernel on every device.
 
-The row numbers are sharded over some mesh axes (the batch). What a device does depends on how the table is sharded:
+The row numbers are sharded over some mesh axes (the batch). The work of a device depends on the sharding of the table:
 
     replicated            it looks its own tokens up; gradients are summed over the batch
     over rows, reduced    it looks up the rows that it has for all tokens, and gives -0.0 for the others; the outputs
@@ -29,7 +29,7 @@ REPLICATED = PartitionSpec()
 
 
 class Placement(NamedTuple):
-    """How the table and the row numbers are sharded, and what a device does.
+    """How the table and the row numbers are sharded, and the work of a device.
 
     mesh: The mesh of both.
     rows: The mesh axes that shard the rows of the table; none if it is replicated.
@@ -64,7 +64,7 @@ class Placement(NamedTuple):
 
 
 def placement(program: Program, index: int, table: Array, ids: Array, options: Options) -> Placement | None:
-    """Returns what every device does; None where the reference runs, which XLA partitions.
+    """Returns the work of every device; None where the reference runs, which XLA partitions.
 
     Args:
         program: The program, which knows the shardings of its arguments.
@@ -88,7 +88,7 @@ def placement(program: Program, index: int, table: Array, ids: Array, options: O
 def _over_rows(
     of_table: NamedSharding, of_ids: NamedSharding, table: Array, ids: Array, options: Options
 ) -> Placement | None:
-    """Returns what a device does if only rows of the table are sharded, and only the first axis of the row numbers."""
+    """Returns the work of a device if one axis of the table is sharded, the rows, and only the first of the ids."""
     rows, *features = (_used(of_table.mesh, entry) for entry in of_table.spec)
     batch, *others = [_used(of_ids.mesh, entry) for entry in of_ids.spec] or [()]
     sharded_otherwise = any(features) or any(others) or of_table.mesh.shape_tuple != of_ids.mesh.shape_tuple
