@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..ops.jax_compat import get_opaque_trace_state
 from .arguments import check_transform
 from .fused_update import fused_update, is_fused
+from .trees import path_name
 
 
 def step_in_backward(loss_fn: Callable, tx: optax.GradientTransformation, *, has_aux: bool = False) -> Callable:
@@ -30,22 +32,24 @@ def step_in_backward(loss_fn: Callable, tx: optax.GradientTransformation, *, has
     `jax.lax.psum` by hand. Under `jit`, XLA sums over sharded batches.
 
     Args:
-        loss_fn: Function `loss_fn(params, layers, *args) -> loss`. It must call `layers(layer, x, *inputs)` once. That
-            returns `x` after all layers: `x = layer(layer_params, x, *inputs)` for each. `layer` must not use arrays
-            that depend on `params` other than through `x` and `inputs`.
-        tx: The optimizer of the layers: any optax transform. One of this library makes its step in one pass.
+        loss_fn: Function `loss_fn(params, layers, *args) -> loss`. It must call `layers(layer, x, *inputs)` once, and
+            not inside of a transformation (`jit`, `scan`, `cond`, `vmap`, `checkpoint`, `grad`). That returns `x` after
+            all layers: `x = layer(layer_params, x, *inputs)` for each.
+        tx: The optimizer of the layers: any optax transform that needs no extra arguments. One of this library makes
+            its step in one pass.
         has_aux: Whether `loss_fn` returns a pair `(loss, aux)`.
 
     Returns:
         A function `(params, layers, state, *args) -> loss, grads, layers, state`. `layers` are the stacked parameters
         of the layers, with an axis more in front, and `state` begins as `jax.vmap(tx.init)(layers)`. `grads` are those
         of `params`, all other parameters, which are for an optimizer of their own. With `has_aux`, the first result is
-        `(loss, aux)`.
+        `(loss, aux)`. Other functions of this library take one layer, so use `jax.vmap` for the states of all:
+        `jax.vmap(partial(fse.master_weights, tx))(layers, state)`.
 
     Raises:
-        TypeError: `tx` is not an optax transform.
-        ValueError: `loss_fn` does not call `layers` exactly once, or the loss does not depend on its result; the
-            layers or the states have no common first axis.
+        TypeError: `tx` is not an optax transform, or a parameter of the layers is not floating.
+        ValueError: `loss_fn` does not call `layers` exactly once, or inside of a transformation, or the loss does not
+            depend on its result; the layers or the states have no common first axis.
 
     >>> import jax, jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.adamw8bit(1e-2)
@@ -65,7 +69,7 @@ def step_in_backward(loss_fn: Callable, tx: optax.GradientTransformation, *, has
         released = _Layers(tx, layers, state)
 
         def loss_of(params, one):
-            released.one = one
+            released.one, released.trace = one, get_opaque_trace_state(convention="flax_stable_embed")
             try:
                 return loss_fn(params, released, *args)
             finally:
@@ -95,7 +99,16 @@ class _Layers:
                 "the state with jax.vmap(tx.init)(layers)."
             )
         (self.length,) = lengths
+        if self.length == 0:
+            raise ValueError("`layers` has no layers: the first axis of its arrays has length 0.")
+        for path, x in jax.tree.leaves_with_path(params):
+            if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact):
+                raise TypeError(
+                    f"The parameter {path_name(path)!r} of `layers` is {x.dtype}, and an optimizer needs floating "
+                    "ones. Give other arrays to `layers(layer, x, *inputs)`."
+                )
         self.tx, self.called, self.stepped, self.one = tx, False, False, None
+        self.trace: Any = None
         self.refs = jax.tree.map(lambda x: jax.new_ref(jnp.asarray(x)), (params, state))
 
     def read(self):
@@ -106,8 +119,16 @@ class _Layers:
         """Applies all layers to `x`."""
         if self.called:
             raise ValueError("`layers` was called twice. A layer that is used twice has no gradient at its first use.")
+        if get_opaque_trace_state(convention="flax_stable_embed") != self.trace:
+            raise ValueError(
+                "`layers` must be called in `loss_fn` itself. Inside of a jit, scan, cond, vmap, checkpoint or grad it "
+                "could run several times, and each run would make a step."
+            )
         self.called = True
         tx, length = self.tx, self.length
+        first = _at(_all_of(self.refs[0]), 0)
+        layer, closed_over = jax.closure_convert(layer, first, x, *inputs)  # arrays that depend on `params`
+        inputs = (*inputs, *closed_over)
 
         @jax.custom_vjp
         def run(refs, one, x, inputs):
@@ -155,7 +176,7 @@ def _with_float0(cotangents, like, first=0):
     """Returns the cotangents of the tree `like`, from those that are arrays. Axes before `first` are not of `like`."""
     leaves, tree = jax.tree.flatten(like)
     found = iter(cotangents)
-    of_integer = lambda x: np.zeros(x.shape[first:], jax.dtypes.float0)  # noqa: E731
+    of_integer = lambda x: np.zeros(np.shape(x)[first:], jax.dtypes.float0)  # noqa: E731
     return tree.unflatten(next(found) if _has_gradient(x) else of_integer(x) for x in leaves)
 
 

@@ -1,6 +1,8 @@
 """Flattens pytrees of parameters by path, with their shapes. A hole is a leaf without an array."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -56,6 +58,16 @@ def path_name(path: tuple) -> str:
     dropped, even the name of a parameter that is called "value".
     """
     return _VALUES_AT_THE_END.sub("", jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Raises if two parameters have one path."""
+    twice = [path for path, n in Counter(paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"Two parameters have the path {twice[0]!r}, by which rules and states know them (without `value` at "
+            "its end). Rename one."
+        )
 
 
 def is_array(box: Any) -> bool:

@@ -178,3 +178,73 @@ def test_errors_say_what_is_wrong():
         run(lambda params, layers, x: layers(apply, x).sum(), layers={}, state=())
     with pytest.raises(TypeError, match="optax"):
         experimental.step_in_backward(loss_fn, "adam")
+
+
+TRANSFORMED = {
+    "scan": lambda layers, x: jax.lax.scan(lambda y, _: (layers(apply, y), None), x, None, length=3)[0],
+    "jit": lambda layers, x: (run := jax.jit(lambda x: layers(apply, x)), run(run(x)))[1],
+    "cond": lambda layers, x: jax.lax.cond(x.sum() > 0, lambda x: layers(apply, x), lambda x: x, x),
+    "vmap": lambda layers, x: jax.vmap(lambda x: layers(apply, x[None])[0])(x),
+    "grad": lambda layers, x: jax.grad(lambda x: layers(apply, x).sum())(x),
+    "checkpoint": lambda layers, x: jax.checkpoint(lambda x: layers(apply, x))(x),
+}
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["kernel"])
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("is_jitted", [True, False])
+def test_layers_inside_of_a_transformation_are_refused(name, is_jitted):
+    """They could run several times, and each run would make a step."""
+    tx, layers = optax.sgd(0.1), {"kernel": jnp.ones((2, 4, 4))}
+
+    def step(params):
+        step = experimental.step_in_backward(lambda p, layers, x: TRANSFORMED[name](layers, x * p).sum(), tx)
+        return step(params, layers, jax.vmap(tx.init)(layers), jnp.ones((1, 4)))
+
+    with pytest.raises(ValueError, match="in `loss_fn` itself"):
+        (jax.jit(step) if is_jitted else step)(jnp.ones([]))
+
+
+@pytest.mark.parametrize("is_jitted", [True, False])
+def test_a_layer_may_use_arrays_around_it(is_jitted):
+    """Those that depend on the parameters get their gradient, as in a scan."""
+    tx, layers = optax.sgd(0.1), {"kernel": layers_of()["kernel"]}
+    constant = jnp.linspace(-1, 1, WIDTH)[None]
+
+    def loss_with(apply_all, params, x):
+        doubled = 2 * params["scale"]
+        return (apply_all(lambda p, x: jnp.tanh(x @ p["kernel"]) * doubled + constant, x) ** 2).mean()
+
+    def plain(params, layers, x):
+        return loss_with(lambda f, x: jax.lax.scan(lambda x, p: (f(p, x), None), x, layers)[0], params, x)
+
+    step = experimental.step_in_backward(lambda p, layers, x: loss_with(layers, p, x), tx)
+    params, x = {"scale": jnp.full((1, WIDTH), 0.5)}, batch()
+    loss, grads, new, _ = (jax.jit(step) if is_jitted else step)(params, layers, jax.vmap(tx.init)(layers), x)
+    want, (d_params, d_layers) = jax.value_and_grad(plain, (0, 1))(params, layers, x)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(grads["scale"], d_params["scale"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new["kernel"], layers["kernel"] - 0.1 * d_layers["kernel"], rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_may_be_python_numbers():
+    tx, layers = optax.sgd(0.1), {"kernel": jnp.ones((2, 4, 4))}
+
+    def loss_fn(params, layers, x):
+        return layers(lambda p, x, a, n: jnp.tanh(x @ p["kernel"]) * a + n, x, 0.5, 2).sum()
+
+    experimental.step_in_backward(loss_fn, tx)({}, layers, jax.vmap(tx.init)(layers), jnp.ones((1, 4)))
+
+
+def test_layers_without_parameters_that_train_are_refused_early():
+    tx = optax.sgd(0.1)
+    step = experimental.step_in_backward(lambda params, layers, x: layers(apply, x).sum(), tx)
+    numbered = {"kernel": jnp.ones((2, 4, 4)), "number": jnp.arange(2)}
+    with pytest.raises(TypeError, match="'number' of `layers` is int32"):
+        step({}, numbered, jax.vmap(tx.init)(numbered), jnp.ones((1, 4)))
+    none = {"kernel": jnp.ones((0, 4, 4))}
+    with pytest.raises(ValueError, match="no layers"):
+        step({}, none, tx.init(none) and {"count": jnp.zeros(0)}, jnp.ones((1, 4)))

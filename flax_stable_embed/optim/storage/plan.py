@@ -6,7 +6,6 @@ checks, the state, the step and the report of `describe`.
 """
 
 import re
-from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,7 +24,7 @@ from ...ops.sharding import explicit_sharding
 from ..arguments import check_params
 from ..boxes import is_box, optim_bits, unbox
 from ..placement import SpecsByPath
-from ..trees import Params, is_array, path_name, with_shape
+from ..trees import Params, check_paths, is_array, path_name, with_shape
 from .defaults import LIKE_AN_EMBEDDING, default_bits
 from .rules import Bits, Rule, Rules, show_pattern
 from .state_format import StateFormat
@@ -125,12 +124,7 @@ class Planner:
                 plan = self._plan(matches[:1], path, unbox(box), metadata_bits=optim_bits(box))
                 plan = self._finished(plan, unbox(box))
             planned.append(PlannedLeaf(key_path, path, box, plan))
-        twice = [path for path, n in Counter(x.path for x in planned).items() if n > 1]
-        if twice:
-            raise ValueError(
-                f"Two parameters have the path {twice[0]!r}, by which rules and states know them (without `value` at "
-                "its end). Rename one."
-            )
+        check_paths([x.path for x in planned])
         _check_rules(self.rules, winners, params, planned)
         return planned, tree
 

@@ -48,6 +48,7 @@ from ..trees import (
     shapes_of,
 )
 from .first_state import FirstState
+from .split_weights import is_split_state
 from .state_fields import (
     COUNTS,
     MOMENTS,
@@ -228,6 +229,11 @@ class _Quantizer:
                     "Use 8, 32 or 'bf16'."
                 )
         first = FirstState(self.tx.init, params)
+        if any(map(is_split_state, jax.tree.leaves(first.shapes, is_leaf=is_split_state))):
+            raise TypeError(
+                "fse.quantize_state stores moments, and fse.split_weights in it has remainders of parameters. Put "
+                "split_weights around it: fse.split_weights(fse.quantize_state(tx))."
+            )
         fields = self._moment_fields(first.shapes, shapes_of(params))
         leaves, slots = [x for _, x in flatten(first.shapes)], find_slots(first.shapes, fields)
         planned = {slot.index: plans.get(slot.path) for slot in slots if is_array(leaves[slot.index])}

@@ -32,7 +32,7 @@ from ..storage.defaults import default_bits
 from ..storage.format_code import is_right
 from ..storage.moments import in_memory, memory_of, no_scales
 from ..storage.rules import is_pair, matches_pattern, pattern_of
-from ..trees import Params, is_array, is_hole, is_hole_or_box, is_none, path_name
+from ..trees import Params, check_paths, is_array, is_hole, is_hole_or_box, is_none, path_name
 
 
 class SplitWeightsState(NamedTuple):
@@ -55,7 +55,9 @@ def split_weights(tx: optax.GradientTransformation, bits: int = 24, rules: Any =
     (`bits=32`) for each parameter is stored in the state. It is sharded like the parameter. With `adamw8bit`,
     parameter, gradient, moments and remainder take 7.06 bytes, and 16 with float32 `optax.adamw`.
 
-    - `bits=32`: training is that of float32 parameters, bit for bit.
+    - `bits=32`: training is that of float32 parameters, bit for bit. (XLA may contract a product and a sum in one
+      program and not in another, so last bits may differ between programs. With `update`, a weight that an update
+      cancels nearly to zero is off by half an ulp of the weight before.)
     - `bits=24`: a weight has 15 bits of mantissa instead of 23. It is rounded by dither, so that on average no update
       is lost, however small. Vectors and parameters that the default rules of `adamw8bit` take for a norm or a bias
       have 32 bits, because they can be near 1 and take no memory.
@@ -64,8 +66,9 @@ def split_weights(tx: optax.GradientTransformation, bits: int = 24, rules: Any =
 
     The returned updates are for `optax.apply_updates`, which turns them into exactly the new parameters. So this
     wrapper must be outermost: nothing may change the updates after it. Clipping goes inside, `fse.chain(clip, tx)`, or
-    before it. `optax.MultiSteps` goes around it. It needs gradients in float32. A wrapper around it that drops updates
-    but keeps the state (`optax.apply_if_finite`, a mask) leaves a weight off by at most one ulp of bfloat16. If you set
+    before it. `optax.MultiSteps` and `optax.apply_if_finite` go around it if the gradients are float32, because they
+    replace updates by zeros like the gradients, and updates are float32. A wrapper around it that drops updates but
+    keeps the state leaves a weight off by at most one ulp of bfloat16. If you set
     a parameter from outside, its remainder stays. It is at most half an ulp of bfloat16, and a zero stays zero.
 
     Derivatives of a step are those of float32 parameters.
@@ -98,7 +101,7 @@ def split_weights(tx: optax.GradientTransformation, bits: int = 24, rules: Any =
     2e-05
     """
     check_transform(tx)
-    if bits not in REMAINDERS:
+    if not isinstance(bits, int) or bits not in REMAINDERS:
         raise ValueError(f"`bits` must be 24 or 32, got {bits!r}.")
     chosen = _Bits(bits, _checked_rules(rules))
     inner = optax.with_extra_args_support(tx)
@@ -178,9 +181,11 @@ def master_weights(tx: optax.GradientTransformation, params: Params, state: Any)
     """
     bits = _bits_of(tx, params)
     stored = {}
-    for own in jax.tree.leaves(state, is_leaf=_is_split_state):
-        if _is_split_state(own):
+    for own in jax.tree.leaves(state, is_leaf=is_split_state):
+        if is_split_state(own):
             stored |= {path_name(path): r for path, r in tree_flatten_with_path(own.remainder)[0]}
+
+    check_paths([path_name(path) for path, _ in tree_flatten_with_path(params)[0]])
 
     def joined_leaf(path, p):
         name = path_name(path)
@@ -208,6 +213,7 @@ def from_master_weights(tx: optax.GradientTransformation, params: Params, state:
 
     Raises:
         TypeError: There is no `split_weights` in `tx`.
+        ValueError: `state` is not that of the one optimizer inside `split_weights`, or two parameters have one path.
 
     >>> import jax.numpy as jnp, flax_stable_embed as fse
     >>> tx = fse.split_weights(fse.adamw8bit(1e-3), bits=32)
@@ -224,11 +230,16 @@ def from_master_weights(tx: optax.GradientTransformation, params: Params, state:
     )
     pairs, tree = tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in pairs]
-    halves = {name: split_weight(jnp.asarray(p), bits[name]) for name, (_, p) in zip(names, pairs) if is_float32(p)}
+    check_paths(names)
+    halves = {
+        name: split_weight(jnp.asarray(p), bits[name])
+        for name, (_, p) in zip(names, pairs)
+        if is_float32(p) and name in bits
+    }
     new = tree.unflatten(halves[name][0] if name in halves else p for name, (_, p) in zip(names, pairs))
 
     def with_remainders(own):
-        if not _is_split_state(own):
+        if not is_split_state(own):
             return own
 
         def of(path, zeros):
@@ -238,10 +249,20 @@ def from_master_weights(tx: optax.GradientTransformation, params: Params, state:
         own = own._replace(remainder=jax.tree_util.tree_map_with_path(of, own.remainder))
         return own if state is None else own._replace(inner_state=state)
 
-    return new, jax.tree.map(with_remainders, tx.init(new), is_leaf=_is_split_state)
+    first = tx.init(new)
+    if state is not None:
+        inside = [own.inner_state for own in jax.tree.leaves(first, is_leaf=is_split_state) if is_split_state(own)]
+        if len(inside) != 1 or jax.tree.structure(inside[0]) != jax.tree.structure(state):
+            raise ValueError(
+                f"`state` must be the state of the one optimizer inside split_weights, got {kind_of(state)}, and `tx` "
+                f"has {len(inside)} split_weights. Start without a state, or give the part of it that belongs to that "
+                "optimizer."
+            )
+    return new, jax.tree.map(with_remainders, first, is_leaf=is_split_state)
 
 
-def _is_split_state(x: Any) -> bool:
+def is_split_state(x: Any) -> bool:
+    """Returns whether `x` is the state of `split_weights`."""
     return isinstance(x, SplitWeightsState)
 
 

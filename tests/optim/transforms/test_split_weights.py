@@ -492,3 +492,47 @@ def test_convert_state_sees_through_wrappers_and_other_optimizers():
         before, after, params, state, allow_reset=("acc_grads", "mini_step", "gradient_step", "skip_state")
     )
     assert_same_bits(fse.master_weights(after, params, found), fse.master_weights(before, params, state))
+
+
+def test_two_parameters_with_one_path_are_refused():
+    tx = fse.split_weights(optax.adamw(1e-3))
+    for params in (
+        {"a": {"b": jnp.ones((4, 4))}, "a/b": jnp.ones((4, 4))},
+        {"x": {"value": jnp.ones(4), "raw_value": jnp.ones(4)}},
+    ):
+        with pytest.raises(ValueError, match="Two parameters have the path"):
+            fse.from_master_weights(tx, params)
+        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        with pytest.raises(ValueError, match="Two parameters have the path"):
+            fse.master_weights(tx, half, tx.init(half))
+
+
+def test_parameters_that_are_not_split_stay_in_float32():
+    params = {"a": jnp.full((4, 4), 0.1), "b": jnp.full((4, 4), 0.1)}
+    tx = optax.masked(fse.split_weights(optax.sgd(0.1)), {"a": True, "b": False})
+    new, state = fse.from_master_weights(tx, params)
+    assert (new["a"].dtype, new["b"].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(fse.master_weights(tx, new, state)["a"], params["a"], rtol=2.0**-15)
+
+
+def test_a_state_that_belongs_to_another_part_of_the_optimizer_is_refused():
+    params, inner = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}, fse.adamw8bit(1e-3)
+    split = fse.split_weights(inner)
+    both = optax.partition({"a": split, "b": split}, {"a": "a", "b": "b"})
+    with pytest.raises(ValueError, match="has 2 split_weights"):
+        fse.from_master_weights(both, params, inner.init(params))
+    chained = optax.chain(optax.clip(1.0), inner)
+    with pytest.raises(ValueError, match="the one optimizer inside split_weights"):
+        fse.from_master_weights(optax.chain(optax.clip(1.0), split), params, chained.init(params))
+
+
+def test_quantize_state_around_it_is_refused():
+    tx = fse.quantize_state(fse.split_weights(optax.adamw(1e-3)))
+    with pytest.raises(TypeError, match="Put split_weights around it"):
+        tx.init({"kernel": jnp.ones((64, 64), jnp.bfloat16)})
+
+
+def test_bits_must_be_an_integer():
+    for bits in ([24], 24.0, "24"):
+        with pytest.raises(ValueError, match="24 or 32"):
+            fse.split_weights(fse.adamw8bit(1e-3), bits)
