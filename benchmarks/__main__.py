@@ -40,6 +40,7 @@ BENCHMARKS = {
     "rounding": Benchmark("tried", "Adam's updates by rounding of its moments: size, error", "5 min", in_all=False),
     "weights": Benchmark("tried", "weights in bfloat16 and more after small updates: error", "2 min", in_all=False),
     "finetuning": Benchmark("tried", "fine-tunings with weights in bfloat16 and more: loss", "5 min", in_all=False),
+    "changes": Benchmark("tried", "trainings whose model changes halfway: loss", "10 min", in_all=False),
     "switch": Benchmark("tried", "trainings that change codecs halfway: loss", "20 min", in_all=False),
     "errors": Benchmark("tried", "a round trip through 8 bits, by codec and block size: error", "1 min", in_all=False),
     "readme": Benchmark("published", "nothing: writes tables and pictures of the documentation", "1 min", in_all=False),

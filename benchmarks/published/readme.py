@@ -16,7 +16,7 @@ from typing import Any
 from ..counted import chips, collectives, compiled, gradients, instructions, lookups, state
 from ..harness import report
 from ..measured import embedding, gpu, models, steps
-from ..tried import errors, finetuning, quality_report, rounding, switch, weights
+from ..tried import changes, errors, finetuning, quality_report, rounding, switch, weights
 from . import goals, paths, pictures, roofline
 
 BY_THE_EXAMPLE = ("language_model", "linear", "weights_trained")
@@ -56,6 +56,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "weights_bytes": weights.markdown_of_bytes,
     "finetuning": lambda: finetuning.markdown(results_of(finetuning)),
     "small_gradients": lambda: weights.markdown_of_small(results_of(weights)),
+    "changes": lambda: changes.markdown(results_of(changes)),
     "switch": lambda: switch.markdown(results_of(switch)),
     "state": lambda: state.markdown(results_of(state)),
     "collectives": lambda: collectives.markdown(results_of(collectives)),

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_stable_embed as fse
-from tests.tools import ALL_FP32, SMALL, assert_same_bits, build, every_optimizer, gradients, run
+from tests.tools import ALL_FP32, SMALL, assert_same_bits, build, every_optimizer, gradients, jitted, run
 
 TX = fse.adamw8bit(1e-2, rules=(("embedding", 8),), state_format=SMALL)
 
@@ -375,3 +375,44 @@ def test_what_cannot_be_adapted_is_an_error_with_its_path():
         fse.adapt_state(optax.sgd(0.1), optax.sgd(0.1).init(uneven), uneven, new, stack={"h": ["h_0", "h_1"]})
     with pytest.raises(TypeError, match="optax"):
         fse.adapt_state("adam", state, params, params)
+
+
+def test_a_run_that_was_interrupted_before_and_after_the_change_has_the_same_bits_on_another_mesh(tmp_path):
+    old, new = params_of(vocabulary=64), params_of(vocabulary=128)
+
+    def steps(params, state, numbers):
+        for i in numbers:
+            params, state, _ = jitted(TX)(gradients(i, params), state, params)
+        return params, state
+
+    def grown(params):
+        return jax.tree.map(lambda start, x: corner(x, start), new, params)
+
+    def sharded(mesh, tree):
+        """Shapes of a tree with shardings."""
+
+        def one(x):
+            spec = P("a") if x.ndim == 2 and x.shape[0] % (32 * mesh.size) == 0 else P()
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(one, tree)
+
+    params, state = steps(old, TX.init(old), range(3))
+    adapted, _ = fse.adapt_state(TX, state, params, grown(params))
+    want = steps(grown(params), adapted, range(3, 5))
+
+    first, second = (jax.make_mesh((n,), ("a",), axis_types=(AxisType.Auto,)) for n in (2, 4))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "before", (params, state))
+        checkpointer.wait_until_finished()
+        params, state = checkpointer.restore(tmp_path / "before", sharded(first, (params, state)))
+        adapted, _ = fse.adapt_state(TX, state, params, grown(params))
+        checkpointer.save(tmp_path / "after", (grown(params), adapted))
+        checkpointer.wait_until_finished()
+        shapes, _ = fse.adapt_state(TX, *map(shapes_of, (state, params, new)))
+        found = checkpointer.restore(tmp_path / "after", sharded(second, (shapes_of(new), shapes)))
+    assert_same_bits(jax.device_get(steps(*found, range(3, 5))), jax.device_get(want))
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
