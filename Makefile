@@ -11,7 +11,7 @@ WITH = $(if $(EXTRAS),$(comma)$(EXTRAS))
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
 quick = XLA_FLAGS="$$($(1) .ci/quick_flags.py)"
 
-.PHONY: train test test-all test-oldest check docs dist bench
+.PHONY: train test test-all test-oldest fuzz check docs dist bench
 train: .venv/examples
 	$(BIN)/python examples/language_model.py --compare $(ARGS)
 
@@ -26,6 +26,11 @@ test-all: .venv/test$(EXTRAS)
 test-oldest: .venv/oldest/installed
 	$(call quick,.venv/oldest/bin/python) JAX_PLATFORMS=cpu .venv/oldest/bin/python -m pytest -n auto -m "not slow and not recent_compiler" \
 		-W ignore::DeprecationWarning $(ARGS)
+
+# Random inputs for the functions that handle states, for so many seconds. `make test` replays the seeds that failed once.
+SECONDS ?= 600
+fuzz: .venv/test$(EXTRAS)
+	$(call quick,$(BIN)/python) JAX_PLATFORMS=cpu $(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

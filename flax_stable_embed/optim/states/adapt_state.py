@@ -327,8 +327,8 @@ class _Plan:
             if not same_codes(old, new, shift) or old is None or new is None or old.blocks is None:
                 return False
             axis, size = old.blocks.axis, old.blocks.size
-            before, after = old.shape[axis], new.shape[axis + shift]
-            if before != after and min(before, after) % size:
+            before, after = old.shape[axis : axis + 1], new.shape[axis + shift : axis + shift + 1]
+            if before != after and min(*before, *after) % size:
                 return False
             path = self.path_of(name) or ""
             if axis == 0 and path in self.changes.kept_rows:

@@ -200,9 +200,13 @@ def _traces_of_optax(state: Any) -> Iterator[tuple[tuple, Sums]]:
 
 
 def _shape_and_kind(x: Any) -> tuple[tuple[int, ...], str]:
-    """Returns the shape of an array, and its kind of dtype. Within a kind, dtypes may differ: loaders cast them."""
+    """Returns the shape of an array, and its kind of dtype. Floating dtypes may differ, because loaders cast them."""
     dtype = getattr(x, "dtype", np.dtype(type(x)))
-    kinds = {"codes": is_codes(dtype), "floating": jnp.issubdtype(dtype, jnp.floating), "complex": jnp.iscomplexobj(x)}
+    kinds = {
+        f"{dtype} codes": is_codes(dtype),
+        "floating": jnp.issubdtype(dtype, jnp.floating),
+        "complex": jnp.iscomplexobj(x),
+    }
     return np.shape(x), next((kind for kind, has in kinds.items() if has), "another kind of array")
 
 

@@ -18,7 +18,7 @@ from jax import Array
 from ...ops.counter_random import random_bits
 from ...ops.embedding.rows import is_none_or_rows, is_sparse_rows
 from ...ops.rounding import stochastic_round
-from ..arguments import check_transform
+from ..arguments import check_transform, kind_of
 from ..derivatives import straight_through
 from ..fused_update import FusedTransformation
 from ..trees import is_none, path_name
@@ -79,6 +79,11 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
         if params is None:
             raise ValueError(
                 "`params` is None, but stochastic_round_updates rounds them. Call `update(grads, state, params)`."
+            )
+        if not isinstance(state, StochasticRoundState):
+            raise TypeError(
+                f"`state` must be a StochasticRoundState, as `init` makes it, got {kind_of(state)}. The order is "
+                "update(grads, state, params)."
             )
         params32 = jax.tree.map(_to_float32, params)
         half_rows = jax.tree.map(
