@@ -136,3 +136,13 @@ def check_params(params: Params) -> None:
                 f"The parameters have {found} at {path_name(path)!r}, as a model or an nnx.Optimizer has. Pass the "
                 "parameters of the model only: nnx.state(model, nnx.Param)."
             )
+
+
+def check_fields(state: Any, *names: str) -> None:
+    """Raises if a field of a wrapper's state has no array, as after a loader that leaves arrays out."""
+    for name in names:
+        if getattr(state, name) is None:
+            raise ValueError(
+                f"`{name}` of the {type(state).__name__} is None, where `init` makes an array. Restore the state as "
+                "`init` makes it."
+            )

@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from ...ops.embedding.rows import is_sparse_rows
 from ...ops.sharding import replicated
+from ..arguments import check_fields, kind_of
 from ..fused_update import ScalingTransformation
 from ..placement import device_of
 from ..rows.global_norm import Norm, multiplied, norm_of, values_of, with_values
@@ -116,6 +117,9 @@ def percentile_clipping(
 
     def factors(leaves, axes, state, scale=None):
         """Returns the factor of all gradients, or given the stacked axes those of all slices, and the next state."""
+        if not isinstance(state, PercentileClippingState):
+            raise TypeError(f"`state` must be a PercentileClippingState, as `init` makes it, got {kind_of(state)}.")
+        check_fields(state, "count", "squared_norms")
         norm, squared, finite = _norms(leaves, axes)
         if scale is not None:
             norm, squared = norm * jnp.abs(scale), squared * jnp.square(scale)

@@ -21,7 +21,7 @@ from ...ops.counter_random import rounding_key
 from ...ops.embedding.rows import is_sparse_rows, take_rows
 from ...ops.sharding import placed_like
 from ...ops.split_weights import REMAINDERS, join_weight, split_weight
-from ..arguments import check_transform, kind_of
+from ..arguments import check_fields, check_transform, kind_of
 from ..boxes import rebox, unbox
 from ..derivatives import straight_through
 from ..engine.records import RECORDS, Record, Remainder, Split, trace_init
@@ -361,6 +361,7 @@ class _Leaves(NamedTuple):
                 f"`state` must be a SplitWeightsState, as `init` makes it, got {kind_of(state)}. The order is "
                 "update(grads, state, params); fse.from_master_weights continues a float32 run."
             )
+        check_fields(state, "count", "format")
         pairs, tree = tree_flatten_with_path(params, is_leaf=is_none)
         paths, leaves = [path_name(path) for path, _ in pairs], [x for _, x in pairs]
         remainder = jax.tree.leaves(state.remainder, is_leaf=is_none)

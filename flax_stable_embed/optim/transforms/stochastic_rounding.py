@@ -18,7 +18,7 @@ from jax import Array
 from ...ops.counter_random import random_bits
 from ...ops.embedding.rows import is_none_or_rows, is_sparse_rows
 from ...ops.rounding import stochastic_round
-from ..arguments import check_transform, kind_of
+from ..arguments import check_fields, check_transform, kind_of
 from ..derivatives import straight_through
 from ..fused_update import FusedTransformation
 from ..trees import is_none, path_name
@@ -85,6 +85,7 @@ def stochastic_round_updates(tx: optax.GradientTransformation) -> FusedTransform
                 f"`state` must be a StochasticRoundState, as `init` makes it, got {kind_of(state)}. The order is "
                 "update(grads, state, params)."
             )
+        check_fields(state, "count")
         params32 = jax.tree.map(_to_float32, params)
         half_rows = jax.tree.map(
             lambda g, p: is_sparse_rows(g) and _is_half(p), updates, params, is_leaf=is_none_or_rows

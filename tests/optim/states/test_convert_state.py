@@ -473,7 +473,9 @@ def test_a_state_of_another_optimizer_is_refused_before_any_work():
         ValueError, match=r"0/mu/kernel is int8 codes of shape \(64, 64\), and not floating of \(64, 64\)"
     ):
         fse.convert_state(plain_adamw(), right, params, plain_like(right.init(params)))
-    with pytest.raises(ValueError, match=r"0/mu/kernel is int8 codes of shape \(64, 64\), and not int8 codes of \(32, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"0/mu/kernel is int8 codes of shape \(64, 64\), and not int8 codes of \(32, 64\)"
+    ):
         fse.convert_state(right, plain_adamw(), parameters(kernel=(32, 64)), right.init(params))
     with pytest.raises(ValueError, match=r"0/mu/kernel is not in it"):
         fse.convert_state(plain_adamw(), right, params, optax.sgd(0.1, 0.9).init(params))
