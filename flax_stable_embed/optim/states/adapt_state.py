@@ -102,7 +102,8 @@ def adapt_state(
         state: Its state for `params`, or the shapes of one.
         params: The parameters before the change, or their shapes.
         new_params: The parameters after it, or their shapes.
-        new_tx: Another optimizer for the new parameters. The adapted state is given to `fse.convert_state`.
+        new_tx: Another optimizer for the new parameters, for example one with rules for their paths. If it keeps other
+            moments than `tx`, the adapted state is given to `fse.convert_state`.
         renames: Old paths and their new ones, {"h_0/mlp": "blocks_0/mlp"}. A path stands for everything below it, too.
             Or a function from an old path to the new one.
         stack: Paths of new stacked parameters, and the old ones that they stack, in the order along a first axis:
@@ -132,20 +133,31 @@ def adapt_state(
     0/nu/embedding  resized  (512, 64)  (640, 64)
     3 values kept
     """
-    source, target = NamedState("tx", tx, params), NamedState("tx", tx, new_params)
+    source = NamedState("tx", tx, params)
     changes = Changes(params, new_params, renames, stack, unstack, kept_rows)
     arrays = source.arrays(state)
+    target = None if new_tx is None else NamedState("new_tx", new_tx, new_params)
+    made_by: Any = new_tx
+    if target is None or not _is_alike(source, target, changes):
+        target, made_by = NamedState("tx", tx, new_params), tx
     plan = _Plan(source, target, changes)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*arrays.values(), *jax.tree.leaves(new_params))):
-        result, errors = abstract_state(tx, new_params), {}
-    else:
-        result, errors = _adapted(plan, tx, new_params, arrays)
+        return abstract_state(new_tx or tx, new_params), AdaptReport(tuple(plan.rows({})))
+    result, errors = _adapted(plan, made_by, new_params, arrays)
     report = AdaptReport(tuple(plan.rows(errors)))
-    if new_tx is None:
+    if new_tx is None or made_by is new_tx:
         return result, report
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(result)):
-        return abstract_state(new_tx, new_params), report
     return convert_state(tx, new_tx, new_params, result), report
+
+
+def _is_alike(source: NamedState, target: NamedState, changes: "Changes") -> bool:
+    """Returns whether two optimizers keep the same fields at the same places, so that they differ in storage only."""
+
+    def fields(state: NamedState, paths: Mapping[str, Any]) -> set[str]:
+        ends = {name: path_at_the_end(name, paths) or "" for name in state.shapes}
+        return {name.removesuffix(end) for name, end in ends.items()}
+
+    return fields(source, changes.old) == fields(target, changes.new)
 
 
 class Part(NamedTuple):
@@ -178,6 +190,9 @@ class Changes:
         self.old, self.new = _shapes(params), _shapes(new_params)
         renamed = renames if callable(renames) else lambda path: _moved(path, renames)
         names = {path: renamed(path) for path in self.old}
+        for path, name in names.items():
+            if not isinstance(name, str):
+                raise TypeError(f"`renames` must give strings, got {name!r:.40} for {path!r}.")
         if not callable(renames):
             _check_used("renames", renames, self.old)
             _check_used("renames", renames.values(), self.new)
@@ -207,6 +222,8 @@ class Changes:
             if None in olds:
                 missing = layers[olds.index(None)] + name[len(top) :]
                 raise ValueError(f"`stack` names {missing!r} for {name!r}, which is not a path of `params`.")
+            if self.new[name][:1] != (len(layers),):
+                raise ValueError(f"`stack` has {len(layers)} layers for {name!r}, which has shape {self.new[name]}.")
             self.parts[name] = tuple(Part(old) for old in olds if old is not None)
             self.stacked.add(name)
 
@@ -215,6 +232,8 @@ class Changes:
         if not found or not layers:
             raise ValueError(f"`unstack` names {top!r} with {len(layers)} layers, which is not a path of `params`.")
         for name in found:
+            if (shape := self.old[by_new[name]])[:1] != (len(layers),):
+                raise ValueError(f"`unstack` has {len(layers)} layers for {name!r}, which had shape {shape}.")
             for i, layer in enumerate(layers):
                 new = layer + name[len(top) :]
                 if new not in self.new:
@@ -223,8 +242,12 @@ class Changes:
 
     def _rows(self, path: str, numbers: Any) -> np.ndarray:
         rows = np.asarray(numbers)
-        if path not in self.new or len(self.parts[path]) != 1 or self.parts[path][0].index is not None:
-            raise ValueError(f"`kept_rows` names {path!r}, which is not a path of `new_params` with an old parameter.")
+        parts = self.parts.get(path, ())
+        if len(parts) != 1 or parts[0].index is not None or path in self.stacked:
+            raise ValueError(
+                f"`kept_rows` names {path!r}, which is not a path of `new_params` that one old parameter becomes. "
+                "Stack or unstack layers in a call of its own."
+            )
         old, new = self.old[self.parts[path][0].path], self.new[path]
         if not np.issubdtype(rows.dtype, np.integer) or not new or rows.shape != new[:1]:
             raise ValueError(
@@ -251,10 +274,6 @@ class Changes:
                 f"{name!r} has shape {self.new[name]}, and {paths} had {self.old[parts[0].path]}: the number of axes "
                 "differs. Use `stack` or `unstack` for layers, or another name for another parameter."
             )
-        for part in parts:
-            old = self.old[part.path]
-            if part.index is not None and part.index >= old[0]:
-                raise ValueError(f"`unstack` takes layer {part.index} of {part.path!r}, which has shape {old}.")
 
 
 def path_at_the_end(value: str, paths: Mapping[str, Any]) -> str | None:

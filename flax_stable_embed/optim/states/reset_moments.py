@@ -33,7 +33,8 @@ def reset_moments(tx: optax.GradientTransformation, state: Any, params: Params, 
     default decays that is 3.2 at the first step, and 6.6 at the 12th. Lower the learning rate for some steps, or that
     of the parameter by a rule (`lr_scale`).
 
-    It runs under `jit`, also with masks that are computed there. Every array stays sharded as it is.
+    It runs under `jit`, also with masks that are computed there. Every array stays sharded as it is. Arrays without
+    an element to reset are those of `state`.
 
     Args:
         tx: The optimizer that made `state`.
@@ -109,6 +110,8 @@ def _masks(where: Where, params: Params, shapes: dict[str, tuple[int, ...]]) -> 
         found = {path_name(path): unbox(m) for path, m in flatten(spread)}
     masks = {}
     for path, mask in found.items():
+        if path not in shapes:  # None in the place of a parameter
+            continue
         if not hasattr(mask, "dtype") and not isinstance(mask, bool):
             raise TypeError(f"`where` must have booleans or boolean arrays, got {mask!r:.60} for {path!r}.")
         mask = mask if isinstance(mask, Tracer | Array) else jnp.asarray(mask)

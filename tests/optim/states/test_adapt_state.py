@@ -258,6 +258,18 @@ def test_another_optimizer_continues():
     assert_same_bits(adapted, both)
 
 
+def test_rules_of_another_optimizer_may_name_the_new_paths():
+    before = fse.adamw8bit(1e-2, rules=(("old", 32),), state_format=SMALL)
+    after = fse.adamw8bit(1e-2, rules=(("new", "bf16"),), state_format=SMALL)
+    params, state = trained(before, {"old": jnp.ones((64, 64)), "other": jnp.ones((64, 64))})
+    new = {"new": params["old"], "other": params["other"]}
+    adapted, report = fse.adapt_state(before, state, params, new, new_tx=after, renames={"old": "new"})
+    assert adapted[0].mu["new"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(adapted[0].mu["new"], np.float32), state[0].mu["old"], rtol=2.0**-8)
+    assert_same_bits(adapted[0].mu["other"], state[0].mu["other"])
+    assert {row.change for row in report.rows} == {"kept", "renamed"}
+
+
 # --- shapes, shardings, checkpoints, jit ------------------------------------------------------------------------------
 
 
@@ -361,6 +373,17 @@ def test_what_cannot_be_adapted_is_an_error_with_its_path():
         adapt(stack={"nowhere": ["h_0"]})
     with pytest.raises(ValueError, match="`unstack` names 'nowhere'"):
         adapt(unstack={"nowhere": ["h_0"]})
+    with pytest.raises(TypeError, match="must give strings, got 3"):
+        adapt(renames=lambda path: 3)
+    with pytest.raises(ValueError, match=r"`stack` has 2 layers for 'h/kernel', which has shape \(3, 64, 96\)"):
+        adapt({"h": jax.tree.map(lambda x: jnp.stack([x] * 3), params["h_0"])}, stack={"h": ["h_0", "h_1"]})
+    with pytest.raises(ValueError, match=r"`unstack` has 1 layers for 'h/kernel', which had shape \(2, 64, 96\)"):
+        both = {"h": stacked(params, ["h_0", "h_1"])}
+        plain = optax.sgd(0.1, momentum=0.9)
+        fse.adapt_state(plain, plain.init(both), both, {"a": params["h_0"]}, unstack={"h": ["a"]})
+    with pytest.raises(ValueError, match="in a call of its own"):
+        new = {"wte": params["wte"], "h": stacked(params, ["h_0", "h_1"])}
+        adapt(new, stack={"h": ["h_0", "h_1"]}, kept_rows={"h/kernel": [0, 1]})
     with pytest.raises(ValueError, match="integers, one per row"):
         adapt(kept_rows={"wte/embedding": [1, 2]})
     with pytest.raises(ValueError, match="row numbers of its old shape"):

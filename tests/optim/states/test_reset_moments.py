@@ -42,6 +42,8 @@ def test_what_is_not_reset_keeps_its_bits():
     assert_same_bits(after[0].mu["kernel"], state[0].mu["kernel"])
     assert_same_bits(after[0].nu["norm"], TX.init(params)[0].nu["norm"])
     assert int(after[0].count) == 3
+    holes = params | {"none": None}
+    assert_same_bits(fse.reset_moments(TX, TX.init(holes), holes, True), TX.init(holes))
     everything = fse.reset_moments(TX, state, params, True)
     assert_same_bits(everything[0].mu, TX.init(params)[0].mu)
 
