@@ -48,6 +48,8 @@ from .optim.states.abstract_state import abstract_state as abstract_state
 from .optim.states.adapt_state import AdaptedValue as AdaptedValue
 from .optim.states.adapt_state import AdaptReport as AdaptReport
 from .optim.states.adapt_state import adapt_state as adapt_state
+from .optim.states.checksums import checksums as checksums
+from .optim.states.checksums import verify_checksums as verify_checksums
 from .optim.states.convert_state import convert_state as convert_state
 from .optim.states.describe import StateReport as StateReport
 from .optim.states.describe import describe as describe
