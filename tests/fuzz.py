@@ -228,7 +228,7 @@ def _stepped(case: Case, grads: Any, state: Any, params: Any, *, healthy: bool) 
         return optax.apply_updates(params, updates), state
 
     new, after = (jax.jit(step) if case.operation == "jit" else step)(params, state, grads)
-    if wrong := _same(case, new, params) or _same(case, after, state):
+    if wrong := _same(case, new, params) or _same(case, after, tx.init(params)):
         return wrong
     finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.floating)]
     if healthy and case.optimizer not in OF_OPTAX and not all(finite):
