@@ -17,6 +17,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ...ops.sharding import explicit_sharding
+from ...ops.split_weights import convert_remainder
 from ..boxes import unbox
 from ..rows.catch_up import RowSparseState
 from ..storage.moments import in_memory
@@ -277,10 +278,20 @@ class Changes:
 
 
 def path_at_the_end(value: str, paths: Mapping[str, Any]) -> str | None:
-    """Returns the path of a parameter with which the name of a value ends, the longest one; None if there is none."""
+    """Returns the path of a parameter with which the name of a value ends, the longest one; None if there is none.
+
+    A step count and a hyper-parameter of `optax.inject_hyperparams` belong to no parameter, whatever their names are.
+    """
     parts = value.split("/")
+    if {"hyperparams", "hyperparams_states"} & {*parts}:
+        return None
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
     return next((end for end in ends if end in paths), None)
+
+
+def _is_per_row(state: NamedState, name: str) -> bool:
+    """Returns whether a moment is stored as one value per row ("rowwise")."""
+    return name in state.moments and state.expected[name].shape != state.shapes[name]
 
 
 class _Plan:
@@ -298,7 +309,7 @@ class _Plan:
         self.origins: dict[str, list[Part]] = {}
         problems = []
         for name, shape in target.shapes.items():
-            path = self.path_of(name)
+            path = None if name in target.counts and name in source.counts else self.path_of(name)
             if path is None:
                 self.origins[name] = [Part(name)] if name in source.shapes else []
                 if name in source.shapes and source.shapes[name] != shape:
@@ -359,7 +370,10 @@ class _Plan:
         moments = [self.source.moments.get(part.path) for part in self.origins[name]]
         new = self.target.moments.get(name)
         in_8_bits = any(m is not None and m.blocks is not None for m in (*moments, new))
-        return bool(moments) and in_8_bits and not self.keeps_codes(name)
+        per_row = {_is_per_row(self.source, part.path) for part in self.origins[name]} | {
+            _is_per_row(self.target, name)
+        }
+        return bool(moments) and (len(per_row) > 1 or (in_8_bits and not self.keeps_codes(name)))
 
     def rows(self, errors: Mapping[str, float | None]) -> Iterator[AdaptedValue]:
         """Yields what became of every value of the new state, then the values of the old one that were dropped."""
@@ -395,15 +409,19 @@ def _adapted(plan: _Plan, tx: Any, new_params: Params, arrays: dict[str, Any]) -
             values = [new(k) for k in names]
         elif plan.keeps_codes(name) or not plan.encodes_again(name):
             olds = [[old(k) for k in source.array_names(part.path)] for part in parts]
-            values = [_resized(plan, name, parts, each, new(k)) for each, k in zip(zip(*olds), names)]
+            # A remainder keeps its bits until it is complete.
+            starts = [new(k).astype(olds[0][0].dtype) if name in target.remainders else new(k) for k in names]
+            values = [_resized(plan, name, parts, *both) for both in zip(zip(*olds), starts)]
         else:
             olds = [decoded([old(k) for k in source.array_names(p.path)], source.moments.get(p.path)) for p in parts]
             start = decoded([new(k) for k in names], target.moments.get(name))
             value = _resized(plan, name, parts, olds, start)
             values = encoded(value, target.moments.get(name), target.expected[name])
             errors[name] = _error(value, decoded(list(values), target.moments.get(name)))
-        if name in records and parts:
-            values = [_from_now_on(plan, name, values[0], records[name])]
+        if name in target.remainders and parts:
+            values = [convert_remainder(x, target.expected[name].dtype) for x in values]
+        if parts and parts[0].path in records:
+            values = [_from_now_on(plan, name, values[0], records[parts[0].path])]
         for k, x in zip(names, values):
             dtype = target.expected[k].dtype
             made[k] = placed(x if x.dtype == dtype else x.astype(dtype), *place_of(first[k]))

@@ -70,7 +70,7 @@ def reset_moments(tx: optax.GradientTransformation, state: Any, params: Params, 
     made = dict(arrays)
     for name in source.shapes:
         path = path_at_the_end(name, shapes)
-        if path not in masks or not _is_moment(source, name):
+        if path is None or path not in masks or not _is_moment(source, name):
             continue
         names = source.array_names(name)
         values = [in_memory(jnp.asarray(arrays[k]), "device") for k in names]

@@ -439,3 +439,47 @@ def test_a_run_that_was_interrupted_before_and_after_the_change_has_the_same_bit
 
 def shapes_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize(("old", "new"), [("rowwise", 32), ("rowwise", "bf16"), (32, "rowwise"), ("bf16", "rowwise")])
+def test_another_storage_by_a_rename_is_a_conversion(old, new):
+    before, after = (fse.adam8bit(1e-2, rules=((".*", bits),)) for bits in (old, new))
+    params, state = trained(before, {"old": jnp.ones((64, 32))})
+    adapted, _ = fse.adapt_state(before, state, params, {"new": params["old"]}, new_tx=after, renames={"old": "new"})
+    want = fse.convert_state(before, after, params, state)
+    for found, wanted in ((adapted[0].mu["new"], want[0].mu["old"]), (adapted[0].nu["new"], want[0].nu["old"])):
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=2.0**-7)
+
+
+@pytest.mark.parametrize(("old", "new"), [(24, 32), (32, 24)])
+def test_remainders_of_other_bits_are_converted(old, new):
+    before, after = (fse.split_weights(fse.adamw8bit(1e-2), bits) for bits in (old, new))
+    params, state = trained(before, {"kernel": jnp.full((64, 64), 0.1, jnp.bfloat16)})
+    adapted, _ = fse.adapt_state(before, state, params, params, new_tx=after)
+    assert_same_bits(adapted, fse.convert_state(before, after, params, state))
+
+
+def test_hyper_parameters_and_counts_belong_to_no_parameter():
+    tx = optax.inject_hyperparams(fse.adamw8bit)(learning_rate=1e-3)
+    params, state = trained(tx, {"b1": jnp.ones(8), "b2": jnp.ones(8)})
+    adapted, _ = fse.adapt_state(tx, state, params, params, renames={"b1": "b2", "b2": "b1"})
+    assert_same_bits(adapted.hyperparams, state.hyperparams)
+    state.hyperparams["b1"] = jnp.float32(0.8)
+    assert float(fse.reset_moments(tx, state, params, ["b1"]).hyperparams["b1"]) == pytest.approx(0.8)
+    plain = optax.adam(1e-3)
+    params, state = trained(plain, {"kernel": jnp.ones((8, 8))})
+    adapted, _ = fse.adapt_state(plain, state, params, params | {"count": jnp.ones(3)})
+    assert int(adapted[0].count) == 3
+
+
+def test_records_of_a_table_that_is_renamed_and_grown_are_up_to_date():
+    tx = fse.row_sparse(fse.adamw8bit(1e-2, state_format=SMALL), "catch_up")
+    params = {"wte": {"embedding": jnp.ones((8, 64))}}
+    rows = {"wte": {"embedding": fse.SparseRows.of_lookups(jnp.array([0, 1]), jnp.ones((2, 64)), 8)}}
+    state = tx.init(params)
+    for _ in range(5):
+        _, state = tx.update(rows, state, params)
+    new = {"tokens": {"embedding": jnp.ones((10, 64))}}
+    adapted, _ = fse.adapt_state(tx, state, params, new, renames={"wte": "tokens"})
+    np.testing.assert_array_equal(adapted.last["tokens"]["embedding"], [5, 5, 0, 0, 0, 0, 0, 0, 5, 5])
