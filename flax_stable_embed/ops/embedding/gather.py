@@ -201,10 +201,11 @@ def row_sharding(table: jax.Array, row_numbers: jax.Array, wanted: Sharding) -> 
         return None
     if wanted is not None:
         return NamedSharding(mesh, wanted.spec if isinstance(wanted, NamedSharding) else wanted)
-    by_ids = {axis for entry in of_ids.spec for axis in _mesh_axes(entry)}
-    of_features = (tuple(axis for axis in _mesh_axes(entry) if axis not in by_ids) for entry in of_table.spec[1:])
+    by_ids = {axis for entry in of_ids.spec for axis in mesh_axes(entry)}
+    of_features = (tuple(axis for axis in mesh_axes(entry) if axis not in by_ids) for entry in of_table.spec[1:])
     return NamedSharding(mesh, PartitionSpec(*of_ids.spec, *(axes or None for axes in of_features)))
 
 
-def _mesh_axes(entry: Any) -> tuple:
+def mesh_axes(entry: Any) -> tuple:
+    """Returns the mesh axes of an entry of a partition spec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

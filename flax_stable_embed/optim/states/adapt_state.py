@@ -407,7 +407,7 @@ def _adapted(plan: _Plan, tx: Any, new_params: Params, arrays: dict[str, Any]) -
         names = target.array_names(name)
         if not parts:
             values = [new(k) for k in names]
-        elif plan.keeps_codes(name) or not plan.encodes_again(name):
+        elif not plan.encodes_again(name):
             olds = [[old(k) for k in source.array_names(part.path)] for part in parts]
             # A remainder keeps its bits until it is complete.
             starts = [new(k).astype(olds[0][0].dtype) if name in target.remainders else new(k) for k in names]

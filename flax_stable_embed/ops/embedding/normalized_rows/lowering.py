@@ -82,33 +82,34 @@ _gradient_here = primitive(
 )
 
 
-def _forward_for(program: Program, *, options: Options):
-    """Returns the function for the program that it is lowered into."""
+def _for_program(here: Any, on_mesh: Callable[..., Any], table: int) -> Callable[..., Any]:
+    """Returns the function that chooses for a program: `here` on one device, or `on_mesh` of it on several.
 
-    def chosen(*args: Any):
-        how = None if program.one_device else placement(program, 0, args[0], args[-1], options)
-        if how is None:
-            return _forward_here.bind(*args, options=options)
-        return forward_on(how, _forward_here.bind, options)(*args)
+    Args:
+        here: The primitive of one device.
+        on_mesh: Makes the function of all arrays from the one of a device's arrays.
+        table: The index of the table among the operands. The row numbers are the last.
+    """
 
-    return chosen
+    def choose(program: Program, *, options: Options):
+        def chosen(*args: Any):
+            how = None if program.one_device else placement(program, table, args[table], args[-1], options)
+            if how is None:
+                return here.bind(*args, options=options)
+            return on_mesh(how, here.bind, options)(*args)
 
+        return chosen
 
-def _gradient_for(program: Program, *, options: Options):
-    """Returns the gradient for the program that it is lowered into."""
-
-    def chosen(*args: Any):
-        how = None if program.one_device else placement(program, 1, args[1], args[-1], options)
-        if how is None:
-            return _gradient_here.bind(*args, options=options)
-        return gradient_on(how, _gradient_here.bind, options)(*args)
-
-    return chosen
+    return choose
 
 
-forward = primitive("normalized_rows", _forward_reference, choose=_forward_for, flat=True)
+forward = primitive(
+    "normalized_rows", _forward_reference, choose=_for_program(_forward_here, forward_on, table=0), flat=True
+)
 tangent = primitive("normalized_rows_tangent", _tangent_reference, flat=True)
-gradient = primitive("normalized_rows_gradient", _gradient_reference, choose=_gradient_for)
+gradient = primitive(
+    "normalized_rows_gradient", _gradient_reference, choose=_for_program(_gradient_here, gradient_on, table=1)
+)
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, options: Options) -> Any:

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ...lowering import Program
 from ...sharding import on_every_device
+from ..gather import mesh_axes
 from .packing import can_be_packed, packed
 from .reference import Options
 
@@ -45,7 +46,7 @@ class Placement(NamedTuple):
     @property
     def batch(self) -> tuple[str, ...]:
         """Returns the mesh axes that shard the row numbers."""
-        return tuple(name for entry in self.ids for name in _names(entry))
+        return tuple(name for entry in self.ids for name in mesh_axes(entry))
 
     @property
     def both(self) -> tuple[str, ...]:
@@ -176,13 +177,9 @@ def _without(axes: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in axes if name not in others)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
 def _used(mesh: Mesh | AbstractMesh, entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes of an entry of a partition spec that shard an array: those of more than one device."""
-    return tuple(name for name in _names(entry) if mesh.shape[name] > 1)
+    return tuple(name for name in mesh_axes(entry) if mesh.shape[name] > 1)
 
 
 def _size(mesh: Mesh | AbstractMesh, axes: Any) -> int:
